@@ -1,0 +1,2 @@
+//! kvmsnap.
+fn main() {}

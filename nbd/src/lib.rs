@@ -1,0 +1,1 @@
+//! NBD protocol: asynchronous client, read-only server, shared wire types.

@@ -1,0 +1,1 @@
+//! QEMU's monitor (QMP) and guest agent (QGA) protocols over a Unix socket.

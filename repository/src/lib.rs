@@ -1,0 +1,1 @@
+//! Deduplicated, compressed, encrypted store in the restic format.
