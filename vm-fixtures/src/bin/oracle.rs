@@ -1,0 +1,3 @@
+//! The oracle as a program, on the host and inside the guest.
+
+fn main() {}

@@ -1,0 +1,109 @@
+//! One QEMU process that never outlives whoever started it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::tools::find;
+
+/// A started QEMU. Dropping it kills it.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    ended: Option<ExitStatus>,
+}
+
+type Request = (Command, mpsc::Sender<io::Result<Child>>);
+
+impl Process {
+    /// Starts QEMU; its messages go to `errors`, what its `qemu-io` commands print to `output`.
+    pub(crate) fn start(args: &[OsString], output: File, errors: File) -> Self {
+        let qemu = find("qemu-system-x86_64").expect("checked before a guest is started");
+        let mut command = Command::new(find("setpriv").expect("checked before a guest is started"));
+        // A test that is killed runs no `Drop`, so the kernel ends QEMU with us.
+        // Its output must be in the file when the monitor's command is done: line by line.
+        command.args(["--pdeathsig", "KILL", "stdbuf", "-oL"]).arg(qemu).args(args);
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = spawn(command).unwrap_or_else(|error| panic!("cannot start QEMU: {error}"));
+        Self { child, ended: None }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it ended; `None` while it runs.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait().expect("the child is ours");
+        }
+        self.ended
+    }
+
+    /// Waits for its end; `None` at the deadline.
+    pub(crate) fn wait(&mut self, deadline: Instant) -> Option<ExitStatus> {
+        while self.ended().is_none() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.ended
+    }
+
+    pub(crate) fn signal(&mut self, signal: Signal) {
+        if self.ended().is_none() {
+            let id = i32::try_from(self.id()).expect("Linux's process ids fit");
+            // Not reaped yet, so the id is still its own, and a zombie takes signals too.
+            kill(Pid::from_raw(id), signal).expect("the child is ours");
+        }
+    }
+
+    /// SIGKILL, then waits until the kernel has let go of its files.
+    pub(crate) fn kill(&mut self) {
+        if self.ended().is_none() {
+            self.child.kill().expect("the child is ours");
+            self.ended = Some(self.child.wait().expect("the child is ours"));
+        }
+    }
+
+    pub(crate) fn describe_end(&mut self) -> String {
+        match self.ended() {
+            None => "it runs".to_owned(),
+            Some(status) => match status.signal() {
+                Some(signal) => format!("signal {signal} ended it"),
+                None => format!("it ended with {status}"),
+            },
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The kernel sends the signal when the *thread* that started the child ends (`man 2 prctl`), so one
+/// thread that lives as long as the process starts them all.
+fn spawn(command: Command) -> io::Result<Child> {
+    static SPAWNER: OnceLock<mpsc::Sender<Request>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (sender, requests) = mpsc::channel::<Request>();
+        let serve = move || {
+            for (mut command, reply) in requests {
+                // Who asked may have given up; then dropping the child is all there is to do.
+                let _ = reply.send(command.spawn());
+            }
+        };
+        thread::Builder::new().name("qemu-spawner".to_owned()).spawn(serve).expect("a thread");
+        sender
+    });
+    let (reply, started) = mpsc::channel();
+    spawner.send((command, reply)).expect("the thread never ends");
+    started.recv().expect("the thread never ends")
+}
