@@ -1,1 +1,43 @@
-//! Deduplicated, compressed, encrypted store in the restic format.
+//! Deduplicated, compressed, encrypted store in the restic format, version 2.
+//!
+//! `docs/repository-format.md` says what is written where and in which order. Everything here is
+//! synchronous and may be used from many threads; every effect on the store goes through [`Backend`].
+//!
+//! Writing: [`Repository::lock`], [`Repository::index`], [`Writer`], [`Repository::save_snapshot`].
+//! Reading: [`Repository::index`], [`Reader`], [`DiskReader`].
+
+mod backend;
+mod blob;
+mod check;
+mod crypto;
+mod disk;
+mod error;
+mod host;
+mod id;
+mod index;
+mod key;
+mod lock;
+mod pack;
+mod polynomial;
+mod reader;
+mod repository;
+mod snapshot;
+mod tree;
+mod writer;
+
+pub use self::{
+    backend::{Backend, BackendError, FileKind, FileRef, LocalFolder},
+    check::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef},
+    disk::{DiskExtent, DiskReader, ExtentKind},
+    error::{Defect, RepositoryError},
+    id::{BlobId, FileId, ParseIdError},
+    index::{Index, Location},
+    key::Kdf,
+    lock::{Lock, LockMode},
+    pack::BlobKind,
+    reader::Reader,
+    repository::Repository,
+    snapshot::{SnapshotFile, Snapshots},
+    tree::{Node, NodeKind, Tree},
+    writer::{Stored, Writer, WriterOptions, WriterStats},
+};

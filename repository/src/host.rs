@@ -1,0 +1,49 @@
+//! Who and where we are, as key, lock and snapshot files record it.
+
+use std::fs;
+
+use sha2::{Digest, Sha256};
+
+pub(crate) fn hostname() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    name.unwrap_or_else(|| "localhost".to_owned())
+}
+
+pub(crate) fn username() -> String {
+    let user = nix::unistd::User::from_uid(nix::unistd::getuid()).ok().flatten();
+    user.map_or_else(|| nix::unistd::getuid().to_string(), |user| user.name)
+}
+
+/// Changes with every start of the host's kernel.
+pub(crate) fn boot_id() -> Option<String> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(text.trim().to_owned())
+}
+
+/// A digest of `/etc/machine-id`, which itself is not to be shown around (`machine-id(5)`).
+pub(crate) fn machine() -> Option<String> {
+    let text = fs::read_to_string("/etc/machine-id").ok().filter(|text| !text.trim().is_empty())?;
+    let digest = Sha256::new().chain_update(b"kvmsnap lock ").chain_update(text.trim()).finalize();
+    Some(hex::encode(&digest[..16]))
+}
+
+/// When process `pid` of this host started, in clock ticks since boot (`proc_pid_stat(5)`, field 22).
+pub(crate) fn process_start(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program may contain anything, even parentheses: count from the last one.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_one_start_time() {
+        let start = process_start(std::process::id());
+        assert!(start.is_some_and(|start| start > 0));
+        assert_eq!(start, process_start(std::process::id()));
+        assert_eq!(process_start(u32::MAX), None);
+    }
+}

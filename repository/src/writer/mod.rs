@@ -1,0 +1,249 @@
+//! The parallel writer: chunks in, durable packs and index out.
+//!
+//! ```text
+//! submit ─► queue (bytes) ─► workers: zero? hash, known?, compress + seal into their own pack
+//!                                └─► queue (packs) ─► uploader: name, write, fsync, index
+//! ```
+//! Memory: the queue of chunks, and for each worker and for the uploader twice a pack buffer of
+//! `pack_len` plus one chunk; with two threads and 16 MiB packs about 32 + 4 × 17 MiB, and about 40
+//! bytes for each blob that this run stored.
+
+mod builder;
+mod queue;
+mod shared;
+mod uploader;
+mod worker;
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use zstd::bulk::Compressor;
+
+use self::{
+    builder::PackBuilder,
+    shared::{Job, Shared},
+};
+use crate::{BlobId, BlobKind, Index, Repository, RepositoryError, Tree};
+
+/// How a [`Writer`] works.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct WriterOptions {
+    /// Threads that hash, compress and seal.
+    pub threads: usize,
+    /// A pack ends when it has so many bytes.
+    pub pack_len: usize,
+    /// Level of zstd.
+    pub level: i32,
+    /// Bytes of chunks that wait; [`Writer::submit`] blocks above.
+    pub queue_len: usize,
+    /// How long to wait for a store that takes nothing before giving up.
+    pub stall_timeout: Duration,
+    /// An index file is written at the latest this long after a pack.
+    pub index_every: Duration,
+}
+
+impl Default for WriterOptions {
+    fn default() -> Self {
+        Self {
+            threads: thread::available_parallelism().map_or(2, Into::into),
+            pack_len: 16 << 20,
+            level: 1,
+            queue_len: 32 << 20,
+            stall_timeout: Duration::from_secs(120),
+            index_every: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+/// What became of a submitted chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// As submitted.
+    pub disk: u32,
+    /// As submitted.
+    pub chunk: u64,
+    /// The blob that holds it.
+    pub id: BlobId,
+    /// The repository did not have it.
+    pub fresh: bool,
+    /// Bytes it takes in a pack; 0 if it is not fresh.
+    pub stored_len: u32,
+}
+
+/// What a writer did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WriterStats {
+    /// Chunks and blobs that were handed in.
+    pub blobs: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of them that were new.
+    pub fresh_blobs: u64,
+    /// Plain bytes of those.
+    pub fresh_bytes: u64,
+    /// Chunks that were all zero.
+    pub zero_blobs: u64,
+    /// Packs written.
+    pub packs: u64,
+    /// Index files written.
+    pub index_files: u64,
+    /// Bytes of all files written.
+    pub stored_bytes: u64,
+}
+
+impl WriterStats {
+    fn count(&mut self, len: usize, fresh: bool, zero: bool) {
+        self.blobs += 1;
+        self.bytes += len as u64;
+        self.zero_blobs += u64::from(zero);
+        if fresh {
+            self.fresh_blobs += 1;
+            self.fresh_bytes += len as u64;
+        }
+    }
+}
+
+/// Stores chunks, blobs and trees. May be used from many threads.
+///
+/// After a failure every further call fails with the cause. Dropping a writer leaves only complete
+/// packs behind that nothing mentions; only [`Writer::finish`] makes what was stored known.
+pub struct Writer {
+    shared: Arc<Shared>,
+    trees: Mutex<Option<TreePack>>,
+}
+
+struct TreePack {
+    builder: PackBuilder,
+    compressor: Compressor<'static>,
+}
+
+impl Writer {
+    /// Starts the threads. The repository should be locked. Leftovers of killed writers are swept.
+    pub fn new(
+        repository: &Repository,
+        index: Arc<Index>,
+        options: WriterOptions,
+    ) -> Result<Self, RepositoryError> {
+        if let Err(error) = repository.backend().sweep() {
+            tracing::warn!(%error, "cannot remove leftovers of killed writers");
+        }
+        let shared = Arc::new(Shared::new(repository, index, options));
+        // From here on dropping it stops the threads that have been started.
+        let writer = Self { shared: Arc::clone(&shared), trees: Mutex::default() };
+        for number in 0..shared.options.threads.max(1) {
+            let shared = Arc::clone(&shared);
+            shared.clone().spawn(&format!("pack {number}"), move || worker::run(&shared))?;
+        }
+        shared.clone().spawn("upload", move || uploader::run(&shared))?;
+        Ok(writer)
+    }
+
+    /// Hands in a chunk; waits while the queue is full. [`Writer::drain`] tells its id.
+    pub fn submit(&self, disk: u32, chunk: u64, data: Bytes) -> Result<(), RepositoryError> {
+        self.shared.submit(Job { plain: data, id: None, report: Some((disk, chunk)) })
+    }
+
+    /// Waits until all chunks handed in have their ids, and returns those not returned before, in
+    /// no particular order. They are durable only after [`Writer::finish`].
+    pub fn drain(&self) -> Result<Vec<Stored>, RepositoryError> {
+        self.shared.wait_until_processed()?;
+        self.stored()
+    }
+
+    /// The chunks that got their ids since the last call; does not wait.
+    pub fn stored(&self) -> Result<Vec<Stored>, RepositoryError> {
+        self.shared.check()?;
+        Ok(self.shared.take_stored())
+    }
+
+    /// The id of a chunk of `len` zeros, which is stored if the repository lacks it.
+    pub fn zero_id(&self, len: u32) -> Result<BlobId, RepositoryError> {
+        self.shared.check()?;
+        if let Some(id) = self.shared.known_zero(len) {
+            return Ok(id);
+        }
+        let zeros = Bytes::from(vec![0; len as usize]);
+        let id = BlobId::of(&zeros);
+        self.shared.submit(Job { plain: zeros, id: Some(id), report: None })?;
+        self.shared.remember_zero(len, id);
+        Ok(id)
+    }
+
+    /// Stores a blob of data, such as a small file.
+    pub fn save_blob(&self, content: Bytes) -> Result<BlobId, RepositoryError> {
+        let id = BlobId::of(&content);
+        self.shared.submit(Job { plain: content, id: Some(id), report: None })?;
+        Ok(id)
+    }
+
+    /// Stores a folder.
+    pub fn save_tree(&self, tree: &Tree) -> Result<BlobId, RepositoryError> {
+        self.shared.check()?;
+        let json = tree.to_json();
+        let id = BlobId::of(&json);
+        let fresh = self.shared.claim(BlobKind::Tree, &id);
+        self.shared.count(json.len(), fresh, false);
+        if !fresh {
+            return Ok(id);
+        }
+        let stored = self.add_tree(id, &json);
+        // The id counts as stored from now on, so without the blob nothing may be recorded.
+        stored.map_err(|error| self.shared.fail(error))?;
+        Ok(id)
+    }
+
+    /// Makes everything durable: packs first, then the index. Only after this may a snapshot refer
+    /// to what was stored.
+    pub fn finish(self) -> Result<WriterStats, RepositoryError> {
+        self.shared.check()?;
+        self.shared.jobs.close();
+        self.shared.wait_for_workers()?;
+        let leftover = self.shared.leftover.lock().expect("no panic while locked").take();
+        if let Some(builder) = leftover {
+            self.shared.upload(builder)?;
+        }
+        let trees = self.trees.lock().expect("no panic while locked").take();
+        if let Some(TreePack { builder, .. }) = trees {
+            self.shared.upload(builder)?;
+        }
+        self.shared.uploads.close();
+        self.shared.wait_for_threads()?;
+        Ok(self.shared.stats())
+    }
+
+    fn add_tree(&self, id: BlobId, json: &[u8]) -> Result<(), RepositoryError> {
+        let mut trees = self.trees.lock().expect("no panic while locked");
+        let mut pack = match trees.take() {
+            Some(pack) => pack,
+            None => TreePack {
+                builder: PackBuilder::new(BlobKind::Tree, Vec::new()),
+                compressor: self.shared.compressor()?,
+            },
+        };
+        pack.builder.add(self.shared.key(), &mut pack.compressor, id, json)?;
+        if pack.builder.len() >= self.shared.options.pack_len {
+            let next = PackBuilder::new(BlobKind::Tree, Vec::new());
+            self.shared.upload(std::mem::replace(&mut pack.builder, next))?;
+        }
+        *trees = Some(pack);
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.shared.stop();
+    }
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").field("options", &self.shared.options).finish_non_exhaustive()
+    }
+}

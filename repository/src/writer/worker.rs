@@ -1,0 +1,111 @@
+//! A worker: zero check, hash, deduplication, compression, sealing, into a pack of its own.
+
+use zstd::bulk::Compressor;
+
+use super::{
+    Stored,
+    builder::PackBuilder,
+    shared::{Job, Shared},
+};
+use crate::{BlobId, BlobKind, RepositoryError};
+
+/// Works until there are no more jobs, then hands on its unfinished pack.
+pub(super) fn run(shared: &Shared) -> Result<(), RepositoryError> {
+    let mut worker =
+        Worker { shared, builder: new_builder(shared), compressor: shared.compressor()? };
+    while let Some(job) = shared.jobs.pop() {
+        worker.process(&job)?;
+    }
+    shared.check()?;
+    worker.hand_on()
+}
+
+struct Worker<'a> {
+    shared: &'a Shared,
+    builder: PackBuilder,
+    compressor: Compressor<'static>,
+}
+
+impl Worker<'_> {
+    fn process(&mut self, job: &Job) -> Result<(), RepositoryError> {
+        let len = job.plain.len();
+        let zero = is_zero(&job.plain);
+        let id = match job.id {
+            Some(id) => id,
+            None if zero => self.zero_id(job),
+            None => BlobId::of(&job.plain),
+        };
+        let fresh = self.shared.claim(BlobKind::Data, &id);
+        let mut stored_len = 0;
+        if fresh {
+            let key = self.shared.key();
+            stored_len = self.builder.add(key, &mut self.compressor, id, &job.plain)?;
+            if self.builder.len() >= self.shared.options.pack_len {
+                let next = new_builder(self.shared);
+                self.shared.upload(std::mem::replace(&mut self.builder, next))?;
+            }
+        }
+        let report = |(disk, chunk)| Stored { disk, chunk, id, fresh, stored_len };
+        self.shared.done(len, fresh, zero, job.report.map(report));
+        Ok(())
+    }
+
+    /// Zeros of each length are hashed once. Who remembers an id stores it, or the writer fails.
+    fn zero_id(&self, job: &Job) -> BlobId {
+        let Ok(len) = u32::try_from(job.plain.len()) else { return BlobId::of(&job.plain) };
+        self.shared.known_zero(len).unwrap_or_else(|| {
+            let id = BlobId::of(&job.plain);
+            self.shared.remember_zero(len, id);
+            id
+        })
+    }
+
+    /// Unfinished packs are joined as long as they fit into one: a small backup makes one pack.
+    fn hand_on(mut self) -> Result<(), RepositoryError> {
+        let mut leftover = self.shared.leftover.lock().expect("no panic while locked");
+        match leftover.take() {
+            None => {
+                *leftover = Some(self.builder);
+                return Ok(());
+            }
+            Some(other) if other.len() + self.builder.len() <= self.shared.options.pack_len => {
+                self.builder.append(other);
+                *leftover = Some(self.builder);
+                return Ok(());
+            }
+            Some(other) => *leftover = Some(other),
+        }
+        drop(leftover);
+        self.shared.upload(self.builder)
+    }
+}
+
+fn new_builder(shared: &Shared) -> PackBuilder {
+    let kept = shared.buffers.lock().expect("no panic while locked").pop();
+    PackBuilder::new(BlobKind::Data, kept.unwrap_or_default())
+}
+
+/// Whether all bytes are zero; stops early, for most data differs in the first few.
+fn is_zero(bytes: &[u8]) -> bool {
+    let mut blocks = bytes.chunks_exact(256);
+    let any = |block: &[u8]| block.iter().fold(0, |any, byte| any | byte) != 0;
+    !blocks.by_ref().any(any) && !any(blocks.remainder())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_zero;
+
+    #[test]
+    fn one_byte_anywhere_is_not_zero() {
+        for len in [0, 1, 255, 256, 257, 1000] {
+            let mut bytes = vec![0; len];
+            assert!(is_zero(&bytes));
+            for at in 0..len {
+                bytes[at] = 0x80;
+                assert!(!is_zero(&bytes), "byte {at} of {len}");
+                bytes[at] = 0;
+            }
+        }
+    }
+}

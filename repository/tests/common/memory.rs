@@ -1,0 +1,106 @@
+//! A repository in memory, whose files can be damaged and whose calls can be made to fail.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use repository::{Backend, BackendError, FileId, FileKind, FileRef};
+
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) files: Mutex<BTreeMap<(FileKind, FileId), Vec<u8>>>,
+    /// Effects (write, remove) so far.
+    pub(crate) effects: AtomicU64,
+    /// The effect, counted from 1, from which on all fail; 0 for never.
+    pub(crate) fail_from: AtomicU64,
+    /// The effect after which they work again.
+    pub(crate) fail_until: AtomicU64,
+    pub(crate) error: Mutex<Option<io::ErrorKind>>,
+}
+
+impl Memory {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Fails effects `from..=until`, counted from 1 beginning now.
+    pub(crate) fn fail(&self, from: u64, until: u64, error: io::ErrorKind) {
+        self.effects.store(0, Ordering::SeqCst);
+        self.fail_until.store(until, Ordering::SeqCst);
+        self.fail_from.store(from, Ordering::SeqCst);
+        *self.error.lock().unwrap() = Some(error);
+    }
+
+    pub(crate) fn names(&self) -> Vec<(FileKind, FileId)> {
+        self.files.lock().unwrap().keys().copied().collect()
+    }
+
+    fn effect(&self, operation: &'static str, file: &str) -> Result<(), BackendError> {
+        let number = self.effects.fetch_add(1, Ordering::SeqCst) + 1;
+        let from = self.fail_from.load(Ordering::SeqCst);
+        if from == 0 || number < from || number > self.fail_until.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let kind = self.error.lock().unwrap().expect("set by `fail`");
+        let source = Arc::new(io::Error::from(kind));
+        Err(BackendError::Io { operation, file: file.to_owned(), source })
+    }
+}
+
+fn missing(kind: FileKind, id: &FileId) -> BackendError {
+    BackendError::NotFound { file: FileRef { kind, id: *id }.to_string() }
+}
+
+impl Backend for Memory {
+    fn list(&self, kind: FileKind) -> Result<Vec<(FileId, u64)>, BackendError> {
+        let files = self.files.lock().unwrap();
+        let of_kind = files.iter().filter(|((of, _), _)| *of == kind);
+        Ok(of_kind.map(|((_, id), content)| (*id, content.len() as u64)).collect())
+    }
+
+    fn read(&self, kind: FileKind, id: &FileId) -> Result<Vec<u8>, BackendError> {
+        self.files.lock().unwrap().get(&(kind, *id)).cloned().ok_or(missing(kind, id))
+    }
+
+    fn read_range(
+        &self,
+        kind: FileKind,
+        id: &FileId,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), BackendError> {
+        let files = self.files.lock().unwrap();
+        let content = files.get(&(kind, *id)).ok_or(missing(kind, id))?;
+        let end = offset + buffer.len() as u64;
+        let found = content.get(offset as usize..end as usize);
+        let file = FileRef { kind, id: *id }.to_string();
+        buffer.copy_from_slice(found.ok_or(BackendError::Truncated { file, end })?);
+        Ok(())
+    }
+
+    fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError> {
+        let file = FileRef { kind, id: *id }.to_string();
+        self.effect("write", &file)?;
+        let mut files = self.files.lock().unwrap();
+        if kind == FileKind::Config && files.contains_key(&(kind, *id)) {
+            return Err(BackendError::Exists { file });
+        }
+        files.insert((kind, *id), content.to_vec());
+        Ok(())
+    }
+
+    fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
+        self.effect("remove", &FileRef { kind, id: *id }.to_string())?;
+        let removed = self.files.lock().unwrap().remove(&(kind, *id));
+        removed.map(drop).ok_or(missing(kind, id))
+    }
+
+    fn location(&self) -> String {
+        "memory".to_owned()
+    }
+}
