@@ -6,7 +6,8 @@ mod handshake;
 mod owner;
 
 use std::{
-    fmt,
+    fmt, io,
+    os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::{
         Arc,
@@ -96,6 +97,7 @@ struct Shared {
     urgent: mpsc::Sender<Handover>,
     events: broadcast::WeakSender<Event>,
     ending: watch::Receiver<Option<Ending>>,
+    held: OwnedFd,
 }
 
 /// The way a reply comes back to the future that waits for it.
@@ -116,6 +118,9 @@ impl Qmp {
     pub async fn connect(socket: &Path, options: Options) -> Result<Self, QmpError> {
         let peer = handshake::open(socket, options).await?;
         debug!(socket = %socket.display(), version = %peer.greeting.version, oob = peer.oob, "monitor");
+        let held = peer.stream.as_fd().try_clone_to_owned();
+        let held =
+            held.map_err(|source| QmpError::Connect { socket: socket.to_owned(), source })?;
         let (in_band, in_band_queue) = mpsc::channel(CALLS_WAITING_MAX);
         let (urgent, urgent_queue) = mpsc::channel(owner::PENDING_MAX);
         let (events, _) = broadcast::channel(EVENTS_KEPT);
@@ -129,6 +134,7 @@ impl Qmp {
             urgent,
             events: events.downgrade(),
             ending,
+            held,
         };
         let owner = Owner::new(peer.stream, peer.framer, in_band_queue, urgent_queue, events);
         tokio::spawn(owner.run(ending_sender, options.timeout));
@@ -174,8 +180,9 @@ impl Qmp {
     /// several writes only where it has more than eight commands, QEMU's limit, or more than one file
     /// descriptor. Nothing is handed over unless all of it is.
     ///
-    /// Mind that QEMU forgets commands it has not begun when its client goes away: a process that is
-    /// killed here may have had `stop` carried out but not `cont`.
+    /// That alone does not make a list survive this process: QEMU forgets what it has not begun when
+    /// its client goes away (`CHR_EVENT_CLOSED` in `monitor/qmp.c`; tried with 7.2: of `stop`, a slow
+    /// command and `cont`, `cont` is lost). [`Qmp::hold_open`] does.
     pub async fn execute_all(&self, commands: Vec<Command>) -> Vec<Result<Value, QmpError>> {
         let (entries, tickets): (Vec<_>, Vec<_>) =
             commands.into_iter().map(|command| self.prepare(command)).unzip();
@@ -198,6 +205,17 @@ impl Qmp {
             Some(events) => events.subscribe(),
             None => broadcast::channel(1).1, // its sender is gone: closed, like the connection
         }
+    }
+
+    /// A duplicate of the connection, for another process (a watchdog) to keep and never to read or
+    /// write. If this process is killed, QEMU sees its client only go when the other process closes
+    /// the duplicate or exits, and until then carries out all that it was sent. When this
+    /// connection ends in order, it ends for the duplicates too.
+    ///
+    /// # Errors
+    /// When this process may not open more files.
+    pub fn hold_open(&self) -> io::Result<OwnedFd> {
+        self.shared.held.try_clone()
     }
 
     /// Waits until the connection has ended, and says why.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, Shutdown, UnixAddr, sendmsg, shutdown};
 use tokio::{
     io::Interest,
     net::UnixStream,
@@ -231,6 +231,14 @@ impl Owner {
             }
             Err(e) => Err(Ending::Io { kind: e.kind() }),
         }
+    }
+}
+
+impl Drop for Owner {
+    /// Ends the connection for its duplicates too, so that QEMU can serve the next client.
+    fn drop(&mut self) {
+        // Fails only where the connection has ended already.
+        let _ = shutdown(self.stream.as_raw_fd(), Shutdown::Both);
     }
 }
 
