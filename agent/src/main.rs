@@ -1,2 +1,70 @@
-//! kvmsnap.
-fn main() {}
+//! The program `kvmsnap`: what to back up, when, how, and what the user sees.
+#![expect(
+    unreachable_pub,
+    reason = "a program has no outside: `pub` says what sibling modules use"
+)]
+
+mod backup;
+mod capture;
+mod catalog;
+mod cli;
+mod effect;
+mod error;
+mod hypervisor;
+mod journal;
+mod location;
+mod lock;
+mod manifest;
+mod names;
+mod plan;
+mod progress;
+mod quiesce;
+mod read;
+mod recover;
+mod restore;
+mod store;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    start_log(cli.log_filter());
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.into()),
+    };
+    let outcome = runtime.block_on(async {
+        // Writing past a file size limit becomes an error instead of the end of the process.
+        let _past_limit = signal(SignalKind::from_raw(nix::libc::SIGXFSZ));
+        cli.run().await
+    });
+    // Threads that still read or store have nothing left to do.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::from(error::DONE),
+        Err(error) if error.is_closed_pipe() => ExitCode::from(error::DONE),
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &error::CommandError) -> ExitCode {
+    // With standard error gone there is nobody to tell; the exit code still says it.
+    let _ = std::io::stderr().write_all(error::describe(error).as_bytes());
+    ExitCode::from(error.code())
+}
+
+fn start_log(filter: &str) {
+    let filter = EnvFilter::try_from_env("KVMSNAP_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .init();
+}

@@ -1,0 +1,585 @@
+//! The flow of a backup:
+//!
+//! ```text
+//! discover ─► quiesce ─► point in time ─► thaw ─► read ─► store ─► release ─► record ─► advance
+//! ```
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use repository::{BlobId, FileId, Index, Lock, Repository, RepositoryError};
+
+use crate::catalog::{Backup, Catalog, CatalogError, is_of};
+use crate::hypervisor::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
+use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
+use crate::manifest::{DiskManifest, Kind, Manifest, Method};
+use crate::names::{BitmapNames, DiskName, DomainName, RunId};
+use crate::plan::{DISK_SIZE_MAX, Decision, decide, stale_bitmaps};
+use crate::progress::Progress;
+use crate::quiesce::{self, QuiesceError, quiesce};
+use crate::read::chunk_map::{ChunkMap, Fate};
+use crate::read::pace::Pace;
+use crate::read::{Limits, ReadError, Source, Stream};
+use crate::recover;
+use crate::store::{Durable, Store, Stored};
+
+/// Why a backup stopped. Fields, not sentences: callers match on them.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackupError {
+    /// QEMU could not be asked or changed.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// The guest could not be made consistent.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// The point in time could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The repository failed.
+    #[error("cannot store the backup")]
+    Store(#[from] RepositoryError),
+    /// Earlier backups could not be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The undo record could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// QEMU ended while its guest was backed up.
+    #[error("domain `{domain}` died during the backup")]
+    Died {
+        /// The domain.
+        domain: DomainName,
+        /// How it showed.
+        source: Box<BackupError>,
+    },
+    /// There is nothing to back up.
+    #[error("domain `{domain}` has no disk to back up{}", reasons(.skipped))]
+    NoDisk {
+        /// The domain.
+        domain: DomainName,
+        /// What was left out, and why.
+        skipped: Vec<(String, String)>,
+    },
+    /// A disk that was asked for is not there.
+    #[error("domain `{domain}` has no disk `{disk}`")]
+    UnknownDisk {
+        /// The domain.
+        domain: DomainName,
+        /// What was asked for.
+        disk: DiskName,
+        /// What there is.
+        known: Vec<DiskName>,
+    },
+    /// A disk is larger than a snapshot can describe.
+    #[error("disk `{disk}` has {size} bytes, at most {} TiB can be backed up", DISK_SIZE_MAX >> 40)]
+    TooLarge {
+        /// The disk.
+        disk: DiskName,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// The user or the system asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+fn reasons(skipped: &[(String, String)]) -> String {
+    let reasons: Vec<_> =
+        skipped.iter().map(|(device, reason)| format!("{device}: {reason}")).collect();
+    match reasons.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", reasons.join("; ")),
+    }
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Read everything, whatever the bitmaps say.
+    pub full: bool,
+    /// Whether the guest is frozen.
+    pub quiesce: quiesce::Mode,
+    /// The guest agent's socket.
+    pub agent: Option<PathBuf>,
+    /// Only these disks; all where empty.
+    pub disks: Vec<DiskName>,
+    /// What the user allows.
+    pub limits: Limits,
+    /// Longest time without an answer of QEMU's export.
+    pub timeout: Duration,
+}
+
+/// The repository that a backup goes to, locked.
+#[derive(Debug)]
+pub struct Target {
+    /// The repository.
+    pub repository: Repository,
+    /// Its index.
+    pub index: Arc<Index>,
+    /// The lock on it.
+    pub lock: Lock,
+}
+
+/// This host.
+#[derive(Debug)]
+pub struct Host {
+    /// Its name.
+    pub name: String,
+    /// What must be undone.
+    pub journal: Journal,
+    /// QEMU's monitor.
+    pub monitor: PathBuf,
+}
+
+/// A backup about to be made: the machine, the earlier backup it continues, and what will be done.
+#[derive(Debug)]
+pub struct Plan {
+    /// What the backup will be called.
+    pub domain: DomainName,
+    /// The machine.
+    pub machine: Machine,
+    /// The backup that this one continues.
+    pub parent: Option<Backup>,
+    /// For each disk, how it is read.
+    pub disks: Vec<PlannedDisk>,
+}
+
+/// A disk about to be backed up.
+#[derive(Debug)]
+pub struct PlannedDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// How it is read.
+    pub decision: Decision,
+    /// Its chunks in the parent.
+    content: Vec<BlobId>,
+}
+
+/// A backup that exists, and whether the guest was left as it was found.
+#[derive(Debug)]
+pub struct Finished {
+    /// The snapshot's id.
+    pub id: FileId,
+    /// Its record.
+    pub manifest: Manifest,
+    /// What could not be cleaned up; the journal keeps it for the next run.
+    pub leftover: Option<HypervisorError>,
+}
+
+/// Decides what a backup of a machine would do. Changes nothing.
+///
+/// # Errors
+/// [`BackupError`] for disks that cannot be backed up and parents that cannot be read.
+pub fn plan(
+    machine: Machine,
+    domain: DomainName,
+    catalog: &Catalog,
+    index: &Index,
+    request: &Request,
+) -> Result<Plan, BackupError> {
+    for disk in &request.disks {
+        if !machine.disks.iter().any(|known| &known.target == disk) {
+            let known = machine.disks.iter().map(|known| known.target.clone()).collect();
+            return Err(BackupError::UnknownDisk { domain, disk: disk.clone(), known });
+        }
+    }
+    let wanted = |disk: &&Disk| request.disks.is_empty() || request.disks.contains(&disk.target);
+    let disks: Vec<Disk> = machine.disks.iter().filter(wanted).cloned().collect();
+    if disks.is_empty() {
+        let skipped = machine.skipped.into_iter().map(|s| (s.device, s.reason)).collect();
+        return Err(BackupError::NoDisk { domain, skipped });
+    }
+    if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
+        return Err(BackupError::TooLarge { disk: disk.target.clone(), size: disk.size });
+    }
+    let parent = find_parent(&domain, &machine.uuid, &disks, catalog)?;
+    let planned =
+        disks.into_iter().map(|disk| plan_disk(disk, parent.as_ref(), catalog, index, request));
+    let disks = planned.collect::<Result<_, _>>()?;
+    Ok(Plan { domain, machine, parent, disks })
+}
+
+/// The backup to continue: the last one whose dirty bitmaps the machine still has, for a clock can
+/// jump but a random name cannot; else the last one.
+fn find_parent(
+    domain: &DomainName,
+    uuid: &str,
+    disks: &[Disk],
+    catalog: &Catalog,
+) -> Result<Option<Backup>, BackupError> {
+    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
+    for error in broken {
+        tracing::warn!(%error, "an earlier backup is passed over");
+    }
+    backups.retain(|backup| backup.manifest.uuid == uuid);
+    let continues = |backup: &Backup| {
+        disks.iter().any(|disk| {
+            let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target);
+            decide(disk, earlier, false).bitmap_old.is_some()
+        })
+    };
+    let position = backups.iter().rposition(continues);
+    Ok(match position {
+        Some(position) => Some(backups.swap_remove(position)),
+        None => backups.pop(),
+    })
+}
+
+fn plan_disk(
+    disk: Disk,
+    parent: Option<&Backup>,
+    catalog: &Catalog,
+    index: &Index,
+    request: &Request,
+) -> Result<PlannedDisk, BackupError> {
+    let earlier = parent.and_then(|parent| {
+        parent.manifest.disks.iter().find(|earlier| earlier.target == disk.target)
+    });
+    let mut decision = decide(&disk, earlier, request.full);
+    let mut content = Vec::new();
+    if let (Kind::Incremental, Some(parent)) = (decision.kind, parent) {
+        // What is inherited unread must be there to the last chunk.
+        let damage = match catalog.content(parent, &disk.target) {
+            Ok(chunks) => {
+                let missing = chunks.iter().filter(|id| !index.contains(id)).count();
+                content = chunks;
+                (missing > 0).then(|| format!("the repository lacks {missing} of its chunks"))
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(damage) = damage {
+            tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
+            decision.kind = Kind::Rescan;
+            decision.reason = format!("the last backup is damaged: {damage}");
+            decision.bitmap_old = None;
+        }
+    }
+    Ok(PlannedDisk { disk, decision, content })
+}
+
+/// Makes the backup. `before` is what the guest had done on its disks a moment ago, to know its
+/// latency without us. When `interrupt` is ready the backup ends and the guest is let go.
+///
+/// # Errors
+/// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
+/// was, unless a record in the journal says what is left.
+pub async fn run<H: Hypervisor>(
+    hypervisor: &H,
+    plan: &Plan,
+    before: GuestIo,
+    target: &Target,
+    host: &Host,
+    request: &Request,
+    progress: &Progress,
+    interrupt: impl Future<Output = ()>,
+) -> Result<Finished, BackupError> {
+    let names = BitmapNames::of_repository(target.repository.id());
+    let mut recorded =
+        host.journal.begin(record(hypervisor, plan, &names, target, host, request))?;
+    let mut run = Run { hypervisor, plan, before, target, host, request, progress };
+    let outcome = tokio::select! {
+        outcome = run.capture_and_store(&mut recorded) => outcome,
+        () = interrupt => Err(BackupError::Interrupted),
+    };
+    progress.phase("releasing the guest");
+    let released = hypervisor.release(&recorded).await;
+    match outcome {
+        Ok((durable, manifest)) => {
+            let id = run.record(&mut recorded, durable).await?;
+            let leftover = run.advance(&recorded, released, &names).await;
+            if leftover.is_none() {
+                host.journal.clear(&recorded)?;
+            }
+            Ok(Finished { id, manifest, leftover })
+        }
+        Err(error) => Err(run.roll_back(&recorded, released, error).await),
+    }
+}
+
+fn record<H: Hypervisor>(
+    hypervisor: &H,
+    plan: &Plan,
+    names: &BitmapNames,
+    target: &Target,
+    host: &Host,
+    request: &Request,
+) -> Record {
+    let run = RunId::random();
+    let disk_record = |(index, planned): (usize, &PlannedDisk)| {
+        let mut record = hypervisor.names(&run, index, &planned.disk);
+        record.bitmap_new = planned.decision.tracked.then(|| names.begun_by(&run));
+        record.bitmap_old.clone_from(&planned.decision.bitmap_old);
+        record.bitmap_export =
+            planned.decision.bitmap_old.as_ref().map(|_| format!("kvmsnap-{run}-export"));
+        record
+    };
+    Record {
+        pid: std::process::id(),
+        started: Timestamp::now(),
+        domain: plan.domain.clone(),
+        uuid: plan.machine.uuid.clone(),
+        monitor: host.monitor.clone(),
+        agent: request.agent.clone().filter(|_| request.quiesce != quiesce::Mode::No),
+        repository_id: target.repository.id().to_owned(),
+        phase: Phase::Capturing,
+        guest_runs: plan.machine.runs,
+        holds_guest: false,
+        nbd_server: false,
+        disks: plan.disks.iter().enumerate().map(disk_record).collect(),
+        run,
+    }
+}
+
+/// What the stages of one backup share.
+struct Run<'a, H> {
+    hypervisor: &'a H,
+    plan: &'a Plan,
+    before: GuestIo,
+    target: &'a Target,
+    host: &'a Host,
+    request: &'a Request,
+    progress: &'a Progress,
+}
+
+/// A disk of the point in time, mapped.
+struct Mapped {
+    source: Source,
+    map: ChunkMap,
+    decision: Decision,
+    bytes_audited: u64,
+}
+
+impl<H: Hypervisor> Run<'_, H> {
+    async fn capture_and_store(
+        &mut self,
+        recorded: &mut Recorded,
+    ) -> Result<(Durable, Manifest), BackupError> {
+        let start = Instant::now();
+        let (cut, quiesced) = self.point_in_time(recorded).await?;
+        self.host.journal.update(recorded, |record| {
+            record.holds_guest = false;
+            record.nbd_server = true;
+        })?;
+        let exports = self.hypervisor.export(recorded).await?;
+        self.progress.phase("mapping");
+        let mut disks = Vec::new();
+        let mut warnings = quiesced.warnings;
+        for (index, planned) in self.plan.disks.iter().enumerate() {
+            disks.push(self.map(index, planned, &exports, &mut warnings).await?);
+        }
+        let (stored, bytes_read) = self.read(&disks).await?;
+        self.hypervisor.confirm(recorded).await?;
+        for disk in &disks {
+            disk.source.disconnect().await;
+        }
+        self.progress.phase("storing");
+        let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
+        let tracked = disks.iter().any(|disk| disk.decision.tracked);
+        let mut contents = Vec::new();
+        let mut manifests = Vec::new();
+        for (index, disk) in disks.iter().enumerate() {
+            let planned = &self.plan.disks[index];
+            contents.push(stored.content(index as u32, &disk.map, &planned.content)?);
+            manifests.push(DiskManifest {
+                target: planned.disk.target.clone(),
+                size: planned.disk.size,
+                chunk_size: disk.decision.chunk_size,
+                format: planned.disk.driver.clone(),
+                image: planned.disk.image.as_ref().map(|path| path.display().to_string()),
+                kind: disk.decision.kind,
+                reason: disk.decision.reason.clone(),
+                bitmap: recorded.record().disks[index].bitmap_new.clone(),
+                bytes_changed: disk.map.bytes_dirty(),
+                bytes_read: bytes_read[index],
+                bytes_zero: disk.map.bytes(Fate::Zero),
+                bytes_audited: disk.bytes_audited,
+                bytes_stored: stored.bytes_stored(index as u32),
+            });
+        }
+        let manifest = Manifest {
+            version: Manifest::VERSION,
+            program: concat!("kvmsnap ", env!("CARGO_PKG_VERSION")).to_owned(),
+            run: recorded.record().run.clone(),
+            domain: self.plan.domain.clone(),
+            uuid: self.plan.machine.uuid.clone(),
+            host: self.host.name.clone(),
+            time: cut.time,
+            kind,
+            method: if tracked { Method::Bitmap } else { Method::Pull },
+            consistency: quiesced.consistency,
+            parent: self.plan.parent.as_ref().map(|parent| parent.id.to_string()),
+            freeze_ms: quiesced.frozen.map(millis),
+            pause_ms: cut.pause.map(millis),
+            duration_ms: millis(start.elapsed()),
+            warnings,
+            disks: manifests,
+        };
+        let durable = stored.finish(manifest.clone(), contents).await?;
+        Ok((durable, manifest))
+    }
+
+    /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
+    async fn point_in_time(
+        &self,
+        recorded: &mut Recorded,
+    ) -> Result<(Cut, quiesce::Outcome), BackupError> {
+        self.progress.phase("preparing");
+        let disks: Vec<Disk> = self.plan.disks.iter().map(|planned| planned.disk.clone()).collect();
+        self.hypervisor.prepare(recorded, &disks).await?;
+        self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
+        self.progress.phase("taking the point in time");
+        let agent = self.request.agent.as_deref();
+        let (mode, runs) = (self.request.quiesce, self.plan.machine.runs);
+        let mut quiesced = quiesce(mode, agent, &self.host.monitor, runs).await?;
+        let cut = match quiesced.will_pause().await {
+            Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
+            Err(error) => Err(error.into()),
+        };
+        let thawed = quiesced.thaw().await;
+        Ok((cut?, thawed?))
+    }
+
+    /// Finds out what of a disk is to be read, and whether its bitmap can be believed.
+    async fn map(
+        &self,
+        index: usize,
+        planned: &PlannedDisk,
+        exports: &Exports,
+        warnings: &mut Vec<String>,
+    ) -> Result<Mapped, BackupError> {
+        let (disk, mut decision) = (&planned.disk, planned.decision.clone());
+        let export = &exports.disks[index];
+        let timeout = self.request.timeout;
+        let source = Source::connect(exports, export, &disk.target, disk.size, timeout).await?;
+        let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
+        let mut map = source.map(decision.chunk_size, parent_size).await?;
+        let mut bytes_audited = 0;
+        if decision.kind == Kind::Incremental {
+            let (bytes, differs) = source.audit(&map, &planned.content).await?;
+            bytes_audited = bytes;
+            if let Some(chunk) = differs {
+                let offset = map.offset(chunk);
+                let what = format!(
+                    "disk `{}` differs at byte {offset} though its dirty bitmap says unchanged; \
+                     it was read whole",
+                    disk.target
+                );
+                tracing::error!("{what}");
+                warnings.push(what);
+                decision.kind = Kind::Rescan;
+                decision.reason = "the dirty bitmap lied: unchanged data differs".into();
+                map = source.map(decision.chunk_size, None).await?;
+            }
+        }
+        Ok(Mapped { source, map, decision, bytes_audited })
+    }
+
+    /// Reads all disks, one after the other, and stores what was read.
+    async fn read(&self, disks: &[Mapped]) -> Result<(Stored, Vec<u64>), BackupError> {
+        let chunk_sizes = disks.iter().map(|disk| disk.decision.chunk_size).collect();
+        let index = Arc::clone(&self.target.index);
+        let store = Store::start(&self.target.repository, index, chunk_sizes)?;
+        let now = self.hypervisor.guest_io().await?;
+        let mut pace = match self.plan.machine.runs {
+            true => Pace::new(self.before, now),
+            false => Pace::flat_out(),
+        };
+        self.progress.reading(disks.iter().map(|disk| disk.map.bytes(Fate::Read)).sum());
+        let mut bytes_read = Vec::new();
+        let mut stopped = None;
+        for (index, disk) in disks.iter().enumerate() {
+            let stream = Stream {
+                source: &disk.source,
+                disk: index as u32,
+                map: &disk.map,
+                limits: self.request.limits,
+                hypervisor: self.hypervisor,
+                sink: store.sink(),
+                progress: self.progress,
+            };
+            match stream.run(&mut pace).await {
+                Ok(bytes) => bytes_read.push(bytes),
+                Err(error) => {
+                    stopped = Some(error);
+                    break;
+                }
+            }
+        }
+        match (stopped, store.drain().await) {
+            (None, stored) => Ok((stored?, bytes_read)),
+            // The store knows better why it stopped.
+            (Some(ReadError::StoreStopped), Err(error)) => Err(error.into()),
+            (Some(error), _) => Err(error.into()),
+        }
+    }
+
+    /// Writes the snapshot file, last of all.
+    async fn record(
+        &self,
+        recorded: &mut Recorded,
+        durable: Durable,
+    ) -> Result<FileId, BackupError> {
+        self.progress.phase("recording");
+        self.target.lock.verify()?;
+        self.host.journal.update(recorded, |record| record.phase = Phase::Recording)?;
+        let id = durable.record(&self.target.repository).await?;
+        self.host.journal.update(recorded, |record| record.phase = Phase::Recorded)?;
+        Ok(id)
+    }
+
+    /// Drops the old bitmaps, now that nothing needs them. Returns what could not be cleaned up.
+    async fn advance(
+        &self,
+        recorded: &Recorded,
+        released: Result<(), HypervisorError>,
+        names: &BitmapNames,
+    ) -> Option<HypervisorError> {
+        let mut bitmaps = recover::obsolete_bitmaps(recorded.record());
+        for planned in &self.plan.disks {
+            let stale = stale_bitmaps(&planned.disk, names, None);
+            bitmaps.extend(stale.into_iter().map(|name| (planned.disk.format.clone(), name)));
+        }
+        match released {
+            Ok(()) => self.hypervisor.drop_bitmaps(&bitmaps).await.err(),
+            Err(error) => Some(error),
+        }
+    }
+
+    /// Drops the new bitmaps: the next backup reads by the old ones. Returns why the backup failed.
+    async fn roll_back(
+        &self,
+        recorded: &Recorded,
+        released: Result<(), HypervisorError>,
+        error: BackupError,
+    ) -> BackupError {
+        let bitmaps = recover::obsolete_bitmaps(recorded.record());
+        let undone = match released {
+            Ok(()) => self.hypervisor.drop_bitmaps(&bitmaps).await,
+            Err(error) => Err(error),
+        };
+        match undone {
+            Ok(()) => {
+                if let Err(left) = self.host.journal.clear(recorded) {
+                    tracing::warn!(error = %left, "an undo record of which nothing is left stays");
+                }
+                error
+            }
+            // All that was made in QEMU went with it. The next run clears the record.
+            Err(gone) if gone.is_gone() => {
+                BackupError::Died { domain: self.plan.domain.clone(), source: Box::new(error) }
+            }
+            Err(left) => {
+                tracing::error!(error = %left, "the guest is not as it was; the next run mends it");
+                error
+            }
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

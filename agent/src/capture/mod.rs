@@ -1,0 +1,229 @@
+//! Points in time. Every method ends in one NBD server with one export for each disk, and in a
+//! `release` that asks what exists and removes exactly that.
+
+pub mod filter;
+pub mod job;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::hypervisor::monitor::{Monitor, Step};
+use crate::hypervisor::{Disk, Export, Exports, HypervisorError};
+use crate::journal::{DiskRecord, Record, Recorded};
+use crate::names::RunId;
+
+/// Prefix of every node, export and job that a run makes; QEMU allows 31 bytes for a node-name.
+pub fn node_name(run: &RunId, role: char, index: usize) -> String {
+    format!("kvmsnap-{run}-{role}{index}")
+}
+
+/// A scratch file without a name: it can neither be left behind nor be opened by anybody else.
+///
+/// # Errors
+/// [`HypervisorError::Host`] when the folder takes no file.
+fn scratch_file(folder: &Path, disk: &Disk, len: u64) -> Result<File, HypervisorError> {
+    let host = |source| HypervisorError::Host {
+        step: format!("make a scratch file for `{}` in {}", disk.target, folder.display()),
+        source,
+    };
+    crate::effect::about_to("scratch: create").map_err(host)?;
+    let file = tempfile::tempfile_in(folder).map_err(host)?;
+    file.set_len(len).map_err(host)?;
+    Ok(file)
+}
+
+/// Where the scratch of a disk goes: the configured folder, else beside the image.
+fn scratch_folder(configured: Option<&Path>, disk: &Disk) -> PathBuf {
+    let beside = || disk.image.as_deref().and_then(Path::parent).map(Path::to_owned);
+    configured.map(Path::to_owned).or_else(beside).unwrap_or_else(std::env::temp_dir)
+}
+
+/// Adds a `file` node on an open file.
+async fn add_file_node(
+    monitor: &Monitor,
+    record: &Record,
+    node: &str,
+    file: File,
+) -> Result<(), HypervisorError> {
+    let tag = record.run.as_str();
+    let passed = monitor.pass_file(OwnedFd::from(file), tag).await?;
+    let arguments = json!({
+        "driver": "file", "node-name": node, "filename": passed.filename(), "discard": "unmap",
+    });
+    monitor.run(Step::new("add the scratch node", "blockdev-add", arguments)).await?;
+    monitor.forget_files(tag).await
+}
+
+/// Begins the new dirty bitmaps. Before the point in time is as good as at it: what is written in
+/// between is read once more by the next backup.
+async fn add_new_bitmaps(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
+    for disk in &record.disks {
+        if let Some(bitmap) = &disk.bitmap_new {
+            let what = format!("begin a dirty bitmap on `{}`", disk.disk);
+            let arguments = json!({"node": disk.format, "name": bitmap, "persistent": true});
+            monitor.run(Step::new(what, "block-dirty-bitmap-add", arguments)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies each old bitmap into a disabled one, as only a disabled one can be exported. After the
+/// point in time is as good as at it: what was written since is read as it was then.
+async fn add_export_bitmaps(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
+    for disk in &record.disks {
+        let (Some(old), Some(export)) = (&disk.bitmap_old, &disk.bitmap_export) else { continue };
+        let node = &disk.format;
+        let what = format!("copy the dirty bitmap of `{}`", disk.disk);
+        let actions = json!({"actions": [
+            {"type": "block-dirty-bitmap-add",
+             "data": {"node": node, "name": export, "disabled": true}},
+            {"type": "block-dirty-bitmap-merge",
+             "data": {"node": node, "target": export, "bitmaps": [old]}},
+        ]});
+        monitor.run(Step::new(what, "transaction", actions)).await?;
+    }
+    Ok(())
+}
+
+/// The folder of a run's socket.
+fn socket_folder(run_dir: &Path, run: &RunId) -> PathBuf {
+    run_dir.join(run.as_str())
+}
+
+/// Starts QEMU's NBD server on a socket that this process makes, so that QEMU's user needs no rights.
+async fn start_server(
+    monitor: &Monitor,
+    record: &Record,
+    run_dir: &Path,
+) -> Result<PathBuf, HypervisorError> {
+    let folder = socket_folder(run_dir, &record.run);
+    let socket = folder.join("nbd.sock");
+    let host = |source: io::Error| HypervisorError::Host {
+        step: format!("make the socket {}", socket.display()),
+        source,
+    };
+    crate::effect::about_to("socket: create").map_err(host)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(host)?;
+    let listener = UnixListener::bind(&socket).map_err(host)?;
+    let name = json!({"fdname": record.run.as_str()});
+    let step = Step::new("take the NBD socket", "getfd", name);
+    monitor.run(step.with_fd(OwnedFd::from(listener))).await?;
+    let address = json!({"addr": {"type": "fd", "data": {"str": record.run.as_str()}}});
+    monitor.run(Step::new("start its NBD server", "nbd-server-start", address)).await?;
+    Ok(socket)
+}
+
+/// Exports one node for each disk.
+async fn add_exports(
+    monitor: &Monitor,
+    recorded: &Recorded,
+    run_dir: &Path,
+    writable: bool,
+) -> Result<Exports, HypervisorError> {
+    let record = recorded.record();
+    let socket = start_server(monitor, record, run_dir).await?;
+    let mut disks = Vec::new();
+    for disk in &record.disks {
+        let name = &disk.snapshot;
+        let mut arguments = json!({
+            "type": "nbd", "id": name, "node-name": name, "name": name, "writable": writable,
+        });
+        if let Some(bitmap) = &disk.bitmap_export {
+            arguments["bitmaps"] = json!([{"node": disk.format, "name": bitmap}]);
+        }
+        let what = format!("export disk `{}`", disk.disk);
+        monitor.run(Step::new(what, "block-export-add", arguments)).await?;
+        let dirty_context =
+            disk.bitmap_export.as_ref().map(|bitmap| format!("qemu:dirty-bitmap:{bitmap}"));
+        disks.push(Export { name: name.clone(), dirty_context });
+    }
+    Ok(Exports { socket, disks })
+}
+
+/// Ends the exports and the server, whatever of them exists.
+async fn remove_exports(
+    monitor: &Monitor,
+    record: &Record,
+    run_dir: &Path,
+) -> Result<(), HypervisorError> {
+    for id in monitor.exports().await? {
+        if record.disks.iter().any(|disk| disk.snapshot == id) {
+            let arguments = json!({"id": id, "mode": "hard"});
+            monitor.run(Step::new("end an export", "block-export-del", arguments)).await?;
+            monitor.wait_export_gone(&id).await?;
+        }
+    }
+    let folder = socket_folder(run_dir, &record.run);
+    // The socket's folder exists as long as our server may. A server with exports of somebody else
+    // is not ours.
+    if record.nbd_server && folder.exists() && monitor.exports().await?.is_empty() {
+        let stop = Step::new("stop its NBD server", "nbd-server-stop", json!({}));
+        match monitor.run(stop).await {
+            Ok(_) | Err(HypervisorError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let close = json!({"fdname": record.run.as_str()});
+        // QEMU consumed the descriptor unless the run ended between the two commands.
+        match monitor.run(Step::new("close the NBD socket", "closefd", close)).await {
+            Ok(_) | Err(HypervisorError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    remove_socket(run_dir, &record.run)
+}
+
+/// Removes the socket of a run; also where QEMU has ended.
+///
+/// # Errors
+/// [`HypervisorError::Host`].
+pub fn remove_socket(run_dir: &Path, run: &RunId) -> Result<(), HypervisorError> {
+    let folder = socket_folder(run_dir, run);
+    match fs::remove_dir_all(&folder) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(HypervisorError::Host { step: format!("remove {}", folder.display()), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes the copies of the old bitmaps.
+async fn remove_export_bitmaps(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
+    let exported = |disk: &DiskRecord| Some((disk.format.clone(), disk.bitmap_export.clone()?));
+    let bitmaps: Vec<_> = record.disks.iter().filter_map(exported).collect();
+    remove_bitmaps(monitor, &bitmaps).await
+}
+
+/// Removes dirty bitmaps, each a node and a name, where they exist.
+///
+/// # Errors
+/// As [`Monitor::run`].
+pub async fn remove_bitmaps(
+    monitor: &Monitor,
+    bitmaps: &[(String, String)],
+) -> Result<(), HypervisorError> {
+    let graph = monitor.graph().await?;
+    for (node, name) in bitmaps {
+        if graph.bitmaps(node).iter().any(|bitmap| &bitmap.name == name) {
+            let arguments = json!({"node": node, "name": name});
+            let what = format!("remove the dirty bitmap `{name}`");
+            monitor.run(Step::new(what, "block-dirty-bitmap-remove", arguments)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes nodes, where they exist, in this order.
+async fn remove_nodes(monitor: &Monitor, nodes: &[&str]) -> Result<(), HypervisorError> {
+    let graph = monitor.graph().await?;
+    for node in nodes.iter().filter(|node| graph.contains(node)) {
+        let what = format!("remove the node `{node}`");
+        monitor.run_until_free(&what, "blockdev-del", json!({"node-name": node})).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,296 @@
+//! The backups in a repository: found, read and named.
+
+use std::fmt;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use repository::{BlobId, FileId, Index, Reader, Repository, RepositoryError, SnapshotFile};
+
+use crate::manifest::Manifest;
+use crate::names::DiskName;
+
+/// Tag of every snapshot that kvmsnap writes.
+pub const TAG: &str = "kvmsnap";
+/// Prefix of the tag that names the manifest's blob, so that a list need not read disks' trees.
+const TAG_MANIFEST: &str = "manifest=";
+/// Name of the manifest in a snapshot.
+pub const MANIFEST: &str = "manifest.json";
+/// Memory for manifests and trees; disks have their own readers.
+const CACHE_LEN: usize = 8 << 20;
+
+/// Why backups could not be found or read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CatalogError {
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    /// A manifest does not parse.
+    #[error("the manifest of snapshot {} cannot be read", short(.snapshot))]
+    Manifest {
+        /// The snapshot.
+        snapshot: FileId,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A manifest written by a newer program.
+    #[error("snapshot {} was written by a newer kvmsnap (manifest version {version})", short(.snapshot))]
+    Newer {
+        /// The snapshot.
+        snapshot: FileId,
+        /// Its version.
+        version: u32,
+    },
+    /// A snapshot that another program made.
+    #[error("snapshot {} was not made by kvmsnap", short(.snapshot))]
+    Foreign {
+        /// The snapshot.
+        snapshot: FileId,
+    },
+    /// A part of a snapshot's tree is not there.
+    #[error("snapshot {} has no `{path}`", short(.snapshot))]
+    Incomplete {
+        /// The snapshot.
+        snapshot: FileId,
+        /// What is missing.
+        path: String,
+    },
+    /// Nothing is called so.
+    #[error("no snapshot matches `{wanted}`")]
+    NotFound {
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Not a snapshot's name.
+    #[error("`{wanted}` is not a date and time")]
+    Time {
+        /// What was asked for.
+        wanted: String,
+        /// Why.
+        source: jiff::Error,
+    },
+}
+
+/// The first eight digits of an id, as restic shows it.
+pub fn short(id: &FileId) -> String {
+    id.to_string().chars().take(8).collect()
+}
+
+/// A backup.
+#[derive(Debug, Clone)]
+pub struct Backup {
+    /// The snapshot's id.
+    pub id: FileId,
+    /// Its file.
+    pub file: SnapshotFile,
+    /// Its record.
+    pub manifest: Manifest,
+}
+
+/// The name of a snapshot on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotName {
+    /// An id or a prefix of one.
+    Prefix(String),
+    /// The last one of a domain.
+    Latest(String),
+    /// The last one of a domain at or before a time.
+    At(String, String),
+}
+
+impl std::str::FromStr for SnapshotName {
+    type Err = std::convert::Infallible;
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        if let Some(domain) = name.strip_prefix("latest:") {
+            return Ok(Self::Latest(domain.to_owned()));
+        }
+        match name.rsplit_once('@') {
+            Some((domain, time)) => Ok(Self::At(domain.to_owned(), time.to_owned())),
+            None => Ok(Self::Prefix(name.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prefix(prefix) => f.write_str(prefix),
+            Self::Latest(domain) => write!(f, "latest:{domain}"),
+            Self::At(domain, time) => write!(f, "{domain}@{time}"),
+        }
+    }
+}
+
+/// The backups of a repository, as far as its index knows them.
+#[derive(Debug)]
+pub struct Catalog {
+    repository: Repository,
+    reader: Arc<Reader>,
+}
+
+impl Catalog {
+    /// Reads through an index.
+    pub fn new(repository: &Repository, index: Arc<Index>) -> Self {
+        let reader = Arc::new(Reader::new(repository, index, CACHE_LEN));
+        Self { repository: repository.clone(), reader }
+    }
+
+    /// All backups that `wanted` accepts by their snapshot file, oldest first, and what cannot be
+    /// read: a damaged one does not hide the others.
+    ///
+    /// # Errors
+    /// [`CatalogError::Repository`] when the snapshots cannot be listed.
+    pub fn backups(
+        &self,
+        wanted: impl Fn(&SnapshotFile) -> bool,
+    ) -> Result<(Vec<Backup>, Vec<CatalogError>), CatalogError> {
+        let snapshots = self.repository.snapshots()?;
+        let mut broken: Vec<CatalogError> =
+            snapshots.damaged.into_iter().map(|(_, error)| error.into()).collect();
+        let mut backups = Vec::new();
+        for (id, file) in snapshots.good {
+            if !file.tags.iter().any(|tag| tag == TAG) || !wanted(&file) {
+                continue;
+            }
+            match self.manifest(id, &file) {
+                Ok(manifest) => backups.push(Backup { id, file, manifest }),
+                Err(error) => broken.push(error),
+            }
+        }
+        Ok((backups, broken))
+    }
+
+    /// The backup of this name.
+    ///
+    /// # Errors
+    /// [`CatalogError::NotFound`] and what reading it may cause.
+    pub fn find(&self, name: &SnapshotName) -> Result<Backup, CatalogError> {
+        let not_found = || CatalogError::NotFound { wanted: name.to_string() };
+        match name {
+            SnapshotName::Prefix(prefix) => {
+                let (id, file) = self.repository.find_snapshot(prefix)?;
+                if !file.tags.iter().any(|tag| tag == TAG) {
+                    return Err(CatalogError::Foreign { snapshot: id });
+                }
+                let manifest = self.manifest(id, &file)?;
+                Ok(Backup { id, file, manifest })
+            }
+            SnapshotName::Latest(domain) => {
+                let (backups, _) = self.backups(|file| is_of(file, domain))?;
+                backups.into_iter().next_back().ok_or_else(not_found)
+            }
+            SnapshotName::At(domain, time) => {
+                let until = parse_time(time)
+                    .map_err(|source| CatalogError::Time { wanted: time.clone(), source })?;
+                let (backups, _) =
+                    self.backups(|file| is_of(file, domain) && file.time <= until)?;
+                backups.into_iter().next_back().ok_or_else(not_found)
+            }
+        }
+    }
+
+    /// The chunks of a disk of a backup.
+    ///
+    /// # Errors
+    /// [`CatalogError::Incomplete`] and what reading the trees may cause.
+    pub fn content(&self, backup: &Backup, disk: &DiskName) -> Result<Vec<BlobId>, CatalogError> {
+        let folder = backup.manifest.domain.as_str();
+        let name = disk_file(disk);
+        let incomplete =
+            |path: &str| CatalogError::Incomplete { snapshot: backup.id, path: path.to_owned() };
+        let root = self.reader.tree(&backup.file.tree)?;
+        let subtree = root.node(folder).and_then(|node| node.subtree);
+        let tree = self.reader.tree(&subtree.ok_or_else(|| incomplete(folder))?)?;
+        let node = tree.nodes.into_iter().find(|node| node.name == name);
+        node.and_then(|node| node.content).ok_or_else(|| incomplete(&format!("{folder}/{name}")))
+    }
+
+    fn manifest(&self, id: FileId, file: &SnapshotFile) -> Result<Manifest, CatalogError> {
+        let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_MANIFEST));
+        let blob = match tagged.and_then(|blob| blob.parse().ok()) {
+            Some(blob) => blob,
+            None => self.manifest_in_tree(id, file)?,
+        };
+        let text = self.reader.blob(&blob)?;
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|source| CatalogError::Manifest { snapshot: id, source })?;
+        match manifest.version {
+            version if version > Manifest::VERSION => {
+                Err(CatalogError::Newer { snapshot: id, version })
+            }
+            _ => Ok(manifest),
+        }
+    }
+
+    /// Where another program has changed the tags.
+    fn manifest_in_tree(&self, id: FileId, file: &SnapshotFile) -> Result<BlobId, CatalogError> {
+        let incomplete = || CatalogError::Incomplete { snapshot: id, path: MANIFEST.to_owned() };
+        let root = self.reader.tree(&file.tree)?;
+        let subtree = root.nodes.iter().find_map(|node| node.subtree).ok_or_else(incomplete)?;
+        let tree = self.reader.tree(&subtree)?;
+        let node = tree.node(MANIFEST).ok_or_else(incomplete)?;
+        match node.content() {
+            [blob] => Ok(*blob),
+            _ => Err(incomplete()),
+        }
+    }
+}
+
+/// Whether a snapshot is one of a domain.
+pub fn is_of(file: &SnapshotFile, domain: &str) -> bool {
+    file.paths.iter().any(|path| path.strip_prefix('/') == Some(domain))
+}
+
+/// The tags of a snapshot.
+pub fn tags(manifest: &Manifest, blob: &BlobId) -> Vec<String> {
+    vec![
+        TAG.to_owned(),
+        format!("uuid={}", manifest.uuid),
+        format!("kind={}", manifest.kind.as_str()),
+        format!("{TAG_MANIFEST}{blob}"),
+    ]
+}
+
+/// The name of a disk's content in a snapshot.
+pub fn disk_file(disk: &DiskName) -> String {
+    format!("{disk}.raw")
+}
+
+/// A time with an offset, or a local one; without a time of day, the whole day.
+fn parse_time(text: &str) -> Result<Timestamp, jiff::Error> {
+    if let Ok(timestamp) = text.parse::<Timestamp>() {
+        return Ok(timestamp);
+    }
+    let local: DateTime = match text.parse::<jiff::civil::Date>() {
+        Ok(date) if !text.contains(['T', ' ', ':']) => date.at(23, 59, 59, 999_999_999),
+        _ => text.parse()?,
+    };
+    Ok(local.to_zoned(TimeZone::system())?.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshots_are_named_by_prefix_latest_or_time() {
+        let name = |text: &str| text.parse::<SnapshotName>().unwrap();
+        assert_eq!(name("1a2b"), SnapshotName::Prefix("1a2b".into()));
+        assert_eq!(name("latest:web"), SnapshotName::Latest("web".into()));
+        assert_eq!(
+            name("me@web@2026-11-20T03:00"),
+            SnapshotName::At("me@web".into(), "2026-11-20T03:00".into())
+        );
+    }
+
+    #[test]
+    fn a_time_without_offset_is_local_and_a_date_is_its_last_moment() {
+        let zulu = parse_time("2026-11-20T03:00:00Z").unwrap();
+        assert_eq!(zulu.to_string(), "2026-11-20T03:00:00Z");
+        let day = parse_time("2026-11-20").unwrap().to_zoned(TimeZone::system());
+        assert_eq!((day.hour(), day.minute()), (23, 59));
+        assert!(parse_time("yesterday").is_err());
+    }
+}

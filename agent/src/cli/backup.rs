@@ -1,0 +1,266 @@
+//! `kvmsnap backup`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::list::BackupLine;
+use super::{Context, interrupted};
+use crate::backup::{self, Finished, Host, Plan, Request, Target};
+use crate::error::CommandError;
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::qmp::BareQemu;
+use crate::lock::DomainLock;
+use crate::names::{DiskName, DomainName};
+use crate::progress::human_bytes;
+use crate::quiesce::Mode;
+use crate::read::Limits;
+use crate::recover;
+
+/// Back up a running guest: all of it the first time, then what changed
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap backup --qmp /run/vm/web.qmp --qga /run/vm/web.qga --name web
+  kvmsnap backup --qmp /run/vm/web.qmp --disk vda --dry-run
+
+QEMU needs a monitor for kvmsnap alone: -qmp unix:/run/vm/web.qmp,server=on,wait=off")]
+pub struct BackupArgs {
+    /// The monitor socket of a QEMU that nothing else manages
+    #[arg(long, value_name = "SOCKET")]
+    qmp: PathBuf,
+    /// The socket of its guest agent, to freeze file systems for the point in time
+    #[arg(long, value_name = "SOCKET")]
+    qga: Option<PathBuf>,
+    /// What the backup is called; QEMU's own name where it has one
+    #[arg(long, value_name = "NAME")]
+    name: Option<DomainName>,
+    /// Read everything, whatever the dirty bitmaps say
+    #[arg(long)]
+    full: bool,
+    /// Whether file systems are frozen
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    quiesce: Mode,
+    /// Only this disk (can be repeated)
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskName>,
+    /// Read at most so many bytes a second, like 100MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    limit_read: Option<u64>,
+    /// Where old blocks are saved while they are read; beside each image unless given
+    #[arg(long, value_name = "FOLDER", env = "KVMSNAP_SCRATCH_DIR")]
+    scratch_dir: Option<PathBuf>,
+    /// How long QEMU's export may keep silent, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "30", env = "KVMSNAP_TIMEOUT",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+    /// Show what would be done, and why
+    #[arg(long)]
+    dry_run: bool,
+    /// Use the filter of a backup job, as for QEMU before 7.1
+    #[arg(long, hide_short_help = true)]
+    implicit_filter: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Whatever the backup says.
+pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError> {
+    let run_dir = &context.global.run_dir;
+    let _monitor_lock = DomainLock::on_monitor(run_dir, &args.qmp)?;
+    context.progress.phase("connecting");
+    let scratch_dir = args.scratch_dir.as_deref();
+    // Opening the repository takes its time; meanwhile the guest shows what it does without us.
+    let (qemu, open) = tokio::select! {
+        both = async {
+            tokio::try_join!(
+                async {
+                    let qemu =
+                        BareQemu::connect(&args.qmp, run_dir, scratch_dir, args.implicit_filter);
+                    let qemu = qemu.await?;
+                    let before = qemu.guest_io().await?;
+                    Ok::<_, CommandError>((qemu, before))
+                },
+                context.open_to_write(),
+            )
+        } => both?,
+        () = interrupted() => return Err(CommandError::Interrupted),
+    };
+    let (qemu, before) = qemu;
+    let journal = context.journal()?;
+    if !args.dry_run {
+        for recorded in journal.pending()? {
+            if recorded.record().monitor == args.qmp {
+                recover::undo(qemu.monitor(), &journal, &recorded, run_dir).await?;
+            }
+        }
+    }
+    let machine = qemu.discover().await?;
+    let domain = match args.name {
+        Some(name) => name,
+        None => {
+            let name = machine.name.clone();
+            name.ok_or_else(|| CommandError::NoName { monitor: args.qmp.clone() })?.parse()?
+        }
+    };
+    let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
+    let request = Request {
+        full: args.full,
+        quiesce: args.quiesce,
+        agent: args.qga,
+        disks: args.disk,
+        limits: Limits { bytes_per_second: args.limit_read },
+        timeout: Duration::from_secs(args.timeout),
+    };
+    let plan = backup::plan(machine, domain, &open.catalog(), &open.index, &request)?;
+    if args.dry_run {
+        return print_plan(&plan, context);
+    }
+    print_reasons(&plan, context);
+    let target = Target {
+        lock: open.lock.expect("it was opened to write"),
+        repository: open.repository,
+        index: open.index,
+    };
+    let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
+    let host = Host { name, journal, monitor: args.qmp };
+    let finished = backup::run(
+        &qemu,
+        &plan,
+        before,
+        &target,
+        &host,
+        &request,
+        &context.progress,
+        interrupted(),
+    )
+    .await;
+    context.progress.finish();
+    let released = target.lock.release();
+    let finished = finished?;
+    if let Err(error) = released {
+        tracing::warn!(%error, "the lock on the repository stays until it is stale");
+    }
+    print_result(&finished, context)?;
+    match finished.leftover {
+        None => Ok(()),
+        Some(error) => Err(CommandError::Leftover(error)),
+    }
+}
+
+fn print_reasons(plan: &Plan, context: &Context) {
+    if context.global.quiet {
+        return;
+    }
+    for skipped in &plan.machine.skipped {
+        tracing::info!("{}: left out, {}", skipped.device, skipped.reason);
+    }
+    for planned in &plan.disks {
+        let (kind, reason) = (planned.decision.kind.as_str(), &planned.decision.reason);
+        tracing::info!("{}: {kind}, {reason}", planned.disk.target);
+    }
+}
+
+fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    for planned in &plan.disks {
+        let (disk, decision) = (&planned.disk, &planned.decision);
+        if context.global.json {
+            context.print_json(
+                &mut out,
+                &serde_json::json!({
+                    "domain": plan.domain, "target": disk.target, "size": disk.size,
+                    "kind": decision.kind, "reason": decision.reason,
+                    "parent": plan.parent.as_ref().map(|parent| parent.id.to_string()),
+                }),
+            )?;
+        } else {
+            let (kind, reason) = (decision.kind.as_str(), &decision.reason);
+            let size = human_bytes(disk.size);
+            writeln!(out, "{}/{}: {size}, {kind}: {reason}", plan.domain, disk.target)?;
+        }
+    }
+    if !context.global.json {
+        for skipped in &plan.machine.skipped {
+            writeln!(out, "{}/{}: left out: {}", plan.domain, skipped.device, skipped.reason)?;
+        }
+    }
+    Ok(())
+}
+
+fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    let manifest = &finished.manifest;
+    if context.global.json {
+        return context.print_json(&mut out, &BackupLine::new(&finished.id, manifest));
+    }
+    for warning in &manifest.warnings {
+        tracing::warn!("{warning}");
+    }
+    for disk in &manifest.disks {
+        writeln!(
+            out,
+            "{}/{}: {} ({}): {} changed, {} read, {} stored",
+            manifest.domain,
+            disk.target,
+            disk.kind.as_str(),
+            disk.reason,
+            human_bytes(disk.bytes_changed),
+            human_bytes(disk.bytes_read),
+            human_bytes(disk.bytes_stored),
+        )?;
+    }
+    let held = match (manifest.freeze_ms, manifest.pause_ms) {
+        (Some(ms), _) => format!(", frozen for {ms} ms"),
+        (None, Some(ms)) => format!(", paused for {ms} ms"),
+        (None, None) => String::new(),
+    };
+    writeln!(
+        out,
+        "snapshot {} of {}: {}, {}-consistent{held}, {:.1} s",
+        crate::catalog::short(&finished.id),
+        manifest.domain,
+        manifest.kind.as_str(),
+        manifest.consistency.as_str(),
+        manifest.duration_ms as f64 / 1000.0,
+    )?;
+    Ok(())
+}
+
+/// Bytes with an optional binary suffix: `1048576`, `512KiB`, `100MiB`, `2G`.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().trim_end_matches("ib") {
+        "" | "b" => 1,
+        "k" => 1 << 10,
+        "m" => 1 << 20,
+        "g" => 1 << 30,
+        _ => return Err("use a number with KiB, MiB or GiB".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "use a number with KiB, MiB or GiB")?;
+    match number.checked_mul(factor) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("it must be above zero and fit 64 bits".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_read_with_binary_suffixes() {
+        for (text, bytes) in
+            [("7", 7), ("512KiB", 512 << 10), ("100MiB", 100 << 20), ("2G", 2 << 30)]
+        {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "0", "fast", "-1", "1e9", "99999999999999999999", "99999999999GiB"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! `kvmsnap doctor`
+
+use std::io::Write;
+
+use clap::Args;
+use qmp_client::QmpError;
+use serde::Serialize;
+
+use super::Context;
+use crate::error::CommandError;
+use crate::hypervisor::HypervisorError;
+use crate::hypervisor::monitor::Monitor;
+use crate::journal::{Journal, Recorded};
+use crate::lock::{DomainLock, LockError};
+use crate::recover;
+
+/// Name what earlier runs left on this host, and mend it
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap doctor            says what is left; exit code 1 if anything is
+  kvmsnap doctor --repair   mends it without stopping a guest")]
+pub struct DoctorArgs {
+    /// Mend it
+    #[arg(long)]
+    repair: bool,
+}
+
+#[derive(Serialize)]
+struct Finding<'a> {
+    run: &'a str,
+    domain: &'a str,
+    monitor: String,
+    started: jiff::Timestamp,
+    state: &'static str,
+    mended: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// [`CommandError::Leftovers`] when something is left at the end.
+pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError> {
+    let journal = context.journal()?;
+    let mut left = 0;
+    let mut out = std::io::stdout().lock();
+    let pending = journal.pending()?;
+    if pending.is_empty() && !context.global.json {
+        writeln!(out, "nothing is left of earlier runs")?;
+    }
+    for recorded in pending {
+        let record = recorded.record();
+        let (state, mended) = examine(&journal, &recorded, args.repair, context).await?;
+        let finding = Finding {
+            run: record.run.as_str(),
+            domain: record.domain.as_str(),
+            monitor: record.monitor.display().to_string(),
+            started: record.started,
+            state,
+            mended,
+        };
+        left += usize::from(!mended && state != RUNNING);
+        match context.global.json {
+            true => context.print_json(&mut out, &finding)?,
+            false => {
+                let mended = if mended { "; mended" } else { "" };
+                let time = super::list::local_time(record.started);
+                writeln!(out, "{} (run {}, {time}): {state}{mended}", record.domain, record.run)?;
+            }
+        }
+    }
+    match left {
+        0 => Ok(()),
+        count => Err(CommandError::Leftovers { count }),
+    }
+}
+
+const RUNNING: &str = "a backup is running";
+
+/// Says what became of a run, and whether what it left is mended now.
+async fn examine(
+    journal: &Journal,
+    recorded: &Recorded,
+    repair: bool,
+    context: &Context,
+) -> Result<(&'static str, bool), CommandError> {
+    let record = recorded.record();
+    let run_dir = &context.global.run_dir;
+    let _lock = match DomainLock::on_monitor(run_dir, &record.monitor) {
+        Err(LockError::Held { .. }) => return Ok((RUNNING, false)),
+        lock => lock?,
+    };
+    match Monitor::connect(&record.monitor).await {
+        Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. }) => {
+            let state = "QEMU has ended, and with it all that the run had made in it";
+            if repair {
+                recover::forget(journal, recorded, run_dir)?;
+            }
+            Ok((state, repair))
+        }
+        Err(error) => Err(error.into()),
+        Ok(monitor) => {
+            if repair {
+                recover::undo(&monitor, journal, recorded, run_dir).await?;
+            }
+            Ok(("its run ended without letting go of the guest", repair))
+        }
+    }
+}

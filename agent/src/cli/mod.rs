@@ -1,0 +1,276 @@
+//! The command line: one file for each command.
+
+mod backup;
+mod doctor;
+mod generate;
+mod list;
+mod repository;
+mod restore;
+mod show;
+mod verify;
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ::repository::{Index, Lock, LockMode, Repository, RepositoryError};
+use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::catalog::Catalog;
+use crate::error::CommandError;
+use crate::journal::Journal;
+use crate::location;
+use crate::progress::{Progress, When};
+use crate::quiesce::watchdog;
+use crate::store::blocking;
+
+/// Live backup of KVM guests into a deduplicated, encrypted repository
+///
+/// Takes a point in time of a running guest without disturbing it, and stores only what changed. The
+/// repository has the format of restic: without kvmsnap, `restic restore` and `qemu-img` bring
+/// everything back.
+#[derive(Debug, Parser)]
+#[command(name = "kvmsnap", version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(flatten)]
+    global: GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  export KVMSNAP_REPOSITORY=/srv/backup KVMSNAP_PASSWORD_FILE=/etc/kvmsnap/password
+  kvmsnap repository init
+  kvmsnap backup --qmp /run/vm/web.qmp --qga /run/vm/web.qga --name web
+  kvmsnap list
+  kvmsnap restore latest:web --to /srv/restored
+
+Exit codes:
+  0 done, 1 failed, 2 usage, 10 no repository, 11 locked, 12 wrong password, 130 interrupted";
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub struct GlobalArgs {
+    /// The repository: a local folder
+    #[arg(long, short, global = true, value_name = "FOLDER", env = "KVMSNAP_REPOSITORY")]
+    repository: Option<String>,
+    /// A file whose first line is the repository's password
+    #[arg(long, short, global = true, value_name = "FILE", env = "KVMSNAP_PASSWORD_FILE")]
+    password_file: Option<PathBuf>,
+    /// Where undo records are kept; must survive a restart
+    #[arg(
+        long,
+        global = true,
+        value_name = "FOLDER",
+        env = "KVMSNAP_STATE_DIR",
+        default_value = "/var/lib/kvmsnap"
+    )]
+    state_dir: PathBuf,
+    /// Where sockets and locks are kept
+    #[arg(
+        long,
+        global = true,
+        value_name = "FOLDER",
+        env = "KVMSNAP_RUN_DIR",
+        default_value = "/run/kvmsnap"
+    )]
+    run_dir: PathBuf,
+    /// Print one JSON object per line
+    #[arg(long, global = true, env = "KVMSNAP_JSON", value_parser = clap::builder::FalseyValueParser::new())]
+    json: bool,
+    /// Say more; twice: also what is said to QEMU
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Say nothing but errors
+    #[arg(long, short, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// When to show progress
+    #[arg(
+        long,
+        global = true,
+        value_name = "WHEN",
+        env = "KVMSNAP_PROGRESS",
+        default_value = "auto"
+    )]
+    progress: When,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(subcommand)]
+    Repository(repository::RepositoryCommand),
+    Backup(backup::BackupArgs),
+    List(list::ListArgs),
+    Show(show::ShowArgs),
+    Restore(restore::RestoreArgs),
+    Verify(verify::VerifyArgs),
+    Doctor(doctor::DoctorArgs),
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
+    /// The process that thaws a guest whatever happens to the run
+    #[command(name = watchdog::SUBCOMMAND, hide = true)]
+    QuiesceWatchdog {
+        #[arg(long)]
+        agent: Option<PathBuf>,
+        #[arg(long)]
+        monitor: PathBuf,
+    },
+}
+
+/// What every command needs.
+#[derive(Debug)]
+pub struct Context {
+    global: GlobalArgs,
+    progress: Progress,
+}
+
+impl Cli {
+    /// How much is logged, in `tracing`'s words.
+    pub fn log_filter(&self) -> &'static str {
+        match (self.global.quiet, self.global.verbose) {
+            (true, _) => "off",
+            (_, 0) => "warn,progress=info",
+            (_, 1) => "kvmsnap=info,warn,progress=info",
+            (_, _) => "debug",
+        }
+    }
+
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// Whatever the command says.
+    pub async fn run(self) -> Result<(), CommandError> {
+        let progress = Progress::new(self.global.progress, self.global.quiet || self.global.json);
+        let context = Context { global: self.global, progress };
+        let outcome = match self.command {
+            Command::Repository(command) => repository::run(command, &context).await,
+            Command::Backup(args) => backup::run(args, &context).await,
+            Command::List(args) => list::run(args, &context).await,
+            Command::Show(args) => show::run(args, &context).await,
+            Command::Restore(args) => restore::run(args, &context).await,
+            Command::Verify(args) => verify::run(args, &context).await,
+            Command::Doctor(args) => doctor::run(args, &context).await,
+            Command::Completions(args) => generate::completions(&args),
+            Command::Man(args) => generate::man(&args),
+            Command::QuiesceWatchdog { agent, monitor } => {
+                watchdog::run(agent, monitor).await;
+                Ok(())
+            }
+        };
+        context.progress.finish();
+        outcome
+    }
+}
+
+/// A repository in use: open, locked for as long as this lives, its index read.
+#[derive(Debug)]
+pub struct OpenRepository {
+    repository: Repository,
+    /// `None` where the store is full or read-only: readers go on without.
+    lock: Option<Lock>,
+    index: Arc<Index>,
+}
+
+impl OpenRepository {
+    fn catalog(&self) -> Catalog {
+        Catalog::new(&self.repository, Arc::clone(&self.index))
+    }
+}
+
+impl Context {
+    fn location(&self) -> Result<String, CommandError> {
+        self.global.repository.clone().ok_or(CommandError::NoRepositoryGiven)
+    }
+
+    fn password(&self) -> Result<Vec<u8>, CommandError> {
+        let path = self.global.password_file.clone().ok_or(CommandError::NoPasswordGiven)?;
+        let text = fs::read(&path)
+            .map_err(|source| CommandError::Password { path: path.clone(), source })?;
+        // As restic reads it: white space around it does not count.
+        let password = text.trim_ascii();
+        match password.is_empty() {
+            true => Err(CommandError::EmptyPassword { path }),
+            false => Ok(password.to_vec()),
+        }
+    }
+
+    fn journal(&self) -> Result<Journal, CommandError> {
+        Ok(Journal::open(&self.global.state_dir)?)
+    }
+
+    /// Opens the repository without a lock or index.
+    async fn open(&self) -> Result<Repository, CommandError> {
+        let (location, password) = (self.location()?, self.password()?);
+        blocking(move || {
+            let backend = location::open(&location)
+                .map_err(|source| CommandError::Store { location, source })?;
+            Ok(Repository::open(backend, &password)?)
+        })
+        .await
+    }
+
+    /// Opens and locks the repository to add to it.
+    async fn open_to_write(&self) -> Result<OpenRepository, CommandError> {
+        let repository = self.open().await?;
+        blocking(move || {
+            let lock = repository.lock(LockMode::Shared)?;
+            let index = Arc::new(repository.index()?);
+            Ok(OpenRepository { repository, lock: Some(lock), index })
+        })
+        .await
+    }
+
+    /// Opens and locks the repository to read from it, without a lock where none can be written.
+    async fn open_to_read(&self) -> Result<OpenRepository, CommandError> {
+        let repository = self.open().await?;
+        blocking(move || {
+            let lock = lock_to_read(&repository)?;
+            let (index, unreadable) = repository.index_of_readable()?;
+            for (file, error) in unreadable {
+                tracing::error!(%file, %error, "an index file is passed over");
+            }
+            Ok(OpenRepository { repository, lock, index: Arc::new(index) })
+        })
+        .await
+    }
+
+    fn print_json(
+        &self,
+        out: &mut impl Write,
+        value: &impl serde::Serialize,
+    ) -> Result<(), CommandError> {
+        serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
+        Ok(writeln!(out)?)
+    }
+}
+
+fn lock_to_read(repository: &Repository) -> Result<Option<Lock>, RepositoryError> {
+    match repository.lock(LockMode::Shared) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(error @ RepositoryError::LockNotWritable { .. }) => {
+            tracing::warn!(%error, "reading without a lock: do not prune meanwhile");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Ready when the user or the system asks to stop.
+async fn interrupted() {
+    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+        signal(SignalKind::hangup()),
+    ) else {
+        // Without handlers the signals end the process as they always do.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+        _ = hangup.recv() => {}
+    }
+}

@@ -1,0 +1,104 @@
+//! `kvmsnap restore`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::{Context, interrupted};
+use crate::catalog::SnapshotName;
+use crate::error::CommandError;
+use crate::names::DiskName;
+use crate::progress::human_bytes;
+use crate::restore::{Format, Restore, RestoreError, Stop};
+use crate::store::blocking;
+
+/// Write the disks of a snapshot to new image files
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap restore latest:web --to /srv/restored
+  kvmsnap restore 1a2b3c4d --to /srv/restored --format raw --disk vda
+
+Without kvmsnap: restic -r REPOSITORY dump SNAPSHOT /web/vda.raw > vda.raw")]
+pub struct RestoreArgs {
+    /// An id, a unique prefix of one, latest:DOMAIN, or DOMAIN@TIME
+    snapshot: SnapshotName,
+    /// The folder for the images; nothing in it is written over
+    #[arg(long, value_name = "FOLDER")]
+    to: PathBuf,
+    /// The images' format
+    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    format: Format,
+    /// Only this disk (can be repeated)
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskName>,
+    /// Show what would be written
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Whatever the restore says.
+pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandError> {
+    let stop = Stop::default();
+    let open = tokio::select! {
+        open = context.open_to_read() => open?,
+        () = interrupted() => return Err(CommandError::Interrupted),
+    };
+    let (progress, stopper, dry_run) = (context.progress.clone(), stop.clone(), args.dry_run);
+    let work = blocking(move || {
+        let catalog = open.catalog();
+        let backup = catalog.find(&args.snapshot)?;
+        let restore = Restore {
+            repository: &open.repository,
+            index: Arc::clone(&open.index),
+            catalog: &catalog,
+            backup: &backup,
+            folder: &args.to,
+            format: args.format,
+            disks: &args.disk,
+            progress: &progress,
+            stop: stopper,
+        };
+        let files = match dry_run {
+            true => {
+                let plan = restore.plan()?.into_iter();
+                plan.map(|(disk, path)| (disk.target.clone(), path, disk.size)).collect::<Vec<_>>()
+            }
+            false => {
+                let done = restore.run()?.into_iter();
+                done.map(|restored| (restored.disk, restored.path, restored.size)).collect()
+            }
+        };
+        Ok::<_, CommandError>((backup.id, files))
+    });
+    tokio::pin!(work);
+    let outcome = tokio::select! {
+        outcome = &mut work => outcome,
+        () = interrupted() => {
+            stop.stop();
+            // It ends between two chunks and removes what it wrote.
+            work.await.and(Err(RestoreError::Interrupted.into()))
+        }
+    };
+    context.progress.finish();
+    let (id, files) = outcome?;
+    let mut out = std::io::stdout().lock();
+    for (disk, path, size) in files {
+        if context.global.json {
+            let line = serde_json::json!({
+                "snapshot": id.to_string(), "target": disk, "path": path, "size": size,
+                "restored": !dry_run,
+            });
+            context.print_json(&mut out, &line)?;
+        } else {
+            let verb = if dry_run { "would be restored" } else { "restored" };
+            writeln!(out, "{disk}: {verb} to {} ({})", path.display(), human_bytes(size))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! `kvmsnap verify`
+
+use std::io::Write;
+
+use ::repository::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef};
+use clap::Args;
+
+use super::{Context, interrupted, lock_to_read};
+use crate::catalog::{Catalog, SnapshotName, short};
+use crate::error::CommandError;
+use crate::progress::human_bytes;
+use crate::store::blocking;
+
+/// Prove that backups can be restored, and name the snapshots that cannot
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap verify                    every chunk of every snapshot is where the index says
+  kvmsnap verify --read-data        … and has the content its name promises
+  kvmsnap verify --read-data=10%    … for a random tenth of the packs")]
+pub struct VerifyArgs {
+    /// Only tell of these snapshots
+    snapshots: Vec<SnapshotName>,
+    /// Read and verify the data, all of it or a share
+    #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true,
+          default_missing_value = "100%", value_parser = parse_share)]
+    read_data: Option<f64>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// [`CommandError::Damaged`] after naming each problem.
+pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError> {
+    let work = async {
+        let repository = context.open().await?;
+        let reading = repository.clone();
+        let lock = blocking(move || lock_to_read(&reading)).await?;
+        let progress = context.progress.clone();
+        let names = args.snapshots.clone();
+        let outcome = blocking(move || {
+            let (index, _) = repository.index_of_readable()?;
+            let catalog = Catalog::new(&repository, std::sync::Arc::new(index));
+            let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
+            let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
+            let told = |step| tell(&progress, step);
+            let report = repository.check(&CheckOptions::new(args.read_data), &told)?;
+            Ok::<_, CommandError>((report, wanted))
+        });
+        let outcome = outcome.await;
+        drop(lock);
+        outcome
+    };
+    let (report, wanted) = tokio::select! {
+        outcome = work => outcome?,
+        () = interrupted() => return Err(CommandError::Interrupted),
+    };
+    context.progress.finish();
+    let concerns = |problem: &&Problem| {
+        wanted.is_empty() || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
+    };
+    let problems: Vec<&Problem> = report.problems.iter().filter(concerns).collect();
+    print(&report, &problems, context)?;
+    match problems.len() {
+        0 => Ok(()),
+        problems => Err(CommandError::Damaged { problems }),
+    }
+}
+
+fn tell(progress: &crate::progress::Progress, step: CheckProgress) {
+    match step {
+        CheckProgress::Trees { done: 0 } => progress.phase("checking trees"),
+        CheckProgress::Packs { done: 0, total, .. } => progress.count("checking packs", total),
+        CheckProgress::Packs { done, .. } => progress.reach(done),
+        _ => {}
+    }
+}
+
+fn print(
+    report: &CheckReport,
+    problems: &[&Problem],
+    context: &Context,
+) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    for problem in problems {
+        let affected: Vec<_> = problem.affected.iter().map(|s| s.id.to_string()).collect();
+        if context.global.json {
+            let line = serde_json::json!({
+                "problem": problem.defect.to_string(),
+                "file": problem.file.map(|file| file.to_string()),
+                "blob": problem.blob.map(|blob| blob.to_string()),
+                "snapshots": affected,
+            });
+            context.print_json(&mut out, &line)?;
+        } else {
+            let place = match (problem.file, problem.blob) {
+                (Some(file), _) => file.to_string(),
+                (None, Some(blob)) => format!("blob {blob}"),
+                (None, None) => "repository".to_owned(),
+            };
+            writeln!(out, "{place}: {}", problem.defect)?;
+            for snapshot in &problem.affected {
+                writeln!(out, "  affects {}", describe(snapshot))?;
+            }
+        }
+    }
+    if context.global.json {
+        let line = serde_json::json!({
+            "snapshots": report.snapshots, "packs": report.packs, "packs_read": report.packs_read,
+            "bytes_read": report.bytes_read, "problems": problems.len(),
+            "unreferenced_packs": report.unreferenced_packs.len(),
+        });
+        return context.print_json(&mut out, &line);
+    }
+    let read = match report.packs_read {
+        0 => "their data was not read".to_owned(),
+        packs => format!("{packs} of them read ({})", human_bytes(report.bytes_read)),
+    };
+    let (snapshots, packs) = (report.snapshots, report.packs);
+    let found = problems.len();
+    writeln!(out, "{snapshots} snapshots, {packs} packs, {read}: {found} problems")?;
+    if !report.unreferenced_packs.is_empty() {
+        let count = report.unreferenced_packs.len();
+        writeln!(out, "{count} packs of runs that did not finish; harmless, a prune frees them")?;
+    }
+    Ok(())
+}
+
+fn describe(snapshot: &SnapshotRef) -> String {
+    let time = snapshot.time.map_or("at an unknown time".to_owned(), super::list::local_time);
+    format!("{} {time} {}", short(&snapshot.id), snapshot.paths.join(" "))
+}
+
+fn parse_share(text: &str) -> Result<f64, String> {
+    let percent: f64 = text.trim_end_matches('%').parse().map_err(|_| "use a share like 10%")?;
+    match percent > 0.0 && percent <= 100.0 {
+        true => Ok(percent),
+        false => Err("use a share above 0% and up to 100%".into()),
+    }
+}

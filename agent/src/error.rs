@@ -1,0 +1,273 @@
+//! How a command ends: the error, what to do about it, and the exit code.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::PathBuf;
+
+use qmp_client::QmpError;
+use repository::{BackendError, RepositoryError};
+
+use crate::backup::BackupError;
+use crate::catalog::CatalogError;
+use crate::hypervisor::HypervisorError;
+use crate::journal::JournalError;
+use crate::lock::LockError;
+use crate::names::NameError;
+use crate::read::ReadError;
+use crate::recover::RecoverError;
+use crate::restore::RestoreError;
+
+/// Done.
+pub const DONE: u8 = 0;
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const NO_REPOSITORY: u8 = 10;
+const LOCKED: u8 = 11;
+const WRONG_PASSWORD: u8 = 12;
+const INTERRUPTED: u8 = 130;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommandError {
+    /// A backup stopped.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    /// A restore stopped.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The repository cannot be used.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    /// The repository's store cannot be used.
+    #[error("cannot use the repository {location}")]
+    Store {
+        /// Where it is.
+        location: String,
+        /// Why.
+        source: BackendError,
+    },
+    /// Backups cannot be found or read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// QEMU cannot be used.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// An earlier run cannot be undone.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Another run is at work.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A name cannot be used.
+    #[error("the domain cannot be called so")]
+    Name(#[from] NameError),
+    /// QEMU was started without a name.
+    #[error("QEMU at {} has no name", .monitor.display())]
+    NoName {
+        /// Its monitor.
+        monitor: PathBuf,
+    },
+    /// No repository was named.
+    #[error("no repository was given")]
+    NoRepositoryGiven,
+    /// No password was given.
+    #[error("no password file was given")]
+    NoPasswordGiven,
+    /// The password cannot be read.
+    #[error("cannot read the password from {}", .path.display())]
+    Password {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The password file holds no password.
+    #[error("the password file {} is empty", .path.display())]
+    EmptyPassword {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The repository or its backups are damaged.
+    #[error("{problems} {} found", if *.problems == 1 { "problem was" } else { "problems were" })]
+    Damaged {
+        /// How many; each was printed.
+        problems: usize,
+    },
+    /// The backup is good, but something is left in the guest.
+    #[error("the backup is good, but the guest is not as it was")]
+    Leftover(#[source] HypervisorError),
+    /// Something is left that has not been mended.
+    #[error("{count} earlier {} left something behind", if *.count == 1 { "run" } else { "runs" })]
+    Leftovers {
+        /// How many; each was printed.
+        count: usize,
+    },
+    /// Output cannot be written.
+    #[error("cannot write the output")]
+    Output(#[from] io::Error),
+    /// The user or the system asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl CommandError {
+    /// Whether whoever reads our output has gone, as `head` does.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Name(_)
+            | Self::NoName { .. }
+            | Self::NoRepositoryGiven
+            | Self::NoPasswordGiven
+            | Self::Backup(BackupError::UnknownDisk { .. }) => USAGE,
+            Self::Interrupted
+            | Self::Backup(BackupError::Interrupted)
+            | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
+            Self::Lock(LockError::Held { .. }) => LOCKED,
+            Self::Store { source, .. } if source.is_not_found() => NO_REPOSITORY,
+            error => error.repository().map_or(FAILED, repository_code),
+        }
+    }
+
+    /// What the user can do next.
+    pub fn hint(&self) -> Option<String> {
+        if let Some(repository) = self.repository() {
+            return repository_hint(repository);
+        }
+        let hint = match self {
+            Self::Backup(error) => return backup_hint(error),
+            Self::Hypervisor(error)
+            | Self::Recover(RecoverError::Hypervisor { source: error, .. }) => {
+                return hypervisor_hint(error);
+            }
+            Self::Restore(error) => error.hint()?,
+            Self::Store { source, .. } if source.is_not_found() => {
+                "`kvmsnap repository init` makes one"
+            }
+            Self::Lock(LockError::Held { .. }) => "wait until it is done",
+            Self::NoName { .. } => "name it with --name",
+            Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",
+            Self::NoPasswordGiven => "give --password-file or set KVMSNAP_PASSWORD_FILE",
+            Self::Leftover(_) => "`kvmsnap doctor --repair` or the next backup mends it",
+            Self::Leftovers { .. } => "`kvmsnap doctor --repair` mends it",
+            Self::Catalog(CatalogError::NotFound { .. }) => "`kvmsnap list` shows what there is",
+            Self::Journal(JournalError::Damaged { .. }) => {
+                "it tells what a run made in a guest; move it away once you have read it"
+            }
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+
+    fn repository(&self) -> Option<&RepositoryError> {
+        match self {
+            Self::Repository(error)
+            | Self::Catalog(CatalogError::Repository(error))
+            | Self::Backup(
+                BackupError::Store(error) | BackupError::Catalog(CatalogError::Repository(error)),
+            )
+            | Self::Restore(RestoreError::Repository(error)) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+fn repository_code(error: &RepositoryError) -> u8 {
+    match error {
+        RepositoryError::NotARepository { .. } | RepositoryError::ConfigMissing { .. } => {
+            NO_REPOSITORY
+        }
+        RepositoryError::Locked { .. } => LOCKED,
+        RepositoryError::WrongPassword { .. } => WRONG_PASSWORD,
+        _ => FAILED,
+    }
+}
+
+fn repository_hint(error: &RepositoryError) -> Option<String> {
+    let hint = match error {
+        RepositoryError::NotARepository { .. } => "`kvmsnap repository init` makes one",
+        RepositoryError::Locked { .. } => {
+            "wait until it is done; a lock whose owner died is broken by itself after 30 minutes"
+        }
+        RepositoryError::Backend { source } | RepositoryError::LockNotWritable { source }
+            if source.is_full() =>
+        {
+            "free some room: nothing was lost, and what was stored already is used again"
+        }
+        RepositoryError::SnapshotNotFound { .. } | RepositoryError::SnapshotAmbiguous { .. } => {
+            "`kvmsnap list` shows what there is"
+        }
+        RepositoryError::Damaged { .. }
+        | RepositoryError::DamagedBlob { .. }
+        | RepositoryError::MissingBlob { .. } => {
+            "`kvmsnap verify --read-data` tells which snapshots are affected"
+        }
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+fn backup_hint(error: &BackupError) -> Option<String> {
+    let hint = match error {
+        BackupError::Hypervisor(error) | BackupError::Read(ReadError::Hypervisor(error)) => {
+            return hypervisor_hint(error);
+        }
+        BackupError::UnknownDisk { known, .. } => {
+            let known: Vec<_> = known.iter().map(ToString::to_string).collect();
+            return Some(format!("it has {}", known.join(", ")));
+        }
+        BackupError::Quiesce(_) => "`--quiesce auto` makes a crash-consistent backup instead",
+        BackupError::Read(ReadError::BadBlocks { .. }) => {
+            "nothing was recorded: look after the storage below the image"
+        }
+        BackupError::Read(ReadError::Nbd { .. }) => {
+            "nothing was recorded and the guest goes on; where the scratch was full or slow, \
+             --scratch-dir names a better place"
+        }
+        BackupError::Died { .. } => "nothing was recorded; the next backup reads everything once",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
+    let hint = match error {
+        HypervisorError::Monitor { source: QmpError::NoGreeting { .. }, .. } => {
+            "QEMU serves one client a socket: end the other one, or give QEMU a second monitor"
+        }
+        HypervisorError::Monitor { source: QmpError::NotQmp { .. }, .. } => {
+            "--qmp takes the socket of `-qmp unix:SOCKET,server=on,wait=off`"
+        }
+        HypervisorError::Monitor { source: QmpError::Connect { .. }, .. } => {
+            "is QEMU running, and may this user use its socket?"
+        }
+        HypervisorError::Host { step, .. } if step.contains("scratch") => {
+            "--scratch-dir names another folder for it"
+        }
+        HypervisorError::PointInTimeLost { .. } => "nothing was recorded; back up again",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+/// The error, its causes and its hint, as they are printed.
+pub fn describe(error: &CommandError) -> String {
+    let mut text = format!("error: {error}\n");
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        let _ = writeln!(text, "caused by: {source}");
+        cause = source.source();
+    }
+    if let Some(hint) = error.hint() {
+        let _ = writeln!(text, "hint: {hint}");
+    }
+    text
+}

@@ -1,0 +1,356 @@
+//! What QEMU says about its block graph, read into our terms. No I/O.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::{Bitmap, BitmapHealth, Disk, HypervisorError, Machine, Skipped, Tracking};
+use crate::names::DiskName;
+
+/// Drivers that pass a disk through and hold no format of their own.
+const FILTERS: [&str; 7] = [
+    "blkdebug",
+    "blklogwrites",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "preallocate",
+    "throttle",
+];
+/// A guard against a graph that names itself.
+const DEPTH_MAX: usize = 32;
+
+/// The part of `query-block` that is used.
+#[derive(Debug, Deserialize)]
+pub struct BlockDevice {
+    #[serde(default)]
+    device: String,
+    qdev: Option<String>,
+    #[serde(default)]
+    removable: bool,
+    inserted: Option<Inserted>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Inserted {
+    #[serde(rename = "node-name")]
+    node_name: Option<String>,
+    #[serde(default)]
+    ro: bool,
+    image: Image,
+}
+
+#[derive(Debug, Deserialize)]
+struct Image {
+    #[serde(rename = "virtual-size")]
+    virtual_size: u64,
+    #[serde(rename = "format-specific")]
+    format_specific: Option<FormatSpecific>,
+}
+
+#[derive(Debug, Deserialize)]
+struct FormatSpecific {
+    #[serde(default)]
+    data: FormatData,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct FormatData {
+    compat: Option<String>,
+}
+
+/// The part of `query-named-block-nodes` that is used.
+#[derive(Debug, Deserialize)]
+pub struct NamedNode {
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub node_name: String,
+    /// Its driver.
+    pub drv: String,
+    #[serde(default)]
+    file: String,
+    image: Image,
+    #[serde(rename = "dirty-bitmaps", default)]
+    bitmaps: Vec<NodeBitmap>,
+    /// From QEMU 10.1.
+    #[serde(default)]
+    children: Vec<NodeChild>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeChild {
+    child: String,
+    #[serde(rename = "node-name")]
+    node_name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeBitmap {
+    name: Option<String>,
+    #[serde(default)]
+    recording: bool,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default)]
+    inconsistent: bool,
+}
+
+/// The part of `x-debug-query-block-graph` that is used.
+#[derive(Debug, Default, Deserialize)]
+pub struct RawGraph {
+    nodes: Vec<GraphNode>,
+    edges: Vec<GraphEdge>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphNode {
+    id: u64,
+    name: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphEdge {
+    parent: u64,
+    child: u64,
+    name: String,
+}
+
+/// The named nodes and which of them stands on which.
+#[derive(Debug)]
+pub struct Graph {
+    nodes: HashMap<String, NamedNode>,
+    below: HashMap<String, String>,
+}
+
+impl Graph {
+    /// Joins what the two queries say; `raw` may be empty where QEMU does not offer it.
+    pub fn new(named: Vec<NamedNode>, raw: &RawGraph) -> Self {
+        let names: HashMap<u64, &str> = raw.nodes.iter().map(|n| (n.id, n.name.as_str())).collect();
+        let mut below: HashMap<String, String> = HashMap::new();
+        for edge in raw.edges.iter().filter(|edge| edge.name == "file") {
+            if let (Some(parent), Some(child)) = (names.get(&edge.parent), names.get(&edge.child)) {
+                below.insert((*parent).to_owned(), (*child).to_owned());
+            }
+        }
+        for node in &named {
+            for child in node.children.iter().filter(|child| child.child == "file") {
+                if let Some(name) = &child.node_name {
+                    below.insert(node.node_name.clone(), name.clone());
+                }
+            }
+        }
+        let nodes = named.into_iter().map(|node| (node.node_name.clone(), node)).collect();
+        Self { nodes, below }
+    }
+
+    /// Whether a node exists.
+    pub fn contains(&self, node: &str) -> bool {
+        self.nodes.contains_key(node)
+    }
+
+    /// The names of all bitmaps on a node, by health.
+    pub fn bitmaps(&self, node: &str) -> Vec<Bitmap> {
+        let Some(node) = self.nodes.get(node) else { return Vec::new() };
+        let health = |bitmap: &NodeBitmap| match bitmap {
+            NodeBitmap { inconsistent: true, .. } => BitmapHealth::Inconsistent,
+            NodeBitmap { persistent: false, .. } => BitmapHealth::Transient,
+            NodeBitmap { recording: false, .. } => BitmapHealth::NotRecording,
+            _ => BitmapHealth::Good,
+        };
+        let named = node.bitmaps.iter().filter_map(|bitmap| {
+            Some(Bitmap { name: bitmap.name.clone()?, health: health(bitmap) })
+        });
+        named.collect()
+    }
+
+    /// The node that holds the image's format: the first below `root` that is no filter.
+    fn format_node(&self, root: &str) -> Option<&NamedNode> {
+        let mut name = root;
+        for _ in 0..DEPTH_MAX {
+            let node = self.nodes.get(name)?;
+            if !FILTERS.contains(&node.drv.as_str()) {
+                return Some(node);
+            }
+            name = self.below.get(name)?;
+        }
+        None
+    }
+}
+
+/// The device's id, or the name of its drive where it has none.
+fn device_name(device: &BlockDevice) -> Option<&str> {
+    let path = device.qdev.as_deref()?;
+    let id = match path.strip_prefix("/machine/peripheral/") {
+        Some(rest) => rest.split('/').next(),
+        None if !path.starts_with('/') => Some(path),
+        None => None,
+    };
+    id.or_else(|| Some(device.device.as_str()).filter(|name| !name.is_empty()))
+}
+
+/// A QOM path that `qom-set` takes.
+fn device_path(qdev: &str) -> String {
+    match qdev.starts_with('/') {
+        true => qdev.to_owned(),
+        false => format!("/machine/peripheral/{qdev}"),
+    }
+}
+
+/// Says which devices are disks that can be backed up, and why the others are not.
+///
+/// # Errors
+/// [`HypervisorError::TwoDisks`] and [`HypervisorError::DiskName`]: nothing is stored under a name that
+/// means two things or could be a path.
+pub fn read_machine(
+    name: Option<String>,
+    uuid: String,
+    runs: bool,
+    devices: Vec<BlockDevice>,
+    graph: &Graph,
+) -> Result<Machine, HypervisorError> {
+    let mut machine = Machine { name, uuid, runs, disks: Vec::new(), skipped: Vec::new() };
+    for (index, device) in devices.iter().enumerate() {
+        let fallback = format!("disk{index}");
+        let label = device_name(device).map_or_else(
+            || Some(device.device.clone()).filter(|name| !name.is_empty()).unwrap_or(fallback),
+            str::to_owned,
+        );
+        match read_disk(device, &label, graph)? {
+            Ok(disk) if machine.disks.iter().any(|other| other.target == disk.target) => {
+                return Err(HypervisorError::TwoDisks { disk: disk.target });
+            }
+            Ok(disk) => machine.disks.push(disk),
+            Err(reason) => {
+                machine.skipped.push(Skipped { device: label, reason: reason.to_owned() });
+            }
+        }
+    }
+    Ok(machine)
+}
+
+fn read_disk(
+    device: &BlockDevice,
+    label: &str,
+    graph: &Graph,
+) -> Result<Result<Disk, &'static str>, HypervisorError> {
+    let Some(inserted) = &device.inserted else { return Ok(Err("no medium is inserted")) };
+    let Some(qdev) = &device.qdev else { return Ok(Err("no device uses it")) };
+    if device.removable {
+        return Ok(Err("it is a removable medium"));
+    }
+    if inserted.ro {
+        return Ok(Err("it is read-only"));
+    }
+    if inserted.image.virtual_size == 0 {
+        return Ok(Err("it is empty: 0 bytes"));
+    }
+    let Some(root) = &inserted.node_name else { return Ok(Err("its node has no name")) };
+    let target: DiskName = label.parse().map_err(HypervisorError::DiskName)?;
+    let format = graph.format_node(root);
+    let driver = format.map_or("unknown", |node| node.drv.as_str());
+    let format_name = format.map_or(root, |node| &node.node_name).clone();
+    let tracking = match format {
+        None => Tracking::Unsupported("its format is hidden below a filter".into()),
+        Some(node) if node.drv != "qcow2" => {
+            Tracking::Unsupported(format!("{} images keep no dirty bitmaps", node.drv))
+        }
+        Some(node) if compat(&node.image) == Some("0.10") => {
+            Tracking::Unsupported("qcow2 version 2 keeps no dirty bitmaps".into())
+        }
+        Some(node) => Tracking::Bitmaps(graph.bitmaps(&node.node_name)),
+    };
+    let image = format.map(|node| PathBuf::from(&node.file)).filter(|path| path.is_absolute());
+    Ok(Ok(Disk {
+        target,
+        device: device_path(qdev),
+        root: root.clone(),
+        format: format_name,
+        driver: driver.to_owned(),
+        size: inserted.image.virtual_size,
+        image,
+        tracking,
+    }))
+}
+
+fn compat(image: &Image) -> Option<&str> {
+    image.format_specific.as_ref()?.data.compat.as_deref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn device(qdev: Option<&str>, name: &str, size: u64) -> serde_json::Value {
+        json!({"device": name, "qdev": qdev, "removable": false, "something": "newer",
+            "inserted": {"node-name": "n", "ro": false, "image": {"virtual-size": size}}})
+    }
+
+    fn machine(devices: serde_json::Value) -> Result<Machine, HypervisorError> {
+        let nodes = json!([{"node-name": "n", "drv": "throttle", "file": "/i", "image": {"virtual-size": 9}},
+            {"node-name": "q", "drv": "qcow2", "file": "/i.qcow2", "image": {"virtual-size": 9},
+             "dirty-bitmaps": [
+                {"name": "a", "recording": true, "persistent": true},
+                {"name": "b", "recording": false, "persistent": true, "inconsistent": true},
+                {"name": "c", "recording": true, "persistent": false},
+                {"recording": true}]}]);
+        let raw = json!({"nodes": [{"id": 1, "name": "n"}, {"id": 2, "name": "q"}],
+            "edges": [{"parent": 1, "child": 2, "name": "file"}]});
+        let graph = Graph::new(
+            serde_json::from_value(nodes).unwrap(),
+            &serde_json::from_value(raw).unwrap(),
+        );
+        let devices = serde_json::from_value(devices).unwrap();
+        read_machine(None, String::new(), true, devices, &graph)
+    }
+
+    #[test]
+    fn disks_are_named_by_the_devices_id_and_bitmaps_found_below_filters() {
+        let machine = machine(json!([
+            device(Some("/machine/peripheral/vda/virtio-backend"), "", 9),
+            device(Some("vdb"), "drive7", 9),
+            device(Some("/machine/peripheral-anon/device[1]/virtio-backend"), "virtio0", 9),
+        ]))
+        .unwrap();
+        let names: Vec<_> = machine.disks.iter().map(|disk| disk.target.as_str()).collect();
+        assert_eq!(names, ["vda", "vdb", "virtio0"]);
+        assert_eq!(machine.disks[1].device, "/machine/peripheral/vdb");
+        assert_eq!(machine.disks[0].format, "q");
+        let Tracking::Bitmaps(bitmaps) = &machine.disks[0].tracking else { panic!() };
+        let health: Vec<_> = bitmaps.iter().map(|bitmap| bitmap.health).collect();
+        use BitmapHealth::*;
+        assert_eq!(health, [Good, Inconsistent, Transient]);
+    }
+
+    #[test]
+    fn r30_devices_that_are_no_disk_are_left_out_with_a_reason() {
+        let machine = machine(json!([
+            {"device": "cd", "qdev": "cd0", "removable": true},
+            {"device": "cd", "qdev": "cd1", "removable": true, "inserted":
+                {"node-name": "n", "image": {"virtual-size": 9}}},
+            device(None, "unused", 9),
+            device(Some("empty"), "", 0),
+        ]))
+        .unwrap();
+        assert!(machine.disks.is_empty());
+        let reasons: Vec<_> = machine.skipped.iter().map(|s| s.reason.as_str()).collect();
+        assert_eq!(
+            reasons,
+            [
+                "no medium is inserted",
+                "it is a removable medium",
+                "no device uses it",
+                "it is empty: 0 bytes"
+            ]
+        );
+    }
+
+    #[test]
+    fn s15_a_device_id_that_is_a_path_or_used_twice_is_refused() {
+        let twice = json!([device(Some("a"), "", 9), device(Some("a"), "", 9)]);
+        assert!(matches!(machine(twice), Err(HypervisorError::TwoDisks { .. })));
+        let path = json!([device(Some("/machine/x"), "../../etc", 9)]);
+        assert!(matches!(machine(path), Err(HypervisorError::DiskName(_))));
+    }
+}

@@ -1,0 +1,241 @@
+//! One trait, and the ways to reach QEMU behind it.
+//!
+//! The calls come in the order of a backup: `discover`, `prepare`, `cut`, `export`, `confirm`,
+//! `release`, `advance` or `roll_back`. Every one that changes anything takes the journal's proof that
+//! its undo record is durable.
+
+pub mod graph;
+pub mod monitor;
+pub mod qmp;
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use qmp_client::QmpError;
+
+use crate::journal::{DiskRecord, Recorded};
+use crate::names::{DiskName, NameError, RunId};
+
+/// Why QEMU could not be asked or changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HypervisorError {
+    /// The monitor cannot be reached or broke off.
+    #[error("cannot talk to QEMU through {}", .socket.display())]
+    Monitor {
+        /// The monitor's socket.
+        socket: PathBuf,
+        /// Why.
+        source: QmpError,
+    },
+    /// QEMU refused one step.
+    #[error("QEMU refused to {step}")]
+    Refused {
+        /// The step, to be read after "refused to".
+        step: String,
+        /// QEMU's words.
+        source: QmpError,
+    },
+    /// A reply lacks what every QEMU sends.
+    #[error("QEMU's answer to {command} cannot be understood")]
+    Reply {
+        /// The command.
+        command: String,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// QEMU has no way to a point in time that this program knows.
+    #[error("this QEMU ({version}) offers neither a copy-before-write filter nor backup jobs")]
+    NoMethod {
+        /// QEMU's version.
+        version: String,
+    },
+    /// The point in time is gone: reads would no longer show it.
+    #[error("the point in time of disk `{disk}` is lost: {what}")]
+    PointInTimeLost {
+        /// The disk.
+        disk: DiskName,
+        /// What is no longer as it was made.
+        what: String,
+    },
+    /// Two devices would be stored under one name.
+    #[error("two devices are called `{disk}`")]
+    TwoDisks {
+        /// The name.
+        disk: DiskName,
+    },
+    /// A device's id cannot be a file's name.
+    #[error("a device has an id that cannot name a disk")]
+    DiskName(#[source] NameError),
+    /// Something on the host, not in QEMU, failed.
+    #[error("cannot {step}")]
+    Host {
+        /// The step, to be read after "cannot".
+        step: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something that was to go away still stands.
+    #[error("{what} is still in use after {} s", .waited.as_secs())]
+    StillInUse {
+        /// The node or export.
+        what: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl HypervisorError {
+    /// Whether QEMU has ended or closed the connection.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Monitor { source, .. } | Self::Refused { source, .. } => source.is_gone(),
+            _ => false,
+        }
+    }
+}
+
+/// A machine as it is now.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// The name its owner gave it, if any.
+    pub name: Option<String>,
+    /// Its uuid; all zero where it has none.
+    pub uuid: String,
+    /// Whether the guest's processors run.
+    pub runs: bool,
+    /// The disks that can be backed up.
+    pub disks: Vec<Disk>,
+    /// What is left out, and why.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A device that is not backed up.
+#[derive(Debug, Clone)]
+pub struct Skipped {
+    /// The device, as QEMU calls it.
+    pub device: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A disk of a running machine.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// Its name.
+    pub target: DiskName,
+    /// QOM path of the device that uses it.
+    pub device: String,
+    /// Node-name that the device uses.
+    pub root: String,
+    /// Node-name of the image's format, below any filter.
+    pub format: String,
+    /// QEMU's name of the format: `qcow2`, `raw`.
+    pub driver: String,
+    /// Size in bytes, as the guest sees it.
+    pub size: u64,
+    /// The image on the host, where it is a file.
+    pub image: Option<PathBuf>,
+    /// Whether changes can be tracked from one backup to the next.
+    pub tracking: Tracking,
+}
+
+/// Whether a disk can keep dirty bitmaps.
+#[derive(Debug, Clone)]
+pub enum Tracking {
+    /// It keeps these.
+    Bitmaps(Vec<Bitmap>),
+    /// It keeps none, and why.
+    Unsupported(String),
+}
+
+/// A dirty bitmap on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bitmap {
+    /// Its name.
+    pub name: String,
+    /// Whether it counted every write since it was made.
+    pub health: BitmapHealth,
+}
+
+/// What a bitmap's content is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BitmapHealth {
+    /// It counted every write.
+    Good,
+    /// QEMU ended without closing the image: it cannot be trusted.
+    Inconsistent,
+    /// It was switched off for a while.
+    NotRecording,
+    /// It goes away with QEMU, so somebody else made it.
+    Transient,
+}
+
+/// What the guest did on its disks since QEMU started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GuestIo {
+    /// Finished reads, writes and flushes.
+    pub operations: u64,
+    /// The time they took, added up.
+    pub time: Duration,
+}
+
+/// The instant that a backup shows.
+#[derive(Debug, Clone, Copy)]
+pub struct Cut {
+    /// When it was.
+    pub time: Timestamp,
+    /// How long the guest's processors stood still for it, at most.
+    pub pause: Option<Duration>,
+}
+
+/// The exports of a point in time: one NBD server, one export for each disk.
+#[derive(Debug, Clone)]
+pub struct Exports {
+    /// The server's Unix socket.
+    pub socket: PathBuf,
+    /// In the order of the record's disks.
+    pub disks: Vec<Export>,
+}
+
+/// The export of one disk.
+#[derive(Debug, Clone)]
+pub struct Export {
+    /// Its name at the server.
+    pub name: String,
+    /// The metadata context of the dirty map, where there is one.
+    pub dirty_context: Option<String>,
+}
+
+/// One way to reach QEMU.
+#[allow(async_fn_in_trait, reason = "the flow is generic over it; futures stay on one task")]
+pub trait Hypervisor {
+    /// Looks at the machine. Changes nothing.
+    async fn discover(&self) -> Result<Machine, HypervisorError>;
+
+    /// Counts what the guest did on its disks so far. Changes nothing.
+    async fn guest_io(&self) -> Result<GuestIo, HypervisorError>;
+
+    /// The names of what a run will make on a disk, for its undo record.
+    fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord;
+
+    /// Makes all that the point in time needs, without touching the guest's path to its disks.
+    async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError>;
+
+    /// Takes the point in time, over all disks in one instant.
+    async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError>;
+
+    /// Offers the point in time for reading.
+    async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError>;
+
+    /// Makes sure that what was read was the point in time to the end.
+    async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
+
+    /// Gives the guest its disks back as they were, whatever of the record exists. Idempotent.
+    async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
+
+    /// Removes these dirty bitmaps, where they exist. Idempotent.
+    async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError>;
+}

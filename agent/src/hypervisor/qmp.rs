@@ -1,0 +1,218 @@
+//! QEMU that nobody manages, through its monitor.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::graph::{self, BlockDevice};
+use super::monitor::Monitor;
+use super::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
+use crate::capture::{self, filter, job, node_name};
+use crate::journal::{DiskRecord, Recorded};
+use crate::names::RunId;
+
+/// How a point in time is taken, by what QEMU can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recipe {
+    /// An own `copy-before-write` filter that never breaks a guest's write.
+    Filter,
+    /// The filter that is implicit in a backup job.
+    Job,
+}
+
+/// One QEMU, through its monitor.
+#[derive(Debug)]
+pub struct BareQemu {
+    monitor: Monitor,
+    recipe: Recipe,
+    run_dir: PathBuf,
+    scratch_dir: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct SchemaEntry {
+    #[serde(default)]
+    members: Vec<Value>,
+    #[serde(default)]
+    values: Vec<String>,
+    #[serde(rename = "meta-type")]
+    meta_type: String,
+    #[serde(default)]
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Name {
+    name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Uuid {
+    #[serde(rename = "UUID")]
+    uuid: String,
+}
+
+#[derive(Deserialize)]
+struct DeviceStats {
+    stats: Stats,
+    qdev: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Stats {
+    rd_operations: u64,
+    wr_operations: u64,
+    flush_operations: u64,
+    rd_total_time_ns: u64,
+    wr_total_time_ns: u64,
+    flush_total_time_ns: u64,
+}
+
+impl BareQemu {
+    /// Connects, and asks what this QEMU can do.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Monitor`], [`HypervisorError::NoMethod`].
+    pub async fn connect(
+        socket: &Path,
+        run_dir: &Path,
+        scratch_dir: Option<&Path>,
+        implicit_filter: bool,
+    ) -> Result<Self, HypervisorError> {
+        let monitor = Monitor::connect(socket).await?;
+        let schema: Vec<SchemaEntry> = monitor.query("query-qmp-schema", json!({})).await?;
+        let recipe = match recipe(&schema) {
+            Some(Recipe::Filter) if implicit_filter => Recipe::Job,
+            Some(recipe) => recipe,
+            None => return Err(HypervisorError::NoMethod { version: monitor.version() }),
+        };
+        tracing::debug!(version = monitor.version(), ?recipe, "connected to QEMU");
+        Ok(Self {
+            monitor,
+            recipe,
+            run_dir: run_dir.to_owned(),
+            scratch_dir: scratch_dir.map(Path::to_owned),
+        })
+    }
+
+    /// The connection.
+    pub fn monitor(&self) -> &Monitor {
+        &self.monitor
+    }
+}
+
+/// What QEMU offers, by its schema (`qapi/introspect.json`) and not by its version.
+fn recipe(schema: &[SchemaEntry]) -> Option<Recipe> {
+    let member = |wanted: &str| {
+        schema.iter().any(|entry| entry.members.iter().any(|member| member["name"] == wanted))
+    };
+    // Enumerations list their values as `values`, newer schemas also as named `members`.
+    let value = |wanted: &str| {
+        schema.iter().any(|entry| entry.values.iter().any(|value| value == wanted))
+            || member(wanted)
+    };
+    let command = |wanted: &str| {
+        schema.iter().any(|entry| entry.meta_type == "command" && entry.name == wanted)
+    };
+    if !command("block-export-add") {
+        return None;
+    }
+    if value("snapshot-access") && value("copy-before-write") && member("on-cbw-error") {
+        return Some(Recipe::Filter);
+    }
+    command("blockdev-backup").then_some(Recipe::Job)
+}
+
+impl Hypervisor for BareQemu {
+    async fn discover(&self) -> Result<Machine, HypervisorError> {
+        let name: Name = self.monitor.query("query-name", json!({})).await?;
+        let uuid: Uuid = self.monitor.query("query-uuid", json!({})).await?;
+        let devices: Vec<BlockDevice> = self.monitor.query("query-block", json!({})).await?;
+        let graph = self.monitor.graph().await?;
+        let runs = self.monitor.guest_runs().await?;
+        graph::read_machine(name.name, uuid.uuid, runs, devices, &graph)
+    }
+
+    async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {
+        let devices: Vec<DeviceStats> = self.monitor.query("query-blockstats", json!({})).await?;
+        let mut io = GuestIo::default();
+        for stats in devices.into_iter().filter(|d| d.qdev.is_some()).map(|d| d.stats) {
+            io.operations += stats.rd_operations + stats.wr_operations + stats.flush_operations;
+            io.time += Duration::from_nanos(
+                stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns,
+            );
+        }
+        Ok(io)
+    }
+
+    fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord {
+        DiskRecord {
+            disk: disk.target.clone(),
+            device: disk.device.clone(),
+            root: disk.root.clone(),
+            format: disk.format.clone(),
+            scratch: node_name(run, 's', index),
+            filter: node_name(run, 'f', index),
+            snapshot: node_name(run, 'a', index),
+            job: (self.recipe == Recipe::Job).then(|| node_name(run, 'j', index)),
+            bitmap_new: None,
+            bitmap_old: None,
+            bitmap_export: None,
+        }
+    }
+
+    async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
+        let scratch_dir = self.scratch_dir.as_deref();
+        match self.recipe {
+            Recipe::Filter => filter::prepare(&self.monitor, recorded, disks, scratch_dir).await,
+            Recipe::Job => job::prepare(&self.monitor, recorded, disks, scratch_dir).await,
+        }
+    }
+
+    async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError> {
+        match self.recipe {
+            Recipe::Filter => filter::cut(&self.monitor, recorded).await,
+            Recipe::Job => job::cut(&self.monitor, recorded).await,
+        }
+    }
+
+    async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {
+        match self.recipe {
+            Recipe::Filter => filter::export(&self.monitor, recorded, &self.run_dir).await,
+            Recipe::Job => job::export(&self.monitor, recorded, &self.run_dir).await,
+        }
+    }
+
+    async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        match self.recipe {
+            Recipe::Filter => filter::confirm(&self.monitor, recorded).await,
+            Recipe::Job => job::confirm(&self.monitor, recorded).await,
+        }
+    }
+
+    async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        release(&self.monitor, recorded, &self.run_dir).await
+    }
+
+    async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
+        capture::remove_bitmaps(&self.monitor, bitmaps).await
+    }
+}
+
+/// Gives the guest its disks back, by the recipe that the record was made with.
+///
+/// # Errors
+/// The first step that failed. Calling it again goes on from there.
+pub async fn release(
+    monitor: &Monitor,
+    recorded: &Recorded,
+    run_dir: &Path,
+) -> Result<(), HypervisorError> {
+    match recorded.record().disks.iter().any(|disk| disk.job.is_some()) {
+        true => job::release(monitor, recorded, run_dir).await,
+        false => filter::release(monitor, recorded, run_dir).await,
+    }
+}

@@ -1,0 +1,278 @@
+//! What must be undone, on stable storage before it is done.
+//!
+//! One file for each run, replaced atomically at each change of phase, gone when nothing is left to
+//! undo. The record names everything the run will make; what of it exists is asked of QEMU when it is
+//! undone ([`crate::recover`]), because a crash can fall between any two steps.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::effect;
+use crate::names::{DiskName, DomainName, RunId};
+
+/// Why the journal could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JournalError {
+    /// The folder or a file in it cannot be read or written.
+    #[error("cannot use the journal {}", .path.display())]
+    Io {
+        /// The folder or file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A record that does not parse. It is left where it is: it may name things in a guest.
+    #[error("the journal record {} is damaged", .path.display())]
+    Damaged {
+        /// The record.
+        path: PathBuf,
+        /// Why it does not parse.
+        source: serde_json::Error,
+    },
+}
+
+/// How far a run came; decides which of its dirty bitmaps is the one to keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// No snapshot can exist: the new bitmap goes, the old one stays.
+    Capturing,
+    /// The snapshot is being written: only the repository knows. Both bitmaps stay; the next backup
+    /// finds out which one its last snapshot began, and drops the other.
+    Recording,
+    /// The snapshot is durable: the old bitmap goes, the new one stays.
+    Recorded,
+}
+
+/// What one run makes on one disk, by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// The disk.
+    pub disk: DiskName,
+    /// QOM path of the device that uses it.
+    pub device: String,
+    /// The node that the device used before, and shall use again.
+    pub root: String,
+    /// The node that carries the dirty bitmaps.
+    pub format: String,
+    /// The scratch node.
+    pub scratch: String,
+    /// The copy-before-write filter.
+    pub filter: String,
+    /// The node that shows the point in time; also the id of its export.
+    pub snapshot: String,
+    /// The backup job, where the filter is implicit in one.
+    pub job: Option<String>,
+    /// The bitmap that begins with this run.
+    pub bitmap_new: Option<String>,
+    /// The bitmap that this run reads by.
+    pub bitmap_old: Option<String>,
+    /// The disabled copy of the old bitmap that is exported.
+    pub bitmap_export: Option<String>,
+}
+
+/// What one run makes, all of it named before the first thing is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The run.
+    pub run: RunId,
+    /// Its process.
+    pub pid: u32,
+    /// When it began.
+    pub started: Timestamp,
+    /// The domain.
+    pub domain: DomainName,
+    /// Its uuid.
+    pub uuid: String,
+    /// QEMU's monitor.
+    pub monitor: PathBuf,
+    /// The guest agent's socket, when the run freezes the guest.
+    pub agent: Option<PathBuf>,
+    /// The config id of the repository it writes to.
+    pub repository_id: String,
+    /// How far it came.
+    pub phase: Phase,
+    /// Whether the guest's processors ran when the run began.
+    pub guest_runs: bool,
+    /// Whether the run may have frozen or paused the guest and not yet let go.
+    pub holds_guest: bool,
+    /// Whether it may have started QEMU's NBD server.
+    pub nbd_server: bool,
+    /// What it makes on each disk.
+    pub disks: Vec<DiskRecord>,
+}
+
+/// The folder of records.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    folder: PathBuf,
+}
+
+/// Proof that a record is on stable storage. Only [`Journal`] makes one, and what changes QEMU asks
+/// for one: a change without its undo record does not compile.
+#[derive(Debug)]
+#[must_use = "what the record names stays until it is undone"]
+pub struct Recorded {
+    record: Record,
+}
+
+impl Recorded {
+    /// What is recorded.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+}
+
+impl Journal {
+    /// Opens, and makes where it is missing, the journal below a state folder.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`] when the folder cannot be made.
+    pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
+        let folder = state_dir.join("journal");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .map_err(|source| JournalError::Io { path: folder.clone(), source })?;
+        Ok(Self { folder })
+    }
+
+    /// Writes a new record; it is durable when this returns.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`] when it cannot be written; nothing may be changed then.
+    pub fn begin(&self, record: Record) -> Result<Recorded, JournalError> {
+        self.write(&record)?;
+        Ok(Recorded { record })
+    }
+
+    /// Changes a record; the change is durable when this returns.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`]; the record on disk is then still the one before.
+    pub fn update(
+        &self,
+        recorded: &mut Recorded,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(), JournalError> {
+        let mut record = recorded.record.clone();
+        change(&mut record);
+        self.write(&record)?;
+        recorded.record = record;
+        Ok(())
+    }
+
+    /// Removes a record of which nothing is left to undo.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`]; the next run then finds the record and nothing to undo.
+    pub fn clear(&self, recorded: &Recorded) -> Result<(), JournalError> {
+        let path = self.path(&recorded.record.run);
+        let io = |source| JournalError::Io { path: path.clone(), source };
+        effect::about_to("journal: clear").map_err(io)?;
+        fs::remove_file(&path).map_err(io)?;
+        self.sync_folder()
+    }
+
+    /// All records that are left, oldest first.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`], or [`JournalError::Damaged`] for the first that does not parse.
+    pub fn pending(&self) -> Result<Vec<Recorded>, JournalError> {
+        let io = |source| JournalError::Io { path: self.folder.clone(), source };
+        let mut pending = Vec::new();
+        for entry in fs::read_dir(&self.folder).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let text = fs::read(&path)
+                .map_err(|source| JournalError::Io { path: path.clone(), source })?;
+            let record: Record = serde_json::from_slice(&text)
+                .map_err(|source| JournalError::Damaged { path, source })?;
+            pending.push(Recorded { record });
+        }
+        pending.sort_by_key(|recorded| recorded.record.started);
+        Ok(pending)
+    }
+
+    fn path(&self, run: &RunId) -> PathBuf {
+        self.folder.join(format!("{run}.json"))
+    }
+
+    fn write(&self, record: &Record) -> Result<(), JournalError> {
+        let path = self.path(&record.run);
+        let io = |source| JournalError::Io { path: path.clone(), source };
+        effect::about_to("journal: write").map_err(io)?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(io)?;
+        let text = serde_json::to_vec_pretty(record).expect("a record has only string keys");
+        file.write_all(&text).and_then(|()| file.as_file().sync_all()).map_err(io)?;
+        file.persist(&path).map_err(|error| io(error.error))?;
+        self.sync_folder()
+    }
+
+    fn sync_folder(&self) -> Result<(), JournalError> {
+        File::open(&self.folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(|source| JournalError::Io { path: self.folder.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            run: RunId::random(),
+            pid: 1,
+            started: Timestamp::now(),
+            domain: "web".parse().unwrap(),
+            uuid: "u".into(),
+            monitor: "/run/qmp".into(),
+            agent: None,
+            repository_id: "r".into(),
+            phase: Phase::Capturing,
+            guest_runs: true,
+            holds_guest: false,
+            nbd_server: false,
+            disks: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_record_survives_until_it_is_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let mut recorded = journal.begin(record()).unwrap();
+        journal.update(&mut recorded, |record| record.phase = Phase::Recording).unwrap();
+
+        let pending = Journal::open(dir.path()).unwrap().pending().unwrap();
+        assert_eq!(pending.len(), 1);
+        assert_eq!(pending[0].record(), recorded.record());
+        assert_eq!(pending[0].record().phase, Phase::Recording);
+
+        journal.clear(&recorded).unwrap();
+        assert!(journal.pending().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_record_is_named_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let recorded = journal.begin(record()).unwrap();
+        let path = journal.path(&recorded.record().run);
+        fs::write(&path, b"{\"run\":").unwrap();
+        assert!(
+            matches!(journal.pending(), Err(JournalError::Damaged { path: p, .. }) if p == path)
+        );
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,109 @@
+//! Locks on this host: one run at a time for one domain. They are `flock`s and die with their process.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::names::DomainName;
+
+/// Why a domain could not be locked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LockError {
+    /// Another run is at work on this domain.
+    #[error("another kvmsnap (process {holder}) is working on {what}")]
+    Held {
+        /// The domain or monitor.
+        what: String,
+        /// What the holder wrote into the lock: its process id.
+        holder: String,
+    },
+    /// The lock's file cannot be used.
+    #[error("cannot lock {}", .path.display())]
+    Io {
+        /// The lock's file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A lock on one domain or monitor, held until dropped.
+#[derive(Debug)]
+pub struct DomainLock {
+    _file: File,
+}
+
+impl DomainLock {
+    /// Locks a monitor socket, under whatever name it is reached.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] when another process has it; this never waits.
+    pub fn on_monitor(run_dir: &Path, socket: &Path) -> Result<Self, LockError> {
+        let real = fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
+        let key = format!("monitor-{}", digest(real.as_os_str().as_encoded_bytes()));
+        Self::take(run_dir, &key, format!("the monitor {}", socket.display()))
+    }
+
+    /// Locks a domain, whichever of its monitors is used.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] when another process has it; this never waits.
+    pub fn on_domain(run_dir: &Path, name: &DomainName, uuid: &str) -> Result<Self, LockError> {
+        let key = format!("domain-{}", digest(format!("{name}\n{uuid}").as_bytes()));
+        Self::take(run_dir, &key, format!("domain `{name}`"))
+    }
+
+    fn take(run_dir: &Path, key: &str, what: String) -> Result<Self, LockError> {
+        let path = run_dir.join(format!("{key}.lock"));
+        let io = |source| LockError::Io { path: path.clone(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(io)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                file.read_to_string(&mut holder).map_err(io)?;
+                return Err(LockError::Held { what, holder: holder.trim().to_owned() });
+            }
+            Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
+        }
+        file.set_len(0).and_then(|()| file.rewind()).map_err(io)?;
+        write!(file, "{}", std::process::id()).map_err(io)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// A name for a file that says nothing and cannot be chosen to collide with another domain's.
+fn digest(bytes: &[u8]) -> String {
+    repository::BlobId::of(bytes).to_string().chars().take(32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r16_the_second_run_on_a_domain_is_told_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: DomainName = "web".parse().unwrap();
+        let first = DomainLock::on_domain(dir.path(), &name, "u").unwrap();
+        let LockError::Held { holder, .. } =
+            DomainLock::on_domain(dir.path(), &name, "u").unwrap_err()
+        else {
+            panic!("not held")
+        };
+        assert_eq!(holder, std::process::id().to_string());
+        DomainLock::on_domain(dir.path(), &name, "another uuid").unwrap();
+        drop(first);
+        DomainLock::on_domain(dir.path(), &name, "u").unwrap();
+    }
+}

@@ -1,0 +1,145 @@
+//! The record of one backup, kept as `manifest.json` beside the disks. Fields are only ever added.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::names::{DiskName, DomainName, RunId};
+
+/// How a backup, or a disk within it, came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Only what the dirty bitmap shows was read.
+    Incremental,
+    /// All was read, and what differs was stored.
+    Rescan,
+    /// All was read; nothing earlier was there.
+    Full,
+}
+
+impl Kind {
+    /// The field's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Incremental => "incremental",
+            Self::Rescan => "rescan",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// What the disks of a backup agree on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// Applications were asked to settle.
+    Application,
+    /// File systems were frozen.
+    Filesystem,
+    /// As after a power cut.
+    Crash,
+}
+
+impl Consistency {
+    /// The field's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Application => "application",
+            Self::Filesystem => "filesystem",
+            Self::Crash => "crash",
+        }
+    }
+}
+
+/// How the point in time was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Copy-before-write below the guest, and a dirty bitmap from one backup to the next.
+    Bitmap,
+    /// Copy-before-write below the guest, all disks read whole.
+    Pull,
+}
+
+impl Method {
+    /// The field's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bitmap => "bitmap",
+            Self::Pull => "pull",
+        }
+    }
+}
+
+/// The record of one backup.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this record: 1.
+    pub version: u32,
+    /// The kvmsnap that wrote it.
+    pub program: String,
+    /// The run.
+    pub run: RunId,
+    /// The domain.
+    pub domain: DomainName,
+    /// Its uuid; all zero where QEMU was given none.
+    pub uuid: String,
+    /// The host that took it.
+    pub host: String,
+    /// The point in time.
+    pub time: Timestamp,
+    /// The least incremental kind among the disks.
+    pub kind: Kind,
+    /// How the point in time was taken.
+    pub method: Method,
+    /// What was made consistent before it.
+    pub consistency: Consistency,
+    /// The snapshot that unchanged chunks were inherited from.
+    pub parent: Option<String>,
+    /// How long the guest's file systems were frozen, in milliseconds.
+    pub freeze_ms: Option<u64>,
+    /// How long the guest's processors stood still, in milliseconds.
+    pub pause_ms: Option<u64>,
+    /// From the first command to the last chunk, in milliseconds.
+    pub duration_ms: u64,
+    /// What the operator should know; the backup is good all the same.
+    pub warnings: Vec<String>,
+    /// The disks, by name.
+    pub disks: Vec<DiskManifest>,
+}
+
+/// The record of one disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskManifest {
+    /// The disk; its content is `<target>.raw`.
+    pub target: DiskName,
+    /// Size in bytes.
+    pub size: u64,
+    /// Length of a chunk in bytes; the last one may be shorter.
+    pub chunk_size: u32,
+    /// Format of the image on the host.
+    pub format: String,
+    /// The image on the host, where it is a file.
+    pub image: Option<String>,
+    /// How it was read.
+    pub kind: Kind,
+    /// Why it was read that way.
+    pub reason: String,
+    /// The dirty bitmap that began at this point in time.
+    pub bitmap: Option<String>,
+    /// Bytes that the dirty bitmap showed as changed; the size where there was none.
+    pub bytes_changed: u64,
+    /// Bytes read from the guest's image.
+    pub bytes_read: u64,
+    /// Bytes known to be zero without reading.
+    pub bytes_zero: u64,
+    /// Unchanged bytes that were read and compared, to audit the bitmap.
+    pub bytes_audited: u64,
+    /// Bytes added to the repository, compressed.
+    pub bytes_stored: u64,
+}
+
+impl Manifest {
+    /// The version that this program writes and the newest it reads.
+    pub const VERSION: u32 = 1;
+}

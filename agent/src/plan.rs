@@ -1,0 +1,193 @@
+//! How each disk will be read, decided from what is there. No I/O.
+
+use crate::hypervisor::{BitmapHealth, Disk, Tracking};
+use crate::manifest::{DiskManifest, Kind};
+use crate::names::BitmapNames;
+
+/// A disk that would need more chunks than fit memory and a snapshot's tree: 32 TiB.
+pub const DISK_SIZE_MAX: u64 = 32 << 40;
+
+/// How one disk will be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// What is read.
+    pub kind: Kind,
+    /// Why, in words for the user.
+    pub reason: String,
+    /// Length of a chunk in bytes.
+    pub chunk_size: u32,
+    /// The dirty bitmap to read by.
+    pub bitmap_old: Option<String>,
+    /// Whether a new bitmap can begin.
+    pub tracked: bool,
+    /// Size in bytes of the disk in the parent.
+    pub parent_size: Option<u64>,
+}
+
+/// Decides how a disk is read, given what the parent says of it.
+pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decision {
+    let mut decision = Decision {
+        kind: Kind::Full,
+        reason: String::new(),
+        chunk_size: parent.map_or_else(|| chunk_size(disk.size), |parent| parent.chunk_size),
+        bitmap_old: None,
+        tracked: matches!(disk.tracking, Tracking::Bitmaps(_)),
+        parent_size: parent.map(|parent| parent.size),
+    };
+    let Some(parent) = parent else {
+        decision.reason = "no earlier backup of this disk".into();
+        return decision;
+    };
+    decision.kind = Kind::Rescan;
+    if full {
+        decision.reason = "asked for with --full".into();
+        return decision;
+    }
+    let bitmaps = match &disk.tracking {
+        Tracking::Bitmaps(bitmaps) => bitmaps,
+        Tracking::Unsupported(reason) => {
+            decision.reason.clone_from(reason);
+            return decision;
+        }
+    };
+    let Some(wanted) = &parent.bitmap else {
+        decision.reason = "the last backup began no dirty bitmap".into();
+        return decision;
+    };
+    decision.reason = match bitmaps.iter().find(|bitmap| &bitmap.name == wanted) {
+        None => "the dirty bitmap of the last backup is gone".into(),
+        Some(bitmap) => match bitmap.health {
+            BitmapHealth::Inconsistent => {
+                "the dirty bitmap is inconsistent: QEMU ended without closing the image".into()
+            }
+            BitmapHealth::NotRecording => "the dirty bitmap was switched off".into(),
+            BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
+            BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
+            BitmapHealth::Good => {
+                decision.kind = Kind::Incremental;
+                decision.bitmap_old = Some(wanted.clone());
+                match disk.size > parent.size {
+                    true => "dirty bitmap; the grown part counts as changed".into(),
+                    false => "dirty bitmap".into(),
+                }
+            }
+        },
+    };
+    decision
+}
+
+/// Dirty bitmaps of this repository on a disk that no backup needs any more.
+pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames, keep: Option<&str>) -> Vec<String> {
+    let Tracking::Bitmaps(bitmaps) = &disk.tracking else { return Vec::new() };
+    let names = bitmaps.iter().map(|bitmap| &bitmap.name).filter(|name| names.owns(name));
+    names.filter(|name| Some(name.as_str()) != keep).cloned().collect()
+}
+
+/// Length of a chunk for a disk of `size` bytes: small enough that scattered writes stay cheap, large
+/// enough that the list of chunks stays small.
+pub fn chunk_size(size: u64) -> u32 {
+    const GIB: u64 = 1 << 30;
+    const KIB: u32 = 1 << 10;
+    match size {
+        _ if size <= 64 * GIB => 128 * KIB,
+        _ if size <= 128 * GIB => 256 * KIB,
+        _ if size <= 256 * GIB => 512 * KIB,
+        _ if size <= 1024 * GIB => 1024 * KIB,
+        _ if size <= 2048 * GIB => 2048 * KIB,
+        _ => 4096 * KIB,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::Bitmap;
+    use crate::names::RunId;
+
+    fn disk(size: u64, tracking: Tracking) -> Disk {
+        Disk {
+            target: "vda".parse().unwrap(),
+            device: "/machine/peripheral/vda".into(),
+            root: "root".into(),
+            format: "fmt".into(),
+            driver: "qcow2".into(),
+            size,
+            image: None,
+            tracking,
+        }
+    }
+
+    fn bitmaps(name: &str, health: BitmapHealth) -> Tracking {
+        Tracking::Bitmaps(vec![Bitmap { name: name.into(), health }])
+    }
+
+    fn parent(size: u64) -> DiskManifest {
+        DiskManifest {
+            target: "vda".parse().unwrap(),
+            size,
+            chunk_size: 65536,
+            format: "qcow2".into(),
+            image: None,
+            kind: Kind::Full,
+            reason: String::new(),
+            bitmap: Some("c1".into()),
+            bytes_changed: 0,
+            bytes_read: 0,
+            bytes_zero: 0,
+            bytes_audited: 0,
+            bytes_stored: 0,
+        }
+    }
+
+    #[test]
+    fn r22_only_the_very_bitmap_of_the_parent_makes_a_backup_incremental() {
+        use BitmapHealth::*;
+        let kind = |tracking| decide(&disk(100, tracking), Some(&parent(100)), false).kind;
+        assert_eq!(kind(bitmaps("c1", Good)), Kind::Incremental);
+        assert_eq!(kind(bitmaps("c0", Good)), Kind::Rescan);
+        assert_eq!(kind(bitmaps("c1", Inconsistent)), Kind::Rescan);
+        assert_eq!(kind(bitmaps("c1", NotRecording)), Kind::Rescan);
+        assert_eq!(kind(bitmaps("c1", Transient)), Kind::Rescan);
+        assert_eq!(kind(Tracking::Bitmaps(Vec::new())), Kind::Rescan);
+        assert_eq!(kind(Tracking::Unsupported("raw".into())), Kind::Rescan);
+    }
+
+    #[test]
+    fn r06_a_grown_disk_stays_incremental_and_a_shrunk_one_is_read_whole() {
+        let tracking = || bitmaps("c1", BitmapHealth::Good);
+        let grown = decide(&disk(200, tracking()), Some(&parent(100)), false);
+        assert_eq!((grown.kind, grown.parent_size), (Kind::Incremental, Some(100)));
+        let shrunk = decide(&disk(50, tracking()), Some(&parent(100)), false);
+        assert_eq!(shrunk.kind, Kind::Rescan);
+        assert_eq!(shrunk.bitmap_old, None);
+    }
+
+    #[test]
+    fn r07_a_disk_without_a_parent_is_full_and_keeps_no_other_from_being_incremental() {
+        let new = decide(&disk(1, Tracking::Bitmaps(Vec::new())), None, false);
+        assert_eq!((new.kind, new.tracked), (Kind::Full, true));
+    }
+
+    #[test]
+    fn the_chunk_size_of_the_first_backup_stays() {
+        let grown =
+            decide(&disk(1 << 50, bitmaps("c1", BitmapHealth::Good)), Some(&parent(9)), false);
+        assert_eq!(grown.chunk_size, 65536);
+        for (size, expected) in [(1, 128), (64 << 30, 128), ((64 << 30) + 1, 256), (8 << 40, 4096)]
+        {
+            assert_eq!(chunk_size(size), expected << 10, "{size}");
+        }
+    }
+
+    #[test]
+    fn bitmaps_of_others_are_never_stale() {
+        let names = BitmapNames::of_repository("0123456789");
+        let (old, new) = (names.begun_by(&RunId::random()), names.begun_by(&RunId::random()));
+        let foreign = BitmapNames::of_repository("9876543210").begun_by(&RunId::random());
+        let all = [&old, &new, &foreign, "other"];
+        let bitmap = |name: &&str| Bitmap { name: (*name).into(), health: BitmapHealth::Good };
+        let all: Vec<&str> = all.iter().map(|name| name.as_ref()).collect();
+        let disk = disk(1, Tracking::Bitmaps(all.iter().map(bitmap).collect()));
+        assert_eq!(stale_bitmaps(&disk, &names, Some(&new)), [old]);
+    }
+}

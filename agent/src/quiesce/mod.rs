@@ -1,0 +1,169 @@
+//! Making a guest's data consistent for an instant, and always letting go.
+//!
+//! The freeze is held by a separate process ([`watchdog`]), so that neither a hang nor the death of
+//! this one keeps the guest frozen or paused.
+
+pub mod guest_agent;
+pub mod watchdog;
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::manifest::Consistency;
+use watchdog::{Freeze, Thaw, Watchdog, WatchdogError};
+
+/// How long a guest may stay frozen, from the freeze command to the thaw.
+pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the guest's file systems are frozen for the point in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Where an agent answers; else the backup is crash-consistent, with a warning.
+    Auto,
+    /// A backup without a freeze fails.
+    Require,
+    /// Never.
+    No,
+}
+
+/// Why there is no consistent point in time although one was required, or no watchdog to guard it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuiesceError {
+    /// The watchdog cannot be started or reached.
+    #[error("cannot run the watchdog that lets the guest go on")]
+    Watchdog(#[from] WatchdogError),
+    /// A freeze was required.
+    #[error("the guest could not be frozen: {reason}")]
+    Required {
+        /// What the agent, or its absence, said.
+        reason: String,
+    },
+}
+
+/// A guest that holds still, or does not, until [`Quiesced::thaw`].
+#[derive(Debug)]
+#[must_use = "the guest stays frozen until it is thawed"]
+pub struct Quiesced {
+    watchdog: Option<Watchdog>,
+    agent: Option<std::path::PathBuf>,
+    frozen: bool,
+    mode: Mode,
+    warnings: Vec<String>,
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the disks agree on.
+    pub consistency: Consistency,
+    /// How long the file systems were frozen.
+    pub frozen: Option<Duration>,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+}
+
+/// Freezes the guest's file systems where `mode` and `agent` allow, under a watchdog.
+///
+/// # Errors
+/// [`QuiesceError::Required`] when `mode` asks for it, [`QuiesceError::Watchdog`].
+pub async fn quiesce(
+    mode: Mode,
+    agent: Option<&Path>,
+    monitor: &Path,
+    guest_runs: bool,
+) -> Result<Quiesced, QuiesceError> {
+    let agent = agent.filter(|_| mode != Mode::No);
+    let mut quiesced = Quiesced {
+        watchdog: None,
+        agent: agent.map(Path::to_owned),
+        frozen: false,
+        mode,
+        warnings: Vec::new(),
+    };
+    if !guest_runs {
+        // A paused guest holds still already, but what it has not written is not on its disks.
+        return quiesced.without("the guest is paused");
+    }
+    quiesced.watchdog = Some(Watchdog::start(agent, monitor)?);
+    if agent.is_none() {
+        return match mode {
+            Mode::Require => quiesced.without("no guest agent socket was given"),
+            _ => Ok(quiesced),
+        };
+    }
+    let watchdog = quiesced.watchdog.as_mut().expect("it was just started");
+    match watchdog.freeze().await {
+        Ok(Freeze::Frozen { .. }) => quiesced.frozen = true,
+        Ok(Freeze::Failed { reason }) => return quiesced.without(&reason),
+        Err(error) => {
+            quiesced.thaw_ourselves().await;
+            return quiesced.without(&error.to_string());
+        }
+    }
+    Ok(quiesced)
+}
+
+impl Quiesced {
+    fn without(mut self, reason: &str) -> Result<Self, QuiesceError> {
+        if self.mode == Mode::Require {
+            return Err(QuiesceError::Required { reason: reason.to_owned() });
+        }
+        if self.mode == Mode::Auto && self.agent.is_some() {
+            self.warnings.push(format!("not frozen, the backup is crash-consistent: {reason}"));
+        }
+        Ok(self)
+    }
+
+    /// Tells the watchdog that the guest is about to be paused.
+    ///
+    /// # Errors
+    /// [`QuiesceError::Watchdog`] when it is gone: then nothing may be paused.
+    pub async fn will_pause(&mut self) -> Result<(), QuiesceError> {
+        match &mut self.watchdog {
+            Some(watchdog) => Ok(watchdog.will_pause().await?),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the guest go on and ends the watchdog.
+    ///
+    /// # Errors
+    /// [`QuiesceError::Required`] when the guest did not stay frozen up to the point in time.
+    pub async fn thaw(mut self) -> Result<Outcome, QuiesceError> {
+        let mut frozen = None;
+        let mut lost = None;
+        if self.frozen {
+            let watchdog = self.watchdog.as_mut().expect("only a watchdog freezes");
+            match watchdog.thaw().await {
+                Ok(Thaw::Thawed { after, in_time: true }) => frozen = Some(after),
+                Ok(Thaw::Thawed { .. }) => lost = Some("it thawed before the point in time".into()),
+                Ok(Thaw::Failed { reason }) => lost = Some(reason),
+                Err(error) => {
+                    self.thaw_ourselves().await;
+                    lost = Some(error.to_string());
+                }
+            }
+        }
+        if let Some(watchdog) = self.watchdog.take() {
+            watchdog.done().await;
+        }
+        if let Some(reason) = lost {
+            self = self.without(&reason)?;
+        }
+        let consistency = match frozen {
+            Some(_) => Consistency::Filesystem,
+            None => Consistency::Crash,
+        };
+        Ok(Outcome { consistency, frozen, warnings: self.warnings })
+    }
+
+    /// The last resort when the watchdog itself is gone.
+    async fn thaw_ourselves(&self) {
+        if let Some(agent) = &self.agent
+            && let Err(error) = guest_agent::thaw(agent, FREEZE_TIMEOUT).await
+        {
+            tracing::error!(%error, "the guest may be frozen: thaw it with `guest-fsfreeze-thaw`");
+        }
+    }
+}

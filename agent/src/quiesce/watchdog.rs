@@ -1,0 +1,349 @@
+//! The watchdog: a process of its own that freezes, and thaws on its own deadline whatever happens to
+//! the run that asked for it.
+//!
+//! The two talk in lines over the watchdog's standard input and output. When its input ends, because
+//! the run is done or dead, the watchdog thaws what it froze, lets a guest go on that the run had
+//! paused, and ends.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use qmp_client::QgaError;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::task::JoinHandle;
+
+use super::{FREEZE_TIMEOUT, guest_agent};
+use crate::hypervisor::monitor::{Monitor, Step};
+
+/// Name of the hidden subcommand that this process runs as.
+pub const SUBCOMMAND: &str = "quiesce-watchdog";
+/// How long the watchdog goes on trying to thaw a guest whose agent hangs.
+const THAW_PATIENCE: Duration = Duration::from_secs(600);
+/// What the run allows beyond the watchdog's own deadline, before it takes the watchdog for dead.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why the watchdog is of no help.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WatchdogError {
+    /// It cannot be started.
+    #[error("cannot start the watchdog process")]
+    Start(#[source] std::io::Error),
+    /// It went away.
+    #[error("the watchdog process ended")]
+    Ended,
+    /// It does not answer.
+    #[error("the watchdog process did not answer within {} s", .waited.as_secs())]
+    Silent {
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Request {
+    Freeze,
+    Thaw,
+    WillPause,
+    Done,
+}
+
+/// What came of a freeze.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freeze {
+    /// So many file systems are frozen.
+    Frozen {
+        /// Their number, as the agent says.
+        filesystems: u64,
+    },
+    /// The guest is not frozen, or is being thawed.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What came of a thaw.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thaw {
+    /// The guest goes on.
+    Thawed {
+        /// How long it was frozen, from the end of the freeze to the end of the thaw.
+        after: Duration,
+        /// Whether it was still frozen when the thaw was asked for.
+        in_time: bool,
+    },
+    /// The agent does not answer; the watchdog goes on trying.
+    Failed {
+        /// What it said last.
+        reason: String,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Reply {
+    Freeze(Freeze),
+    Thaw(Thaw),
+    Noted,
+}
+
+/// The run's end of the watchdog.
+#[derive(Debug)]
+pub struct Watchdog {
+    // Its death is not waited for: a watchdog that still tries to thaw outlives the run.
+    _process: Child,
+    requests: ChildStdin,
+    replies: Lines<BufReader<ChildStdout>>,
+}
+
+impl Watchdog {
+    /// Starts the process. It has its own process group, so that Ctrl-C does not reach it.
+    ///
+    /// # Errors
+    /// [`WatchdogError::Start`].
+    pub fn start(agent: Option<&Path>, monitor: &Path) -> Result<Self, WatchdogError> {
+        crate::effect::about_to("watchdog: start").map_err(WatchdogError::Start)?;
+        let program = std::env::current_exe().map_err(WatchdogError::Start)?;
+        let mut command = tokio::process::Command::new(program);
+        command.arg(SUBCOMMAND).arg("--monitor").arg(monitor);
+        if let Some(agent) = agent {
+            command.arg("--agent").arg(agent);
+        }
+        // Its effects are its own: a run that is ended at its n-th must not end its watchdog there.
+        for variable in ["KVMSNAP_CRASH_AT", "KVMSNAP_FAIL_AT", "KVMSNAP_EFFECTS"] {
+            command.env_remove(variable);
+        }
+        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = command.spawn().map_err(WatchdogError::Start)?;
+        let requests = process.stdin.take().ok_or(WatchdogError::Ended)?;
+        let replies = process.stdout.take().ok_or(WatchdogError::Ended)?;
+        Ok(Self { _process: process, requests, replies: BufReader::new(replies).lines() })
+    }
+
+    /// Freezes the guest.
+    ///
+    /// # Errors
+    /// [`WatchdogError`] when the watchdog itself fails; what the agent says is in the reply.
+    pub async fn freeze(&mut self) -> Result<Freeze, WatchdogError> {
+        match self.ask(Request::Freeze).await? {
+            Reply::Freeze(freeze) => Ok(freeze),
+            _ => Err(WatchdogError::Ended),
+        }
+    }
+
+    /// Thaws the guest.
+    ///
+    /// # Errors
+    /// [`WatchdogError`] when the watchdog itself fails; what the agent says is in the reply.
+    pub async fn thaw(&mut self) -> Result<Thaw, WatchdogError> {
+        match self.ask(Request::Thaw).await? {
+            Reply::Thaw(thaw) => Ok(thaw),
+            _ => Err(WatchdogError::Ended),
+        }
+    }
+
+    /// Has the watchdog let the guest go on, should this process end from here on.
+    ///
+    /// # Errors
+    /// [`WatchdogError`]: then nothing may be paused.
+    pub async fn will_pause(&mut self) -> Result<(), WatchdogError> {
+        self.ask(Request::WillPause).await.map(drop)
+    }
+
+    /// Tells the watchdog that nothing is left to guard but what it is thawing already.
+    pub async fn done(mut self) {
+        // A watchdog that is gone already has nothing to guard either.
+        let _ = self.say(Request::Done).await;
+    }
+
+    async fn say(&mut self, request: Request) -> Result<(), WatchdogError> {
+        let mut line = serde_json::to_vec(&request).expect("a plain enumeration");
+        line.push(b'\n');
+        self.requests.write_all(&line).await.map_err(|_| WatchdogError::Ended)
+    }
+
+    async fn ask(&mut self, request: Request) -> Result<Reply, WatchdogError> {
+        self.say(request).await?;
+        let waited = FREEZE_TIMEOUT + GRACE;
+        match tokio::time::timeout(waited, self.replies.next_line()).await {
+            Err(_) => Err(WatchdogError::Silent { waited }),
+            Ok(Ok(Some(line))) => serde_json::from_str(&line).map_err(|_| WatchdogError::Ended),
+            Ok(_) => Err(WatchdogError::Ended),
+        }
+    }
+}
+
+/// The watchdog process itself. Returns when nothing is left to guard.
+pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
+    let mut guard = Guard {
+        agent,
+        frozen_at: None,
+        deadline: None,
+        let_go_early: false,
+        thawing: None,
+        may_be_paused: false,
+        requests: BufReader::new(tokio::io::stdin()).lines(),
+    };
+    guard.serve().await;
+    // A pause stops the whole guest: it ends first.
+    if guard.may_be_paused
+        && let Err(error) = let_go_on(&monitor).await
+    {
+        tracing::error!(%error, "the guest may be paused: let it go on with `cont`");
+    }
+    if guard.deadline.is_some() || guard.thawing.is_some() {
+        guard.begin_thaw();
+        if let Err(reason) = guard.thawed().await {
+            tracing::error!(reason, "the guest may be frozen: the agent does not thaw it");
+        }
+    }
+}
+
+struct Guard {
+    agent: Option<PathBuf>,
+    frozen_at: Option<Instant>,
+    /// When the guest must be thawed at the latest; set from the freeze command on.
+    deadline: Option<tokio::time::Instant>,
+    /// Whether the guest was thawed before the run asked for it.
+    let_go_early: bool,
+    thawing: Option<JoinHandle<Result<u64, QgaError>>>,
+    may_be_paused: bool,
+    requests: Lines<BufReader<Stdin>>,
+}
+
+enum Woken {
+    Request(Request),
+    Ended,
+    Deadline,
+}
+
+impl Guard {
+    async fn serve(&mut self) {
+        loop {
+            let reply = match self.next().await {
+                Woken::Ended => return,
+                Woken::Deadline => {
+                    self.let_go_early = true;
+                    self.begin_thaw();
+                    continue;
+                }
+                Woken::Request(Request::Freeze) => Reply::Freeze(self.freeze().await),
+                Woken::Request(Request::Thaw) => Reply::Thaw(self.thaw().await),
+                Woken::Request(Request::WillPause) => {
+                    self.may_be_paused = true;
+                    Reply::Noted
+                }
+                Woken::Request(Request::Done) => {
+                    self.may_be_paused = false;
+                    Reply::Noted
+                }
+            };
+            let mut line = serde_json::to_vec(&reply).expect("replies have only string keys");
+            line.push(b'\n');
+            let mut out = tokio::io::stdout();
+            if out.write_all(&line).await.is_err() || out.flush().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Woken {
+        let deadline = self.deadline;
+        let expired = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            line = self.requests.next_line() => match line {
+                Ok(Some(line)) => serde_json::from_str(&line).map_or(Woken::Ended, Woken::Request),
+                _ => Woken::Ended,
+            },
+            () = expired => Woken::Deadline,
+        }
+    }
+
+    /// Freezes, unless the run ends or the deadline passes first; then what the guest may still do is
+    /// undone by the thaw that follows.
+    async fn freeze(&mut self) -> Freeze {
+        let Some(socket) = self.agent.clone() else {
+            return Freeze::Failed { reason: "no guest agent socket was given".into() };
+        };
+        let agent = match guest_agent::connect(&socket).await {
+            Ok(agent) => agent,
+            Err(error) => return Freeze::Failed { reason: error.to_string() },
+        };
+        self.deadline = Some(tokio::time::Instant::now() + FREEZE_TIMEOUT);
+        let outcome = tokio::select! {
+            outcome = guest_agent::freeze(&agent, FREEZE_TIMEOUT) => outcome,
+            // The run says nothing before it has this answer: this is its end.
+            _ = self.requests.next_line() => {
+                return Freeze::Failed { reason: "the run ended".into() };
+            }
+        };
+        drop(agent);
+        match outcome {
+            Ok(filesystems) => {
+                self.frozen_at = Some(Instant::now());
+                Freeze::Frozen { filesystems }
+            }
+            Err(error) => {
+                // The agent may have frozen all the same, or may still do it.
+                self.begin_thaw();
+                Freeze::Failed { reason: error.to_string() }
+            }
+        }
+    }
+
+    async fn thaw(&mut self) -> Thaw {
+        let in_time = !self.let_go_early;
+        self.begin_thaw();
+        match tokio::time::timeout(FREEZE_TIMEOUT, self.thawed()).await {
+            Err(_) => Thaw::Failed { reason: "the agent does not answer to the thaw".into() },
+            Ok(Err(reason)) => Thaw::Failed { reason },
+            // A guest that says it had nothing to thaw had let go by itself.
+            Ok(Ok(filesystems)) => Thaw::Thawed {
+                after: self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed()),
+                in_time: in_time && filesystems > 0,
+            },
+        }
+    }
+
+    /// Starts to thaw, in the background, unless that is under way.
+    fn begin_thaw(&mut self) {
+        self.deadline = None;
+        if let (Some(socket), None) = (self.agent.clone(), &self.thawing) {
+            let thaw = async move { guest_agent::thaw(&socket, THAW_PATIENCE).await };
+            self.thawing = Some(tokio::spawn(thaw));
+        }
+    }
+
+    /// Waits for the thaw that was begun. May be dropped and called again.
+    async fn thawed(&mut self) -> Result<u64, String> {
+        let Some(thawing) = &mut self.thawing else { return Ok(0) };
+        let outcome = thawing.await;
+        self.thawing = None;
+        match outcome {
+            Ok(outcome) => outcome.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+/// Lets a guest go on that the run had paused; one that runs is left alone.
+async fn let_go_on(monitor: &Path) -> Result<(), crate::hypervisor::HypervisorError> {
+    let monitor = Monitor::connect(monitor).await?;
+    if !monitor.guest_runs().await? {
+        monitor.run(Step::new("let the guest go on", "cont", json!({}))).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,260 @@
+//! Reading a point in time: one NBD export for each disk, whatever the capture method.
+
+pub mod chunk_map;
+pub mod pace;
+mod stream;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nbd::wire::{STATE_DIRTY, STATE_ZERO};
+use nbd::{Client, Errno, NbdError, Options};
+use repository::BlobId;
+
+use crate::hypervisor::{Export, Exports, HypervisorError};
+use crate::names::DiskName;
+use chunk_map::{ChunkMap, Fate};
+
+pub use stream::{Limits, Piece, Stream};
+
+const ALLOCATION: &str = "base:allocation";
+/// The smallest part of a disk that is named when it cannot be read.
+const BAD_BLOCK: u64 = 4096;
+/// A bound on the ranges that one error names.
+const BAD_RANGES_MAX: usize = 64;
+/// Unchanged chunks that each incremental backup reads and compares: one in so many…
+const AUDIT_FRACTION: u64 = 1000;
+/// …but at least so many.
+const AUDIT_MIN: u64 = 16;
+
+/// Why a point in time could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The export failed as a whole.
+    #[error("cannot read disk `{disk}`")]
+    Nbd {
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        source: NbdError,
+    },
+    /// The disk has bad blocks.
+    #[error("disk `{disk}` cannot be read at {}{}", list(.ranges), if *.more { ", …" } else { "" })]
+    BadBlocks {
+        /// The disk.
+        disk: DiskName,
+        /// Offset and length in bytes, in blocks of 4 KiB.
+        ranges: Vec<(u64, u64)>,
+        /// Whether there are more than are named.
+        more: bool,
+    },
+    /// The export does not tell which parts are data.
+    #[error("the export of disk `{disk}` lacks the metadata context `{context}`")]
+    NoContext {
+        /// The disk.
+        disk: DiskName,
+        /// What is missing.
+        context: String,
+    },
+    /// The export has another size than the disk.
+    #[error("the export of disk `{disk}` has {export} bytes, the disk {size}")]
+    Size {
+        /// The disk.
+        disk: DiskName,
+        /// Bytes of the export.
+        export: u64,
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// QEMU could not be asked for the guest's latency.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// Whoever stores what was read has stopped.
+    #[error("storing has stopped")]
+    StoreStopped,
+}
+
+fn list(ranges: &[(u64, u64)]) -> String {
+    let range = |(offset, len): &(u64, u64)| format!("bytes {offset}..{}", offset + len);
+    ranges.iter().map(range).collect::<Vec<_>>().join(", ")
+}
+
+/// A disk at the point in time.
+#[derive(Debug, Clone)]
+pub struct Source {
+    disk: DiskName,
+    client: Client,
+    allocation: Option<usize>,
+    dirty: Option<usize>,
+}
+
+impl Source {
+    /// Connects to the export of a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// [`ReadError::Nbd`], [`ReadError::NoContext`], [`ReadError::Size`].
+    pub async fn connect(
+        exports: &Exports,
+        export: &Export,
+        disk: &DiskName,
+        size: u64,
+        timeout: Duration,
+    ) -> Result<Self, ReadError> {
+        let socket: PathBuf = exports.socket.clone();
+        let wanted = [Some(ALLOCATION.to_owned()), export.dirty_context.clone()];
+        let options = Options {
+            export: export.name.clone(),
+            contexts: wanted.into_iter().flatten().collect(),
+            connections: 1,
+            timeout,
+        };
+        let client = Client::connect(&socket, options)
+            .await
+            .map_err(|source| ReadError::Nbd { disk: disk.clone(), source })?;
+        if client.size() != size {
+            return Err(ReadError::Size { disk: disk.clone(), export: client.size(), size });
+        }
+        let contexts = client.contexts();
+        let position = |name: &str| contexts.iter().position(|context| context == name);
+        let allocation = position(ALLOCATION);
+        let dirty = match &export.dirty_context {
+            None => None,
+            Some(context) => match position(context) {
+                None => {
+                    let (disk, context) = (disk.clone(), context.clone());
+                    return Err(ReadError::NoContext { disk, context });
+                }
+                found => found,
+            },
+        };
+        Ok(Self { disk: disk.clone(), client, allocation, dirty })
+    }
+
+    /// Asks what is data, and what changed since the parent, which had `parent_size` bytes. Without a
+    /// dirty map everything counts as changed.
+    ///
+    /// # Errors
+    /// [`ReadError::Nbd`].
+    pub async fn map(
+        &self,
+        chunk_size: u32,
+        parent_size: Option<u64>,
+    ) -> Result<ChunkMap, ReadError> {
+        let size = self.client.size();
+        let mut map = ChunkMap::new(size, chunk_size);
+        match parent_size.filter(|_| self.dirty.is_some()) {
+            // QEMU does not count the grown part of a disk as dirty.
+            Some(before) => map.mark_dirty(before.min(size), size - before.min(size)),
+            None => map.mark_dirty(0, size),
+        }
+        let tracked = parent_size.is_some();
+        if self.allocation.is_none() {
+            map.mark_data(0, size);
+        }
+        let mut at = 0;
+        while at < size && self.allocation.or(self.dirty).is_some() {
+            let status = self.client.block_status(at, size - at).await;
+            let lists = status.map_err(|source| self.failed(source))?;
+            // The contexts may be answered differently far: go on where all of them are known.
+            let reach = lists.iter().map(|list| list.iter().map(|e| e.length).sum::<u64>()).min();
+            let end = at + reach.unwrap_or(0);
+            for (context, extents) in lists.iter().enumerate() {
+                let mut offset = at;
+                for extent in extents {
+                    let len = extent.length.min(end.saturating_sub(offset));
+                    if Some(context) == self.allocation && extent.flags & STATE_ZERO == 0 {
+                        map.mark_data(offset, len);
+                    }
+                    if Some(context) == self.dirty && tracked && extent.flags & STATE_DIRTY != 0 {
+                        map.mark_dirty(offset, len);
+                    }
+                    offset += len;
+                }
+            }
+            at = end;
+        }
+        Ok(map)
+    }
+
+    /// Reads a random share of the unchanged chunks and compares them with what the repository has.
+    /// Returns the bytes read, and the first chunk that differs: then the bitmap lies.
+    ///
+    /// # Errors
+    /// [`ReadError::Nbd`].
+    pub async fn audit(
+        &self,
+        map: &ChunkMap,
+        parent: &[BlobId],
+    ) -> Result<(u64, Option<u64>), ReadError> {
+        let unchanged: Vec<u64> = map.runs(Fate::Inherit, 1).map(|run| run.start).collect();
+        let count = (unchanged.len() as u64 / AUDIT_FRACTION).max(AUDIT_MIN);
+        let mut bytes = 0;
+        for chunk in sample(&unchanged, count) {
+            let data = self.read(map.offset(chunk), map.len(&(chunk..chunk + 1))).await?;
+            bytes += data.len() as u64;
+            if parent.get(chunk as usize) != Some(&BlobId::of(&data)) {
+                return Ok((bytes, Some(chunk)));
+            }
+        }
+        Ok((bytes, None))
+    }
+
+    async fn read(&self, offset: u64, len: u64) -> Result<bytes::Bytes, ReadError> {
+        let len = u32::try_from(len).expect("a request is at most a few MiB");
+        self.client.read(offset, len).await.map_err(|source| self.failed(source))
+    }
+
+    /// Frees the scratch of a range and ends copy-before-write there.
+    async fn release(&self, offset: u64, len: u64) -> Result<(), ReadError> {
+        if !self.client.info().can_trim() {
+            return Ok(());
+        }
+        let trimmed = self.client.trim(offset, len).await;
+        trimmed.map_err(|source| self.failed(source))
+    }
+
+    /// Finds out which blocks of a range cannot be read.
+    async fn bad_blocks(&self, start: u64, len: u64) -> Result<Vec<(u64, u64)>, ReadError> {
+        let mut bad: Vec<(u64, u64)> = Vec::new();
+        let end = start + len;
+        let mut at = start;
+        while at < end {
+            let len = BAD_BLOCK.min(end - at);
+            match self.client.read(at, len as u32).await {
+                Ok(_) => {}
+                Err(error) if is_bad_block(&error) => match bad.last_mut() {
+                    Some((offset, length)) if *offset + *length == at => *length += len,
+                    _ => bad.push((at, len)),
+                },
+                Err(source) => return Err(self.failed(source)),
+            }
+            at += len;
+        }
+        Ok(bad)
+    }
+
+    /// Ends the connection.
+    pub async fn disconnect(&self) {
+        // The export goes away next; a server that is gone already changes nothing.
+        let _ = self.client.disconnect().await;
+    }
+
+    fn failed(&self, source: NbdError) -> ReadError {
+        ReadError::Nbd { disk: self.disk.clone(), source }
+    }
+}
+
+fn is_bad_block(error: &NbdError) -> bool {
+    matches!(error, NbdError::Remote { errno: Errno::EIO, .. })
+}
+
+/// `count` of `items`, drawn at random, without drawing one twice.
+fn sample(items: &[u64], count: u64) -> Vec<u64> {
+    let count = usize::try_from(count).unwrap_or(usize::MAX).min(items.len());
+    let mut rng = rand::rng();
+    let mut chosen: Vec<u64> =
+        rand::seq::index::sample(&mut rng, items.len(), count).iter().map(|i| items[i]).collect();
+    chosen.sort_unstable();
+    chosen
+}

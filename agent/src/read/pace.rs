@@ -1,0 +1,130 @@
+//! How many requests may be under way: as many as the guest does not feel. No I/O, no clock.
+
+use std::time::Duration;
+
+use crate::hypervisor::GuestIo;
+
+/// Most requests under way; more brings nothing from one QEMU thread.
+const DEPTH_MAX: usize = 16;
+/// The guest's mean latency may grow by half…
+const TOLERATED_PERCENT: u32 = 150;
+/// …and differences below this are noise.
+const NOISE: Duration = Duration::from_micros(300);
+/// With fewer operations in one observation their mean says nothing.
+const OPERATIONS_MIN: u64 = 4;
+
+/// The pace of reading.
+///
+/// It begins with one request, adds one while the guest's own latency stays under one and a half of
+/// what it was before the backup, and falls back to one when it does not. A guest that does nothing
+/// is read flat out.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    baseline: Option<Duration>,
+    depth: usize,
+    last: GuestIo,
+}
+
+impl Pace {
+    /// A pace from what the guest did between two counts before the backup.
+    pub fn new(before: GuestIo, at_start: GuestIo) -> Self {
+        let baseline = mean_latency(before, at_start);
+        let depth = if baseline.is_some() { 1 } else { DEPTH_MAX };
+        Self { baseline, depth, last: at_start }
+    }
+
+    /// A pace for a guest that does not run.
+    pub fn flat_out() -> Self {
+        Self::new(GuestIo::default(), GuestIo::default())
+    }
+
+    /// Requests that may be under way.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Whether the guest is at work, so that requests should be short.
+    pub fn is_gentle(&self) -> bool {
+        self.depth < DEPTH_MAX
+    }
+
+    /// Takes note of what the guest did up to now.
+    pub fn observe(&mut self, now: GuestIo) {
+        let latency = mean_latency(self.last, now);
+        self.last = now;
+        self.depth = match (latency, self.baseline) {
+            // It does nothing that could suffer.
+            (None, _) => (self.depth * 2).min(DEPTH_MAX),
+            // It woke up: what it sees now, with us at full depth, is no baseline. Step aside first.
+            (Some(_), None) if self.depth > 1 => 1,
+            (Some(latency), None) => {
+                self.baseline = Some(latency);
+                1
+            }
+            (Some(latency), Some(baseline)) if latency > tolerated(baseline) => 1,
+            (Some(_), Some(_)) => (self.depth + 1).min(DEPTH_MAX),
+        };
+    }
+}
+
+fn tolerated(baseline: Duration) -> Duration {
+    (baseline * TOLERATED_PERCENT / 100).max(baseline + NOISE)
+}
+
+fn mean_latency(from: GuestIo, to: GuestIo) -> Option<Duration> {
+    let operations = to.operations.saturating_sub(from.operations);
+    let time = to.time.saturating_sub(from.time);
+    let count = u32::try_from(operations).unwrap_or(u32::MAX);
+    (operations >= OPERATIONS_MIN).then(|| time / count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that made `operations` of `micros` each since the last count.
+    fn after(last: &mut GuestIo, operations: u64, micros: u64) -> GuestIo {
+        last.operations += operations;
+        last.time += Duration::from_micros(operations * micros);
+        *last
+    }
+
+    #[test]
+    fn p2_a_guest_that_suffers_makes_the_reader_step_back_at_once() {
+        let mut io = GuestIo::default();
+        let before = io;
+        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
+        assert_eq!(pace.depth(), 1);
+        for _ in 0..5 {
+            pace.observe(after(&mut io, 100, 1200));
+        }
+        assert_eq!(pace.depth(), 6);
+        pace.observe(after(&mut io, 100, 2000));
+        assert_eq!(pace.depth(), 1);
+    }
+
+    #[test]
+    fn an_idle_guest_is_read_flat_out_until_it_wakes_up() {
+        let mut io = GuestIo::default();
+        let mut pace = Pace::flat_out();
+        assert_eq!(pace.depth(), DEPTH_MAX);
+        pace.observe(after(&mut io, 50, 9000));
+        assert_eq!(pace.depth(), 1, "it steps aside");
+        pace.observe(after(&mut io, 50, 500));
+        assert_eq!(pace.depth(), 1, "it learns the baseline");
+        pace.observe(after(&mut io, 50, 9000));
+        assert_eq!(pace.depth(), 1);
+        pace.observe(after(&mut io, 0, 0));
+        pace.observe(after(&mut io, 0, 0));
+        assert_eq!(pace.depth(), 4, "it fell asleep again");
+    }
+
+    #[test]
+    fn counters_that_run_backwards_do_no_harm() {
+        let high = GuestIo { operations: 900, time: Duration::from_secs(9) };
+        let mut pace = Pace::new(high, GuestIo::default());
+        pace.observe(high);
+        pace.observe(GuestIo::default());
+        assert!(pace.depth() >= 1);
+    }
+}

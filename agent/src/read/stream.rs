@@ -1,0 +1,161 @@
+//! The stream of chunks from the guest's disks to the store, at the guest's pace.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::chunk_map::{ChunkMap, Chunks, Fate};
+use super::pace::Pace;
+use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block};
+use crate::hypervisor::Hypervisor;
+use crate::progress::Progress;
+
+/// Bytes of one request while the guest sleeps, and while it works.
+const REQUEST_LEN: u64 = 1 << 20;
+const REQUEST_LEN_GENTLE: u64 = 256 << 10;
+/// How often the guest's latency is looked at.
+const OBSERVE_EVERY: Duration = Duration::from_millis(50);
+
+/// What the user allows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// Bytes read in a second, over all disks.
+    pub bytes_per_second: Option<u64>,
+}
+
+/// A run of chunks that was read.
+#[derive(Debug)]
+pub struct Piece {
+    /// Index of the disk.
+    pub disk: u32,
+    /// Number of the first chunk.
+    pub chunk: u64,
+    /// The content of one or more chunks.
+    pub data: Bytes,
+}
+
+/// The stream of one disk.
+#[derive(Debug)]
+pub struct Stream<'a, H> {
+    /// The disk at the point in time.
+    pub source: &'a Source,
+    /// Its index.
+    pub disk: u32,
+    /// What of it is read.
+    pub map: &'a ChunkMap,
+    /// What the user allows.
+    pub limits: Limits,
+    /// Who knows the guest's latency.
+    pub hypervisor: &'a H,
+    /// Where pieces go.
+    pub sink: &'a mpsc::Sender<Piece>,
+    /// Who is told how far it is.
+    pub progress: &'a Progress,
+}
+
+impl<H: Hypervisor> Stream<'_, H> {
+    /// Reads all chunks that are to be read and hands them on, releasing what was read. Returns the
+    /// bytes read. The future may be dropped at any time.
+    ///
+    /// # Errors
+    /// [`ReadError::BadBlocks`] after the whole disk was tried; any other at once.
+    pub async fn run(&self, pace: &mut Pace) -> Result<u64, ReadError> {
+        let (source, map) = (self.source, self.map);
+        release_unread(source, map).await?;
+        let mut bad = Vec::new();
+        let mut bytes = 0;
+        let start = Instant::now();
+        let mut observed = Instant::now();
+        let mut under_way = JoinSet::new();
+        let mut next = 0;
+        loop {
+            while under_way.len() < pace.depth()
+                && let Some(chunks) = next_request(map, &mut next, pace)
+            {
+                if let Some(rate) = self.limits.bytes_per_second {
+                    throttle(start, bytes, rate).await;
+                }
+                let (source, offset, len) =
+                    (source.clone(), map.offset(chunks.start), map.len(&chunks));
+                under_way.spawn(async move {
+                    let outcome = async {
+                        let data = source.read(offset, len).await?;
+                        source.release(offset, len).await?;
+                        Ok(data)
+                    };
+                    (outcome.await, chunks)
+                });
+            }
+            let Some(done) = under_way.join_next().await else { break };
+            let (outcome, chunks) = done.expect("requests neither panic nor are aborted");
+            match outcome {
+                Ok(data) => {
+                    bytes += data.len() as u64;
+                    self.progress.read(data.len() as u64);
+                    let piece = Piece { disk: self.disk, chunk: chunks.start, data };
+                    // What is bad makes the whole disk bad; the rest is read only to name all of it.
+                    if bad.is_empty() {
+                        self.sink.send(piece).await.map_err(|_| ReadError::StoreStopped)?;
+                    }
+                }
+                Err(ReadError::Nbd { source: error, .. }) if is_bad_block(&error) => {
+                    let blocks =
+                        source.bad_blocks(map.offset(chunks.start), map.len(&chunks)).await?;
+                    if blocks.is_empty() {
+                        // It could be read the second time, in parts: that is no proof of its content.
+                        let disk = source.disk.clone();
+                        return Err(ReadError::Nbd { disk, source: error });
+                    }
+                    bad.extend(blocks);
+                }
+                Err(error) => return Err(error),
+            }
+            if bad.len() > BAD_RANGES_MAX {
+                break;
+            }
+            if observed.elapsed() >= OBSERVE_EVERY {
+                pace.observe(self.hypervisor.guest_io().await?);
+                observed = Instant::now();
+            }
+        }
+        if bad.is_empty() {
+            return Ok(bytes);
+        }
+        let more = bad.len() > BAD_RANGES_MAX;
+        bad.truncate(BAD_RANGES_MAX);
+        Err(ReadError::BadBlocks { disk: source.disk.clone(), ranges: bad, more })
+    }
+}
+
+/// Ends copy-before-write where nothing will be read.
+async fn release_unread(source: &Source, map: &ChunkMap) -> Result<(), ReadError> {
+    for fate in [Fate::Zero, Fate::Inherit] {
+        for run in map.runs(fate, u64::MAX / 2) {
+            source.release(map.offset(run.start), map.len(&run)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The next run of chunks to read from chunk `next` on.
+fn next_request(map: &ChunkMap, next: &mut u64, pace: &Pace) -> Option<Chunks> {
+    let len = if pace.is_gentle() { REQUEST_LEN_GENTLE } else { REQUEST_LEN };
+    let chunks_max = (len / map.offset(1)).max(1);
+    let start = (*next..map.chunks()).find(|&chunk| map.fate(chunk) == Fate::Read);
+    let Some(start) = start else {
+        *next = map.chunks();
+        return None;
+    };
+    let limit = (start + chunks_max).min(map.chunks());
+    let end = (start..limit).find(|&chunk| map.fate(chunk) != Fate::Read).unwrap_or(limit);
+    *next = end;
+    Some(start..end)
+}
+
+/// Sleeps until `bytes` since `start` are within `rate` bytes a second.
+async fn throttle(start: Instant, bytes: u64, rate: u64) {
+    let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+    tokio::time::sleep(due.saturating_sub(start.elapsed())).await;
+}

@@ -1,0 +1,93 @@
+//! Undoing what an earlier run left: one idempotent function for each record of the journal, run at the
+//! start of every backup under the domain's lock. It touches only what the record names.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::capture;
+use crate::hypervisor::HypervisorError;
+use crate::hypervisor::monitor::{Monitor, Step};
+use crate::hypervisor::qmp;
+use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
+use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
+
+/// Why something could not be undone. Its record stays.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecoverError {
+    /// QEMU cannot be asked or refuses.
+    #[error("cannot undo what run {} left in the guest `{}`", .record.run, .record.domain)]
+    Hypervisor {
+        /// What is to be undone.
+        record: Box<Record>,
+        /// Why not.
+        source: HypervisorError,
+    },
+    /// The journal cannot be read or written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Undoes a record of a QEMU that is reached through `monitor`, then clears it.
+///
+/// # Errors
+/// [`RecoverError`]; calling it again goes on from there.
+pub async fn undo(
+    monitor: &Monitor,
+    journal: &Journal,
+    recorded: &Recorded,
+    run_dir: &Path,
+) -> Result<(), RecoverError> {
+    let record = recorded.record();
+    tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
+    let undone = async {
+        if record.holds_guest {
+            let_go(monitor, record).await?;
+        }
+        qmp::release(monitor, recorded, run_dir).await?;
+        capture::remove_bitmaps(monitor, &obsolete_bitmaps(record)).await
+    };
+    undone
+        .await
+        .map_err(|source| RecoverError::Hypervisor { record: Box::new(record.clone()), source })?;
+    Ok(journal.clear(recorded)?)
+}
+
+/// Clears a record whose QEMU has ended, and with it all that the run had made in it. A dirty bitmap
+/// that was saved to the image all the same is dropped by the next backup.
+///
+/// # Errors
+/// [`RecoverError`].
+pub fn forget(journal: &Journal, recorded: &Recorded, run_dir: &Path) -> Result<(), RecoverError> {
+    let record = recorded.record();
+    capture::remove_socket(run_dir, &record.run)
+        .map_err(|source| RecoverError::Hypervisor { record: Box::new(record.clone()), source })?;
+    Ok(journal.clear(recorded)?)
+}
+
+/// The bitmaps that a run leaves behind and nobody needs, each a node and a name.
+pub fn obsolete_bitmaps(record: &Record) -> Vec<(String, String)> {
+    let bitmaps = record.disks.iter().filter_map(|disk| {
+        let name = match record.phase {
+            Phase::Capturing => disk.bitmap_new.as_ref(),
+            Phase::Recording => None,
+            Phase::Recorded => disk.bitmap_old.as_ref(),
+        };
+        Some((disk.format.clone(), name?.clone()))
+    });
+    bitmaps.collect()
+}
+
+/// Thaws the guest and lets it go on. The watchdog has done so already unless it was killed too.
+async fn let_go(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
+    if record.guest_runs && !monitor.guest_runs().await? {
+        monitor.run(Step::new("let the guest go on", "cont", json!({}))).await?;
+    }
+    if let Some(agent) = &record.agent
+        && let Err(error) = guest_agent::thaw(agent, FREEZE_TIMEOUT).await
+    {
+        tracing::warn!(%error, "cannot ask the guest agent to thaw the guest");
+    }
+    Ok(())
+}

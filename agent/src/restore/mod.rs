@@ -1,0 +1,304 @@
+//! From a snapshot back to disk images: under a temporary name, checked, durable, and only then under
+//! the final one. Nothing that exists is ever written over.
+
+mod qcow2;
+mod raw;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
+
+use crate::catalog::{Backup, Catalog, CatalogError, MANIFEST};
+use crate::effect;
+use crate::manifest::DiskManifest;
+use crate::names::DiskName;
+use crate::progress::Progress;
+
+/// Memory for chunks that are read more than once.
+const CACHE_LEN: usize = 32 << 20;
+
+/// What a restored disk looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// QEMU's format.
+    Qcow2,
+    /// The bytes themselves, sparse.
+    Raw,
+}
+
+impl Format {
+    /// The file's extension, and QEMU's name of the format.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// Why a restore stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The repository failed, or a chunk is damaged.
+    #[error("cannot read the backup")]
+    Repository(#[from] RepositoryError),
+    /// The snapshot's parts cannot be found.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// A file is there already.
+    #[error("{} exists already", .path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The target cannot be written.
+    #[error("cannot write {}", .path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The disk does not fit.
+    #[error("{} has {free} bytes left, disk `{disk}` needs up to {needed}", .folder.display())]
+    NoRoom {
+        /// The folder.
+        folder: PathBuf,
+        /// Bytes left in it.
+        free: u64,
+        /// The disk.
+        disk: DiskName,
+        /// Bytes of its data.
+        needed: u64,
+    },
+    /// The snapshot has no such disk.
+    #[error("the snapshot has no disk `{disk}`")]
+    UnknownDisk {
+        /// What was asked for.
+        disk: DiskName,
+    },
+    /// `qemu-img` is missing or failed.
+    #[error("qemu-img could not write {}: {message}", .path.display())]
+    QemuImg {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// The user or the system asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl RestoreError {
+    /// What the user can do next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Exists { .. } => Some("nothing is ever written over: choose another folder"),
+            Self::NoRoom { .. } => Some("choose another folder, or one disk at a time with --disk"),
+            Self::UnknownDisk { .. } => Some("`kvmsnap show` names its disks"),
+            Self::QemuImg { .. } => Some("--format raw does without qemu-img"),
+            _ => None,
+        }
+    }
+}
+
+/// Set once the restore is to end.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Asks the restore to end.
+    pub fn stop(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> Result<(), RestoreError> {
+        match self.0.load(Ordering::Relaxed) {
+            true => Err(RestoreError::Interrupted),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What to restore, and where to.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    /// The repository.
+    pub repository: &'a Repository,
+    /// Its index.
+    pub index: Arc<Index>,
+    /// Its backups.
+    pub catalog: &'a Catalog,
+    /// The backup.
+    pub backup: &'a Backup,
+    /// The folder; made where it is missing.
+    pub folder: &'a Path,
+    /// What the disks look like.
+    pub format: Format,
+    /// Only these disks; all where empty.
+    pub disks: &'a [DiskName],
+    /// Who is told how far it is.
+    pub progress: &'a Progress,
+    /// Who may end it.
+    pub stop: Stop,
+}
+
+/// A file that was restored.
+#[derive(Debug)]
+pub struct Restored {
+    /// The disk.
+    pub disk: DiskName,
+    /// The image.
+    pub path: PathBuf,
+    /// Its size in bytes, as a guest sees it.
+    pub size: u64,
+}
+
+impl Restore<'_> {
+    /// The disks and the files they would become.
+    ///
+    /// # Errors
+    /// [`RestoreError::UnknownDisk`], and [`RestoreError::Exists`] for the first file that is there.
+    pub fn plan(&self) -> Result<Vec<(&DiskManifest, PathBuf)>, RestoreError> {
+        let known = &self.backup.manifest.disks;
+        if let Some(disk) = self.disks.iter().find(|d| !known.iter().any(|k| &k.target == *d)) {
+            return Err(RestoreError::UnknownDisk { disk: disk.clone() });
+        }
+        let wanted =
+            |disk: &&DiskManifest| self.disks.is_empty() || self.disks.contains(&disk.target);
+        let mut plan = Vec::new();
+        for disk in known.iter().filter(wanted) {
+            let name = format!("{}.{}", disk.target, self.format.as_str());
+            let path = self.folder.join(name);
+            match fs::symlink_metadata(&path) {
+                Ok(_) => return Err(RestoreError::Exists { path }),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(RestoreError::Write { path, source }),
+            }
+            plan.push((disk, path));
+        }
+        Ok(plan)
+    }
+
+    /// Restores. Files of disks that are done stay when a later one fails.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; no half a disk has its final name.
+    pub fn run(&self) -> Result<Vec<Restored>, RestoreError> {
+        let plan = self.plan()?;
+        let write = |path: &Path, source| RestoreError::Write { path: path.to_owned(), source };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(self.folder)
+            .map_err(|source| write(self.folder, source))?;
+        let reader = Arc::new(Reader::new(self.repository, Arc::clone(&self.index), CACHE_LEN));
+        let mut disks = Vec::new();
+        for (disk, path) in plan {
+            let content = self.catalog.content(self.backup, &disk.target)?;
+            let reader = DiskReader::new(Arc::clone(&reader), content, disk.size)?;
+            self.check_room(disk, &reader)?;
+            disks.push((disk, path, reader));
+        }
+        self.progress.bytes("restoring", disks.iter().map(|(_, _, d)| data_len(d)).sum());
+        let mut restored = Vec::new();
+        for (disk, path, reader) in disks {
+            self.restore_disk(&path, reader)?;
+            restored.push(Restored { disk: disk.target.clone(), path, size: disk.size });
+        }
+        self.write_manifest()?;
+        Ok(restored)
+    }
+
+    fn check_room(&self, disk: &DiskManifest, reader: &DiskReader) -> Result<(), RestoreError> {
+        let needed = data_len(reader);
+        let Ok(stat) = nix::sys::statvfs::statvfs(self.folder) else { return Ok(()) };
+        let free = stat.blocks_available() * stat.fragment_size();
+        match free < needed {
+            true => Err(RestoreError::NoRoom {
+                folder: self.folder.to_owned(),
+                free,
+                disk: disk.target.clone(),
+                needed,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    fn restore_disk(&self, path: &Path, reader: DiskReader) -> Result<(), RestoreError> {
+        let write = |source| RestoreError::Write { path: path.to_owned(), source };
+        let name = path.file_name().expect("a disk's file has a name").to_string_lossy();
+        effect::about_to("restore: create").map_err(write)?;
+        // Removed when dropped: an error leaves nothing behind.
+        let partial = tempfile::Builder::new()
+            .prefix(&format!(".{name}."))
+            .suffix(".partial")
+            .tempfile_in(self.folder)
+            .map_err(write)?;
+        match self.format {
+            Format::Raw => raw::write(partial.as_file(), reader, self.progress, &self.stop)
+                .map_err(|error| error.at(path))?,
+            Format::Qcow2 => qcow2::write(partial.path(), path, reader, self.progress, &self.stop)?,
+        }
+        self.stop.check()?;
+        File::open(partial.path()).and_then(|file| file.sync_all()).map_err(write)?;
+        effect::about_to("restore: rename").map_err(write)?;
+        let (file, partial) = partial.keep().map_err(|error| write(error.error))?;
+        drop(file);
+        rename_new(&partial, path)
+    }
+
+    fn write_manifest(&self) -> Result<(), RestoreError> {
+        let path = self.folder.join(MANIFEST);
+        let text = serde_json::to_vec_pretty(&self.backup.manifest).expect("only string keys");
+        // Another disk of the same backup may have been restored here before.
+        if fs::read(&path).is_ok_and(|existing| existing == text) {
+            return Ok(());
+        }
+        let write = |source| RestoreError::Write { path: path.clone(), source };
+        let mut options = fs::OpenOptions::new();
+        let mut file = match options.write(true).create_new(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(RestoreError::Exists { path });
+            }
+            file => file.map_err(write)?,
+        };
+        io::Write::write_all(&mut file, &text).and_then(|()| file.sync_all()).map_err(write)?;
+        sync_folder(self.folder)
+    }
+}
+
+/// Bytes of a disk that are not zero, as far as is known without reading it.
+fn data_len(reader: &DiskReader) -> u64 {
+    let chunks = (0..reader.content().len()).filter(|&chunk| !reader.is_zero(chunk));
+    chunks.map(|chunk| reader.chunk_range(chunk)).map(|range| range.end - range.start).sum()
+}
+
+/// Gives a file its final name, unless that is taken; then the file goes.
+fn rename_new(from: &Path, to: &Path) -> Result<(), RestoreError> {
+    let renamed = renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE);
+    if let Err(errno) = renamed {
+        // The renaming failed: what is left has no use.
+        let _ = fs::remove_file(from);
+        let path = to.to_owned();
+        return Err(match errno {
+            nix::errno::Errno::EEXIST => RestoreError::Exists { path },
+            errno => RestoreError::Write { path, source: errno.into() },
+        });
+    }
+    sync_folder(to.parent().unwrap_or(Path::new(".")))
+}
+
+fn sync_folder(folder: &Path) -> Result<(), RestoreError> {
+    File::open(folder)
+        .and_then(|file| file.sync_all())
+        .map_err(|source| RestoreError::Write { path: folder.to_owned(), source })
+}
