@@ -22,6 +22,8 @@ struct Inner {
     backend: Arc<dyn Backend>,
     key: MasterKey,
     key_id: FileId,
+    /// Digest of the key file as it was opened; another than its name if it is damaged.
+    key_digest: FileId,
     config: Config,
 }
 
@@ -83,7 +85,7 @@ impl Repository {
         if !backend.list(FileKind::Key)?.iter().any(|&(other, _)| other == key_id) {
             backend.write(FileKind::Key, &key_id, &key_file)?;
         }
-        Ok(Self { inner: Arc::new(Inner { backend, key, key_id, config }) })
+        Ok(Self { inner: Arc::new(Inner { backend, key, key_id, key_digest: key_id, config }) })
     }
 
     /// Opens a repository with any of its keys.
@@ -104,7 +106,8 @@ impl Repository {
                 Err(source) if source.is_not_found() => continue,
                 other => other?,
             };
-            let intact = FileId::of(&content) == key_id;
+            let key_digest = FileId::of(&content);
+            let intact = key_digest == key_id;
             let damaged = |source| RepositoryError::Damaged { file, source };
             match key::unlock(&content, password) {
                 Ok(Unlock::Opened(key)) => match open_config(&key, &sealed) {
@@ -113,7 +116,7 @@ impl Repository {
                             let version = config.version;
                             return Err(RepositoryError::UnsupportedVersion { version });
                         }
-                        let inner = Inner { backend, key, key_id, config };
+                        let inner = Inner { backend, key, key_id, key_digest, config };
                         return Ok(Self { inner: Arc::new(inner) });
                     }
                     Err(source) => {
@@ -153,6 +156,11 @@ impl Repository {
     /// The key file that the password opened.
     pub fn key_id(&self) -> FileId {
         self.inner.key_id
+    }
+
+    /// Digest of the key file that the password opened.
+    pub(crate) fn key_digest(&self) -> FileId {
+        self.inner.key_digest
     }
 
     /// Reads a sealed JSON file whose name must be the digest of its content.

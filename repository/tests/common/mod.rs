@@ -118,6 +118,8 @@ pub(crate) fn read_disk(
     let manifest = inner.node("manifest.json").expect("a file");
     reader.blob(&manifest.content()[0])?;
     let node = inner.node("vda.raw").expect("a file");
+    // Our reader knows zeros by their id; stock restic reads them, so they must be there as well.
+    node.content().iter().try_for_each(|id| reader.blob(id).map(drop))?;
     let disk = DiskReader::new(reader, node.content().to_vec(), node.size)?;
     let mut content = vec![0xee; node.size as usize];
     disk.read_at(0, &mut content)?;
@@ -138,15 +140,19 @@ pub(crate) fn has_restic() -> bool {
     let required = std::env::var("KVMSNAP_REQUIRE_QEMU").is_ok_and(|value| value == "1");
     assert!(!required, "restic is not installed, and KVMSNAP_REQUIRE_QEMU=1");
     // Past the test harness, which swallows what `eprintln!` says.
-    writeln!(std::io::stderr(), "SKIPPED: restic is not installed").unwrap();
+    std::io::stderr().write_all(b"SKIPPED: restic is not installed\n").unwrap();
     false
 }
 
 pub(crate) fn restic(repository: &Path, arguments: &[&str]) -> Output {
+    restic_command(repository, arguments).output().expect("restic starts")
+}
+
+pub(crate) fn restic_command(repository: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new("restic");
     command.arg("--repo").arg(repository).arg("--no-cache").args(arguments);
     command.env("RESTIC_PASSWORD", PASSWORD).env_remove("RESTIC_REPOSITORY");
-    command.output().expect("restic starts")
+    command
 }
 
 /// Runs restic, which must succeed; returns what it printed.
