@@ -543,6 +543,8 @@ impl<H: Hypervisor> Run<'_, H> {
             let stale = stale_bitmaps(&planned.disk, names, None);
             bitmaps.extend(stale.into_iter().map(|name| (planned.disk.format.clone(), name)));
         }
+        bitmaps.sort_unstable();
+        bitmaps.dedup();
         match released {
             Ok(()) => self.hypervisor.drop_bitmaps(&bitmaps).await.err(),
             Err(error) => Some(error),

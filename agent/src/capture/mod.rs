@@ -96,6 +96,11 @@ fn socket_folder(run_dir: &Path, run: &RunId) -> PathBuf {
     run_dir.join(run.as_str())
 }
 
+/// QEMU's name of the NBD socket while it is passed; one that begins with a digit is refused.
+fn descriptor_name(run: &RunId) -> String {
+    format!("kvmsnap-{run}")
+}
+
 /// Starts QEMU's NBD server on a socket that this process makes, so that QEMU's user needs no rights.
 async fn start_server(
     monitor: &Monitor,
@@ -111,10 +116,10 @@ async fn start_server(
     crate::effect::about_to("socket: create").map_err(host)?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(host)?;
     let listener = UnixListener::bind(&socket).map_err(host)?;
-    let name = json!({"fdname": record.run.as_str()});
-    let step = Step::new("take the NBD socket", "getfd", name);
+    let name = descriptor_name(&record.run);
+    let step = Step::new("take the NBD socket", "getfd", json!({"fdname": name}));
     monitor.run(step.with_fd(OwnedFd::from(listener))).await?;
-    let address = json!({"addr": {"type": "fd", "data": {"str": record.run.as_str()}}});
+    let address = json!({"addr": {"type": "fd", "data": {"str": name}}});
     monitor.run(Step::new("start its NBD server", "nbd-server-start", address)).await?;
     Ok(socket)
 }
@@ -168,7 +173,7 @@ async fn remove_exports(
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}
             Err(error) => return Err(error),
         }
-        let close = json!({"fdname": record.run.as_str()});
+        let close = json!({"fdname": descriptor_name(&record.run)});
         // QEMU consumed the descriptor unless the run ended between the two commands.
         match monitor.run(Step::new("close the NBD socket", "closefd", close)).await {
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}

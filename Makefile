@@ -1,0 +1,31 @@
+# The entries of this project. Each installs the Debian packages that it needs, and says so.
+CARGO ?= cargo
+
+.PHONY: help demo test check bench
+
+help:
+	@echo "make demo    boot a guest, back it up twice while it writes, restore it, boot what was restored"
+	@echo "make test    everything: formatting, lints, docs, layers, unit tests, guests"
+	@echo "make check   the quick part of it, without QEMU"
+	@echo "make bench   compare with nbdcopy, qemu-img, zstd, restic; writes docs/benchmarks.md"
+
+demo:
+	scripts/packages demo
+	$(CARGO) build --release --workspace
+	scripts/demo
+
+test: check
+	scripts/packages test
+	$(CARGO) build --workspace --bins
+	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace
+
+check:
+	$(CARGO) fmt --all --check
+	scripts/layers
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+bench:
+	scripts/packages bench
+	$(CARGO) build --release --workspace
+	scripts/bench
