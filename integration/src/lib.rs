@@ -100,7 +100,7 @@ impl Host {
     pub fn backup_command(&self, guest: &Guest, more: &[&str]) -> Command {
         let mut command = self.command(["backup", "--json", "--qmp"]);
         command.arg(guest.qmp());
-        if guest.qga().exists() {
+        if guest.has_agent() {
             command.arg("--qga").arg(guest.qga());
         }
         command.args(more);

@@ -91,6 +91,11 @@ impl Guest {
         self.folder.path().join("qga.sock")
     }
 
+    /// Whether an operating system with its guest agent runs in it.
+    pub fn has_agent(&self) -> bool {
+        self.plan.os
+    }
+
     /// The folder that holds everything of this machine; files put there go with it.
     pub fn folder(&self) -> &Path {
         self.folder.path()
