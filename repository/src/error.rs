@@ -175,7 +175,7 @@ pub enum RepositoryError {
     /// A thread of the writer ended in a panic; nothing of this run may be recorded.
     #[error("a thread of the writer died")]
     WriterDied,
-    /// The writer was dropped; nobody sees this but its threads.
+    /// The writer was aborted or dropped.
     #[error("the writer was stopped")]
     WriterStopped,
     /// The store took nothing for too long.

@@ -197,32 +197,37 @@ impl Shared {
         while !state.stopping {
             let waited = self.stop.wait_timeout(state, REFRESH_EVERY);
             state = waited.expect("no panic while locked").0;
-            if state.stopping {
-                return;
-            }
-            if age(state.file.time, Timestamp::now()) < REFRESH_EVERY {
+            if state.stopping || age(state.file.time, Timestamp::now()) < REFRESH_EVERY {
                 continue;
             }
-            // Not under the mutex: a store that hangs must not hang `verify`.
-            let renewed = LockFile { time: Timestamp::now(), ..state.file.clone() };
-            let old = state.id;
             drop(state);
-            let written = self.repository.write_json(FileKind::Lock, &renewed);
-            state = self.state();
-            match written {
-                Ok(id) => {
-                    let superfluous = if state.stopping { id } else { old };
-                    (state.id, state.file) = (id, renewed);
-                    drop(state);
-                    let removed = self.repository.backend().remove(FileKind::Lock, &superfluous);
-                    if let Err(error) = ignore_missing(removed) {
-                        tracing::warn!(%error, "an old lock file stays until it is stale");
-                    }
-                    state = self.state();
-                }
-                Err(error) => tracing::warn!(%error, "cannot renew the lock"),
+            if let Err(error) = self.refresh() {
+                tracing::warn!(%error, "cannot renew the lock");
             }
+            state = self.state();
         }
+    }
+
+    /// Writes a new lock file, then removes the old one: there is one at any time. Not under the
+    /// mutex: a store that hangs must not hang `verify`.
+    fn refresh(&self) -> Result<(), RepositoryError> {
+        let (old, file) = {
+            let state = self.state();
+            (state.id, LockFile { time: Timestamp::now(), ..state.file.clone() })
+        };
+        let new = self.repository.write_json(FileKind::Lock, &file)?;
+        let superfluous = {
+            let mut state = self.state();
+            // Whoever released the lock meanwhile has removed the old file.
+            if state.stopping {
+                new
+            } else {
+                (state.id, state.file) = (new, file);
+                old
+            }
+        };
+        let removed = self.repository.backend().remove(FileKind::Lock, &superfluous);
+        Ok(ignore_missing(removed)?)
     }
 }
 
@@ -288,6 +293,40 @@ fn not_writable(error: RepositoryError) -> RepositoryError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Kdf, LocalFolder};
+
+    #[test]
+    fn r18_a_renewed_lock_is_another_file_and_a_released_one_does_not_come_back() {
+        let scratch = tempfile::tempdir().unwrap();
+        let backend = Arc::new(LocalFolder::create(scratch.path()).unwrap());
+        let repository = Repository::init(backend, b"x", Kdf::WEAK_FOR_TESTS).unwrap();
+        let locks = || {
+            let listed = repository.backend().list(FileKind::Lock).unwrap();
+            listed.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+        };
+        let lock = repository.lock(LockMode::Exclusive).unwrap();
+        let first = lock.id();
+        lock.shared.refresh().unwrap();
+        assert_ne!(lock.id(), first);
+        assert_eq!(locks(), [lock.id()]);
+        assert!(repository.lock(LockMode::Shared).is_err());
+
+        let shared = Arc::clone(&lock.shared);
+        lock.release().unwrap();
+        shared.refresh().unwrap();
+        assert!(locks().is_empty());
+    }
+
+    #[test]
+    fn a_lock_that_was_not_renewed_for_long_is_lost() {
+        let scratch = tempfile::tempdir().unwrap();
+        let backend = Arc::new(LocalFolder::create(scratch.path()).unwrap());
+        let repository = Repository::init(backend, b"x", Kdf::WEAK_FOR_TESTS).unwrap();
+        let lock = repository.lock(LockMode::Shared).unwrap();
+        lock.verify().unwrap();
+        lock.shared.state().file.time -= Duration::from_secs(26 * 60);
+        assert!(matches!(lock.verify(), Err(RepositoryError::LockLost { .. })));
+    }
 
     #[test]
     fn r18_a_lock_is_stale_only_with_proof() {

@@ -6,8 +6,8 @@ use std::{
     collections::BTreeSet,
     fs,
     io::ErrorKind,
-    sync::Arc,
-    time::{Duration, SystemTime},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -221,6 +221,51 @@ fn r01_a_dropped_writer_leaves_only_packs_that_nothing_mentions() {
     assert!(!kinds.contains(&FileKind::Index) && kinds.contains(&FileKind::Pack), "{kinds:?}");
     let report = repository.check(&CheckOptions::new(Some(100.0)), &|_| {}).unwrap();
     assert!(report.is_clean() && !report.unreferenced_packs.is_empty());
+}
+
+#[test]
+fn r14_a_store_that_hangs_is_given_up_at_the_deadline() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let mut options = WriterOptions::default();
+    (options.pack_len, options.queue_len) = (4 * CHUNK, 8 * CHUNK);
+    options.stall_timeout = Duration::from_millis(300);
+    let index = Arc::new(repository.index().unwrap());
+    let writer = Writer::new(&repository, index, options).unwrap();
+    memory.hang.store(true, Ordering::SeqCst);
+    let start = Instant::now();
+    let submit = |chunk| writer.submit(0, chunk, noise(chunk, CHUNK).into());
+    let refused = (0..1000).map(submit).find_map(Result::err);
+    assert!(matches!(refused, Some(RepositoryError::Stalled { .. })), "{refused:?}");
+    assert!(matches!(writer.drain(), Err(RepositoryError::Stalled { .. })));
+    drop(writer);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    memory.hang.store(false, Ordering::SeqCst);
+    assert_clean(&repository);
+}
+
+#[test]
+fn r14_an_interrupt_ends_calls_that_wait_for_a_store_that_hangs() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let mut options = WriterOptions::default();
+    (options.pack_len, options.queue_len) = (4 * CHUNK, 8 * CHUNK);
+    let index = Arc::new(repository.index().unwrap());
+    let writer = Writer::new(&repository, index, options).unwrap();
+    memory.hang.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let submit = |chunk| writer.submit(0, chunk, noise(chunk, CHUNK).into());
+        let waiting = scope.spawn(move || (0..1000).map(submit).find_map(Result::err));
+        std::thread::sleep(Duration::from_millis(100));
+        let start = Instant::now();
+        writer.abort();
+        let refused = waiting.join().unwrap();
+        assert!(matches!(refused, Some(RepositoryError::WriterStopped)), "{refused:?}");
+        assert!(start.elapsed() < Duration::from_secs(1));
+    });
+    memory.hang.store(false, Ordering::SeqCst);
+    assert!(matches!(writer.finish(), Err(RepositoryError::WriterStopped)));
+    assert_clean(&repository);
 }
 
 #[test]

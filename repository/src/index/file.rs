@@ -61,7 +61,7 @@ impl<'de> Deserialize<'de> for BlobEntry {
 }
 
 /// Hands each pack of an index file to `take` as it is parsed, with whether it is marked for
-/// deletion: a file of 50 000 blobs is never in memory as a whole.
+/// deletion.
 pub(crate) fn read_packs(
     json: &[u8],
     take: impl FnMut(PackEntry, bool),

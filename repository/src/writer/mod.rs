@@ -111,8 +111,9 @@ impl WriterStats {
 
 /// Stores chunks, blobs and trees. May be used from many threads.
 ///
-/// After a failure every further call fails with the cause. Dropping a writer leaves only complete
-/// packs behind that nothing mentions; only [`Writer::finish`] makes what was stored known.
+/// After a failure every further call fails with the cause. Dropping a writer stops its threads, but
+/// waits only half a second for a store that hangs; it leaves complete packs behind, which nothing
+/// mentions unless `index_every` has passed. Only [`Writer::finish`] makes what was stored known.
 pub struct Writer {
     shared: Arc<Shared>,
     trees: Mutex<Option<TreePack>>,
@@ -215,6 +216,12 @@ impl Writer {
         self.shared.uploads.close();
         self.shared.wait_for_threads()?;
         Ok(self.shared.stats())
+    }
+
+    /// Makes every call that waits, and every later one, fail with
+    /// [`RepositoryError::WriterStopped`]: for an interrupt, from another thread. Returns at once.
+    pub fn abort(&self) {
+        self.shared.abort();
     }
 
     fn add_tree(&self, id: BlobId, json: &[u8]) -> Result<(), RepositoryError> {

@@ -23,7 +23,7 @@ const UPLOADS_MAX: usize = 1;
 /// Parts of the set of stored blobs, each with its own lock and its own moment to grow.
 const CLAIM_PARTS: usize = 64;
 /// How long dropping a writer waits for threads that may hang in the store.
-const STOP_PATIENCE: Duration = Duration::from_secs(5);
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A blob to store.
 pub(super) struct Job {
@@ -227,9 +227,13 @@ impl Shared {
         self.wait_until(|progress| progress.threads == 0)
     }
 
+    pub(super) fn abort(&self) {
+        self.fail(RepositoryError::WriterStopped);
+    }
+
     /// Ends the threads; gives those that hang in the store up after a while.
     pub(super) fn stop(&self) {
-        self.fail(RepositoryError::WriterStopped);
+        self.abort();
         let deadline = Instant::now() + STOP_PATIENCE;
         let mut progress = self.progress();
         while progress.threads > 0 {

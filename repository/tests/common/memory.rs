@@ -5,8 +5,9 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use repository::{Backend, BackendError, FileId, FileKind, FileRef};
@@ -21,6 +22,8 @@ pub(crate) struct Memory {
     /// The effect after which they work again.
     pub(crate) fail_until: AtomicU64,
     pub(crate) error: Mutex<Option<io::ErrorKind>>,
+    /// While true, effects hang.
+    pub(crate) hang: AtomicBool,
 }
 
 impl Memory {
@@ -41,6 +44,9 @@ impl Memory {
     }
 
     fn effect(&self, operation: &'static str, file: &str) -> Result<(), BackendError> {
+        while self.hang.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let number = self.effects.fetch_add(1, Ordering::SeqCst) + 1;
         let from = self.fail_from.load(Ordering::SeqCst);
         if from == 0 || number < from || number > self.fail_until.load(Ordering::SeqCst) {
