@@ -15,15 +15,18 @@
 mod builder;
 mod cpio;
 mod disk;
+mod files;
 mod guest;
 mod guest_agent;
 mod monitor;
+pub mod oracle;
 mod process;
 mod recipe;
 mod tools;
 
 pub use crate::builder::GuestBuilder;
 pub use crate::disk::{Disk, FileSystem, Format, MIB, XFS_SIZE_MIN};
+pub use crate::files::{FilesReport, check_files, write_files};
 pub use crate::guest::Guest;
 pub use crate::guest_agent::Output;
 pub use crate::monitor::QmpFailure;
