@@ -140,3 +140,48 @@ fn an_existing_image_is_a_disk_of_another_guest() {
     second.quit();
     assert!(fs::exists(&image).unwrap(), "an existing image stays");
 }
+
+/// The part of the next test that is killed: this same test, started again.
+const VICTIM: &str = "VM_FIXTURES_TEST_VICTIM";
+
+#[test]
+fn a_killed_test_leaves_no_qemu() {
+    if let Some(answer) = std::env::var_os(VICTIM) {
+        // The machine must outlive the thread that started it, and end with the process.
+        let start = || Guest::without_os().disk(Disk::new("vda", MIB)).boot();
+        let machine = std::thread::spawn(start).join().unwrap().expect("QEMU is there");
+        let text = format!("{} {}", machine.pid(), machine.folder().display());
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(machine.is_running());
+        fs::write(Path::new(&answer).with_extension("new"), text).unwrap();
+        fs::rename(Path::new(&answer).with_extension("new"), &answer).unwrap();
+        std::thread::sleep(Duration::from_secs(60));
+        return;
+    }
+    if !vm_fixtures::qemu_available() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let answer = folder.path().join("answer");
+    let mut victim = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_killed_test_leaves_no_qemu"])
+        .env(VICTIM, &answer)
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(50);
+    while !answer.exists() {
+        assert!(Instant::now() < deadline, "the victim has started a machine");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    let text = fs::read_to_string(&answer).unwrap();
+    let (pid, left) = text.split_once(' ').unwrap();
+    // An orphan's remains are reaped by somebody else: gone, or without a memory map, is dead.
+    let maps = format!("/proc/{pid}/maps");
+    while fs::read(&maps).is_ok_and(|maps| !maps.is_empty()) {
+        assert!(Instant::now() < deadline, "QEMU has ended with its test");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    fs::remove_dir_all(left).unwrap();
+}
