@@ -10,16 +10,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use repository::{BlobId, FileId, Index, Lock, Repository, RepositoryError};
+use repository::{FileId, Index, Lock, Repository, RepositoryError};
 
-use crate::catalog::{Backup, Catalog, CatalogError, is_of};
-use crate::hypervisor::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
-use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
+use crate::hypervisor::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError};
+use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, Kind, Manifest, Method};
-use crate::names::{BitmapNames, DiskName, DomainName, RunId};
-use crate::plan::{DISK_SIZE_MAX, Decision, decide, stale_bitmaps};
+use crate::names::{BitmapNames, DomainName, RunId};
+use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
-use crate::quiesce::{self, QuiesceError, quiesce};
+use crate::quiesce::{self, Mode, QuiesceError, quiesce};
 use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::Pace;
 use crate::read::{Limits, ReadError, Source, Stream};
@@ -42,9 +41,6 @@ pub enum BackupError {
     /// The repository failed.
     #[error("cannot store the backup")]
     Store(#[from] RepositoryError),
-    /// Earlier backups could not be read.
-    #[error(transparent)]
-    Catalog(#[from] CatalogError),
     /// The undo record could not be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -56,57 +52,18 @@ pub enum BackupError {
         /// How it showed.
         source: Box<BackupError>,
     },
-    /// There is nothing to back up.
-    #[error("domain `{domain}` has no disk to back up{}", reasons(.skipped))]
-    NoDisk {
-        /// The domain.
-        domain: DomainName,
-        /// What was left out, and why.
-        skipped: Vec<(String, String)>,
-    },
-    /// A disk that was asked for is not there.
-    #[error("domain `{domain}` has no disk `{disk}`")]
-    UnknownDisk {
-        /// The domain.
-        domain: DomainName,
-        /// What was asked for.
-        disk: DiskName,
-        /// What there is.
-        known: Vec<DiskName>,
-    },
-    /// A disk is larger than a snapshot can describe.
-    #[error("disk `{disk}` has {size} bytes, at most {} TiB can be backed up", DISK_SIZE_MAX >> 40)]
-    TooLarge {
-        /// The disk.
-        disk: DiskName,
-        /// Its size in bytes.
-        size: u64,
-    },
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,
 }
 
-fn reasons(skipped: &[(String, String)]) -> String {
-    let reasons: Vec<_> =
-        skipped.iter().map(|(device, reason)| format!("{device}: {reason}")).collect();
-    match reasons.is_empty() {
-        true => String::new(),
-        false => format!(" ({})", reasons.join("; ")),
-    }
-}
-
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Read everything, whatever the bitmaps say.
-    pub full: bool,
     /// Whether the guest is frozen.
-    pub quiesce: quiesce::Mode,
+    pub quiesce: Mode,
     /// The guest agent's socket.
     pub agent: Option<PathBuf>,
-    /// Only these disks; all where empty.
-    pub disks: Vec<DiskName>,
     /// What the user allows.
     pub limits: Limits,
     /// Longest time without an answer of QEMU's export.
@@ -135,30 +92,6 @@ pub struct Host {
     pub monitor: PathBuf,
 }
 
-/// A backup about to be made: the machine, the earlier backup it continues, and what will be done.
-#[derive(Debug)]
-pub struct Plan {
-    /// What the backup will be called.
-    pub domain: DomainName,
-    /// The machine.
-    pub machine: Machine,
-    /// The backup that this one continues.
-    pub parent: Option<Backup>,
-    /// For each disk, how it is read.
-    pub disks: Vec<PlannedDisk>,
-}
-
-/// A disk about to be backed up.
-#[derive(Debug)]
-pub struct PlannedDisk {
-    /// The disk.
-    pub disk: Disk,
-    /// How it is read.
-    pub decision: Decision,
-    /// Its chunks in the parent.
-    content: Vec<BlobId>,
-}
-
 /// A backup that exists, and whether the guest was left as it was found.
 #[derive(Debug)]
 pub struct Finished {
@@ -170,179 +103,23 @@ pub struct Finished {
     pub leftover: Option<HypervisorError>,
 }
 
-/// Decides what a backup of a machine would do. Changes nothing.
-///
-/// # Errors
-/// [`BackupError`] for disks that cannot be backed up and parents that cannot be read.
-pub fn plan(
-    machine: Machine,
-    domain: DomainName,
-    catalog: &Catalog,
-    index: &Index,
-    request: &Request,
-) -> Result<Plan, BackupError> {
-    for disk in &request.disks {
-        if !machine.disks.iter().any(|known| &known.target == disk) {
-            let known = machine.disks.iter().map(|known| known.target.clone()).collect();
-            return Err(BackupError::UnknownDisk { domain, disk: disk.clone(), known });
-        }
-    }
-    let wanted = |disk: &&Disk| request.disks.is_empty() || request.disks.contains(&disk.target);
-    let disks: Vec<Disk> = machine.disks.iter().filter(wanted).cloned().collect();
-    if disks.is_empty() {
-        let skipped = machine.skipped.into_iter().map(|s| (s.device, s.reason)).collect();
-        return Err(BackupError::NoDisk { domain, skipped });
-    }
-    if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
-        return Err(BackupError::TooLarge { disk: disk.target.clone(), size: disk.size });
-    }
-    let parent = find_parent(&domain, &machine.uuid, &disks, catalog)?;
-    let planned =
-        disks.into_iter().map(|disk| plan_disk(disk, parent.as_ref(), catalog, index, request));
-    let disks = planned.collect::<Result<_, _>>()?;
-    Ok(Plan { domain, machine, parent, disks })
-}
-
-/// The backup to continue: the last one whose dirty bitmaps the machine still has, for a clock can
-/// jump but a random name cannot; else the last one.
-fn find_parent(
-    domain: &DomainName,
-    uuid: &str,
-    disks: &[Disk],
-    catalog: &Catalog,
-) -> Result<Option<Backup>, BackupError> {
-    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
-    for error in broken {
-        tracing::warn!(%error, "an earlier backup is passed over");
-    }
-    backups.retain(|backup| backup.manifest.uuid == uuid);
-    let continues = |backup: &Backup| {
-        disks.iter().any(|disk| {
-            let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target);
-            decide(disk, earlier, false).bitmap_old.is_some()
-        })
-    };
-    let position = backups.iter().rposition(continues);
-    Ok(match position {
-        Some(position) => Some(backups.swap_remove(position)),
-        None => backups.pop(),
-    })
-}
-
-fn plan_disk(
-    disk: Disk,
-    parent: Option<&Backup>,
-    catalog: &Catalog,
-    index: &Index,
-    request: &Request,
-) -> Result<PlannedDisk, BackupError> {
-    let earlier = parent.and_then(|parent| {
-        parent.manifest.disks.iter().find(|earlier| earlier.target == disk.target)
-    });
-    let mut decision = decide(&disk, earlier, request.full);
-    let mut content = Vec::new();
-    if let (Kind::Incremental, Some(parent)) = (decision.kind, parent) {
-        // What is inherited unread must be there to the last chunk.
-        let damage = match catalog.content(parent, &disk.target) {
-            Ok(chunks) => {
-                let missing = chunks.iter().filter(|id| !index.contains(id)).count();
-                content = chunks;
-                (missing > 0).then(|| format!("the repository lacks {missing} of its chunks"))
-            }
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(damage) = damage {
-            tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
-            decision.kind = Kind::Rescan;
-            decision.reason = format!("the last backup is damaged: {damage}");
-            decision.bitmap_old = None;
-        }
-    }
-    Ok(PlannedDisk { disk, decision, content })
-}
-
-/// Makes the backup. `before` is what the guest had done on its disks a moment ago, to know its
-/// latency without us. When `interrupt` is ready the backup ends and the guest is let go.
-///
-/// # Errors
-/// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
-/// was, unless a record in the journal says what is left.
-pub async fn run<H: Hypervisor>(
-    hypervisor: &H,
-    plan: &Plan,
-    before: GuestIo,
-    target: &Target,
-    host: &Host,
-    request: &Request,
-    progress: &Progress,
-    interrupt: impl Future<Output = ()>,
-) -> Result<Finished, BackupError> {
-    let names = BitmapNames::of_repository(target.repository.id());
-    let mut recorded =
-        host.journal.begin(record(hypervisor, plan, &names, target, host, request))?;
-    let mut run = Run { hypervisor, plan, before, target, host, request, progress };
-    let outcome = tokio::select! {
-        outcome = run.capture_and_store(&mut recorded) => outcome,
-        () = interrupt => Err(BackupError::Interrupted),
-    };
-    progress.phase("releasing the guest");
-    let released = hypervisor.release(&recorded).await;
-    match outcome {
-        Ok((durable, manifest)) => {
-            let id = run.record(&mut recorded, durable).await?;
-            let leftover = run.advance(&recorded, released, &names).await;
-            if leftover.is_none() {
-                host.journal.clear(&recorded)?;
-            }
-            Ok(Finished { id, manifest, leftover })
-        }
-        Err(error) => Err(run.roll_back(&recorded, released, error).await),
-    }
-}
-
-fn record<H: Hypervisor>(
-    hypervisor: &H,
-    plan: &Plan,
-    names: &BitmapNames,
-    target: &Target,
-    host: &Host,
-    request: &Request,
-) -> Record {
-    let run = RunId::random();
-    let disk_record = |(index, planned): (usize, &PlannedDisk)| {
-        let mut record = hypervisor.names(&run, index, &planned.disk);
-        record.bitmap_new = planned.decision.tracked.then(|| names.begun_by(&run));
-        record.bitmap_old.clone_from(&planned.decision.bitmap_old);
-        record.bitmap_export =
-            planned.decision.bitmap_old.as_ref().map(|_| format!("kvmsnap-{run}-export"));
-        record
-    };
-    Record {
-        pid: std::process::id(),
-        started: Timestamp::now(),
-        domain: plan.domain.clone(),
-        uuid: plan.machine.uuid.clone(),
-        monitor: host.monitor.clone(),
-        agent: request.agent.clone().filter(|_| request.quiesce != quiesce::Mode::No),
-        repository_id: target.repository.id().to_owned(),
-        phase: Phase::Capturing,
-        guest_runs: plan.machine.runs,
-        holds_guest: false,
-        nbd_server: false,
-        disks: plan.disks.iter().enumerate().map(disk_record).collect(),
-        run,
-    }
-}
-
-/// What the stages of one backup share.
-struct Run<'a, H> {
-    hypervisor: &'a H,
-    plan: &'a Plan,
-    before: GuestIo,
-    target: &'a Target,
-    host: &'a Host,
-    request: &'a Request,
-    progress: &'a Progress,
+/// One backup: what its stages share.
+#[derive(Debug)]
+pub struct Run<'a, H> {
+    /// The way to QEMU.
+    pub hypervisor: &'a H,
+    /// What is done.
+    pub plan: &'a Plan,
+    /// What the guest had done on its disks a moment ago, to know its latency without us.
+    pub before: GuestIo,
+    /// Where it goes.
+    pub target: &'a Target,
+    /// Where it happens.
+    pub host: &'a Host,
+    /// What was asked for.
+    pub request: &'a Request,
+    /// Who is told how far it is.
+    pub progress: &'a Progress,
 }
 
 /// A disk of the point in time, mapped.
@@ -354,8 +131,68 @@ struct Mapped {
 }
 
 impl<H: Hypervisor> Run<'_, H> {
+    /// Makes the backup. When `interrupt` is ready it ends and the guest is let go.
+    ///
+    /// # Errors
+    /// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
+    /// was, unless a record in the journal says what is left.
+    pub async fn execute(
+        &self,
+        interrupt: impl Future<Output = ()>,
+    ) -> Result<Finished, BackupError> {
+        let names = BitmapNames::of_repository(self.target.repository.id());
+        let mut recorded = self.host.journal.begin(self.undo_record(&names))?;
+        let outcome = tokio::select! {
+            outcome = self.capture_and_store(&mut recorded) => outcome,
+            () = interrupt => Err(BackupError::Interrupted),
+        };
+        self.progress.phase("releasing the guest");
+        let released = self.hypervisor.release(&recorded).await;
+        match outcome {
+            Ok((durable, manifest)) => {
+                let id = self.record(&mut recorded, durable).await?;
+                let leftover = self.advance(&recorded, released, &names).await;
+                if leftover.is_none() {
+                    self.host.journal.clear(&recorded)?;
+                }
+                Ok(Finished { id, manifest, leftover })
+            }
+            Err(error) => Err(self.roll_back(&recorded, released, error).await),
+        }
+    }
+
+    /// Names all that this run will make.
+    fn undo_record(&self, names: &BitmapNames) -> Record {
+        let run = RunId::random();
+        let disk_record = |(index, planned): (usize, &PlannedDisk)| {
+            let decision = &planned.decision;
+            let export = || format!("kvmsnap-{run}-export");
+            DiskRecord {
+                bitmap_new: decision.tracked.then(|| names.begun_by(&run)),
+                bitmap_old: decision.bitmap_old.clone(),
+                bitmap_export: decision.bitmap_old.as_ref().map(|_| export()),
+                ..self.hypervisor.names(&run, index, &planned.disk)
+            }
+        };
+        Record {
+            pid: std::process::id(),
+            started: Timestamp::now(),
+            domain: self.plan.domain.clone(),
+            uuid: self.plan.machine.uuid.clone(),
+            monitor: self.host.monitor.clone(),
+            agent: self.request.agent.clone().filter(|_| self.request.quiesce != Mode::No),
+            repository_id: self.target.repository.id().to_owned(),
+            phase: Phase::Capturing,
+            guest_runs: self.plan.machine.runs,
+            holds_guest: false,
+            nbd_server: false,
+            disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),
+            run,
+        }
+    }
+
     async fn capture_and_store(
-        &mut self,
+        &self,
         recorded: &mut Recorded,
     ) -> Result<(Durable, Manifest), BackupError> {
         let start = Instant::now();

@@ -13,6 +13,7 @@ use crate::hypervisor::HypervisorError;
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::names::NameError;
+use crate::plan::PlanError;
 use crate::read::ReadError;
 use crate::recover::RecoverError;
 use crate::restore::RestoreError;
@@ -33,6 +34,9 @@ pub enum CommandError {
     /// A backup stopped.
     #[error(transparent)]
     Backup(#[from] BackupError),
+    /// No backup can be planned.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// A restore stopped.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -127,7 +131,7 @@ impl CommandError {
             | Self::NoName { .. }
             | Self::NoRepositoryGiven
             | Self::NoPasswordGiven
-            | Self::Backup(BackupError::UnknownDisk { .. }) => USAGE,
+            | Self::Plan(PlanError::UnknownDisk { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
@@ -147,6 +151,10 @@ impl CommandError {
             Self::Hypervisor(error)
             | Self::Recover(RecoverError::Hypervisor { source: error, .. }) => {
                 return hypervisor_hint(error);
+            }
+            Self::Plan(PlanError::UnknownDisk { known, .. }) => {
+                let known: Vec<_> = known.iter().map(ToString::to_string).collect();
+                return Some(format!("it has {}", known.join(", ")));
             }
             Self::Restore(error) => error.hint()?,
             Self::Store { source, .. } if source.is_not_found() => {
@@ -171,9 +179,8 @@ impl CommandError {
         match self {
             Self::Repository(error)
             | Self::Catalog(CatalogError::Repository(error))
-            | Self::Backup(
-                BackupError::Store(error) | BackupError::Catalog(CatalogError::Repository(error)),
-            )
+            | Self::Plan(PlanError::Catalog(CatalogError::Repository(error)))
+            | Self::Backup(BackupError::Store(error))
             | Self::Restore(RestoreError::Repository(error)) => Some(error),
             _ => None,
         }
@@ -219,10 +226,6 @@ fn backup_hint(error: &BackupError) -> Option<String> {
     let hint = match error {
         BackupError::Hypervisor(error) | BackupError::Read(ReadError::Hypervisor(error)) => {
             return hypervisor_hint(error);
-        }
-        BackupError::UnknownDisk { known, .. } => {
-            let known: Vec<_> = known.iter().map(ToString::to_string).collect();
-            return Some(format!("it has {}", known.join(", ")));
         }
         BackupError::Quiesce(_) => "`--quiesce auto` makes a crash-consistent backup instead",
         BackupError::Read(ReadError::BadBlocks { .. }) => {

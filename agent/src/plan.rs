@@ -1,11 +1,92 @@
-//! How each disk will be read, decided from what is there. No I/O.
+//! What a backup will do, decided from what is there: the backup it continues, and for each disk how
+//! it is read and why.
 
-use crate::hypervisor::{BitmapHealth, Disk, Tracking};
+use repository::{BlobId, Index};
+
+use crate::catalog::{Backup, Catalog, CatalogError, is_of};
+use crate::hypervisor::{BitmapHealth, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
-use crate::names::BitmapNames;
+use crate::names::{BitmapNames, DiskName, DomainName};
 
 /// A disk that would need more chunks than fit memory and a snapshot's tree: 32 TiB.
 pub const DISK_SIZE_MAX: u64 = 32 << 40;
+
+/// Why no backup can be planned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Earlier backups could not be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// There is nothing to back up.
+    #[error("domain `{domain}` has no disk to back up{}", reasons(.skipped))]
+    NoDisk {
+        /// The domain.
+        domain: DomainName,
+        /// What was left out, and why.
+        skipped: Vec<(String, String)>,
+    },
+    /// A disk that was asked for is not there.
+    #[error("domain `{domain}` has no disk `{disk}`")]
+    UnknownDisk {
+        /// The domain.
+        domain: DomainName,
+        /// What was asked for.
+        disk: DiskName,
+        /// What there is.
+        known: Vec<DiskName>,
+    },
+    /// A disk is larger than a snapshot can describe.
+    #[error("disk `{disk}` has {size} bytes, at most {} TiB can be backed up", DISK_SIZE_MAX >> 40)]
+    TooLarge {
+        /// The disk.
+        disk: DiskName,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+fn reasons(skipped: &[(String, String)]) -> String {
+    let reasons: Vec<_> =
+        skipped.iter().map(|(device, reason)| format!("{device}: {reason}")).collect();
+    match reasons.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", reasons.join("; ")),
+    }
+}
+
+/// What of a machine is backed up, and how.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Read everything, whatever the bitmaps say.
+    pub full: bool,
+    /// Only these disks; all where empty.
+    pub disks: Vec<DiskName>,
+}
+
+/// A backup about to be made: the machine, the earlier backup it continues, and what will be done.
+#[derive(Debug)]
+pub struct Plan {
+    /// What the backup will be called.
+    pub domain: DomainName,
+    /// The machine.
+    pub machine: Machine,
+    /// The backup that this one continues.
+    pub parent: Option<Backup>,
+    /// For each disk, how it is read.
+    pub disks: Vec<PlannedDisk>,
+}
+
+/// A disk about to be backed up.
+#[derive(Debug)]
+pub struct PlannedDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// How it is read.
+    pub decision: Decision,
+    /// Its chunks in the parent.
+    pub content: Vec<BlobId>,
+}
 
 /// How one disk will be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +103,97 @@ pub struct Decision {
     pub tracked: bool,
     /// Size in bytes of the disk in the parent.
     pub parent_size: Option<u64>,
+}
+
+/// Decides what a backup of a machine would do. Changes nothing.
+///
+/// # Errors
+/// [`PlanError`] for disks that cannot be backed up and parents that cannot be read.
+pub fn plan(
+    machine: Machine,
+    domain: DomainName,
+    catalog: &Catalog,
+    index: &Index,
+    wanted: &Wanted,
+) -> Result<Plan, PlanError> {
+    for disk in &wanted.disks {
+        if !machine.disks.iter().any(|known| &known.target == disk) {
+            let known = machine.disks.iter().map(|known| known.target.clone()).collect();
+            return Err(PlanError::UnknownDisk { domain, disk: disk.clone(), known });
+        }
+    }
+    let is_wanted = |disk: &&Disk| wanted.disks.is_empty() || wanted.disks.contains(&disk.target);
+    let disks: Vec<Disk> = machine.disks.iter().filter(is_wanted).cloned().collect();
+    if disks.is_empty() {
+        let skipped = machine.skipped.into_iter().map(|s| (s.device, s.reason)).collect();
+        return Err(PlanError::NoDisk { domain, skipped });
+    }
+    if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
+        return Err(PlanError::TooLarge { disk: disk.target.clone(), size: disk.size });
+    }
+    let parent = find_parent(&domain, &machine.uuid, &disks, catalog)?;
+    let planned =
+        disks.into_iter().map(|disk| plan_disk(disk, parent.as_ref(), catalog, index, wanted));
+    let disks = planned.collect::<Result<_, _>>()?;
+    Ok(Plan { domain, machine, parent, disks })
+}
+
+/// The backup to continue: the last one whose dirty bitmaps the machine still has, for a clock can
+/// jump but a random name cannot; else the last one.
+fn find_parent(
+    domain: &DomainName,
+    uuid: &str,
+    disks: &[Disk],
+    catalog: &Catalog,
+) -> Result<Option<Backup>, PlanError> {
+    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
+    for error in broken {
+        tracing::warn!(%error, "an earlier backup is passed over");
+    }
+    backups.retain(|backup| backup.manifest.uuid == uuid);
+    let continues = |backup: &Backup| {
+        disks.iter().any(|disk| {
+            let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target);
+            decide(disk, earlier, false).bitmap_old.is_some()
+        })
+    };
+    let position = backups.iter().rposition(continues);
+    Ok(match position {
+        Some(position) => Some(backups.swap_remove(position)),
+        None => backups.pop(),
+    })
+}
+
+fn plan_disk(
+    disk: Disk,
+    parent: Option<&Backup>,
+    catalog: &Catalog,
+    index: &Index,
+    wanted: &Wanted,
+) -> Result<PlannedDisk, PlanError> {
+    let earlier = parent.and_then(|parent| {
+        parent.manifest.disks.iter().find(|earlier| earlier.target == disk.target)
+    });
+    let mut decision = decide(&disk, earlier, wanted.full);
+    let mut content = Vec::new();
+    if let (Kind::Incremental, Some(parent)) = (decision.kind, parent) {
+        // What is inherited unread must be there to the last chunk.
+        let damage = match catalog.content(parent, &disk.target) {
+            Ok(chunks) => {
+                let missing = chunks.iter().filter(|id| !index.contains(id)).count();
+                content = chunks;
+                (missing > 0).then(|| format!("the repository lacks {missing} of its chunks"))
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(damage) = damage {
+            tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
+            decision.kind = Kind::Rescan;
+            decision.reason = format!("the last backup is damaged: {damage}");
+            decision.bitmap_old = None;
+        }
+    }
+    Ok(PlannedDisk { disk, decision, content })
 }
 
 /// Decides how a disk is read, given what the parent says of it.
@@ -186,7 +358,7 @@ mod tests {
         let foreign = BitmapNames::of_repository("9876543210").begun_by(&RunId::random());
         let all = [&old, &new, &foreign, "other"];
         let bitmap = |name: &&str| Bitmap { name: (*name).into(), health: BitmapHealth::Good };
-        let all: Vec<&str> = all.iter().map(|name| name.as_ref()).collect();
+        let all: Vec<&str> = all.iter().map(AsRef::as_ref).collect();
         let disk = disk(1, Tracking::Bitmaps(all.iter().map(bitmap).collect()));
         assert_eq!(stale_bitmaps(&disk, &names, Some(&new)), [old]);
     }

@@ -8,12 +8,13 @@ use clap::Args;
 
 use super::list::BackupLine;
 use super::{Context, interrupted};
-use crate::backup::{self, Finished, Host, Plan, Request, Target};
+use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::error::CommandError;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::qmp::BareQemu;
 use crate::lock::DomainLock;
 use crate::names::{DiskName, DomainName};
+use crate::plan::{self, Plan, Wanted};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
 use crate::read::Limits;
@@ -108,14 +109,13 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     };
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
     let request = Request {
-        full: args.full,
         quiesce: args.quiesce,
         agent: args.qga,
-        disks: args.disk,
         limits: Limits { bytes_per_second: args.limit_read },
         timeout: Duration::from_secs(args.timeout),
     };
-    let plan = backup::plan(machine, domain, &open.catalog(), &open.index, &request)?;
+    let wanted = Wanted { full: args.full, disks: args.disk };
+    let plan = plan::plan(machine, domain, &open.catalog(), &open.index, &wanted)?;
     if args.dry_run {
         return print_plan(&plan, context);
     }
@@ -127,17 +127,16 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let host = Host { name, journal, monitor: args.qmp };
-    let finished = backup::run(
-        &qemu,
-        &plan,
+    let run = Run {
+        hypervisor: &qemu,
+        plan: &plan,
         before,
-        &target,
-        &host,
-        &request,
-        &context.progress,
-        interrupted(),
-    )
-    .await;
+        target: &target,
+        host: &host,
+        request: &request,
+        progress: &context.progress,
+    };
+    let finished = run.execute(interrupted()).await;
     context.progress.finish();
     let released = target.lock.release();
     let finished = finished?;

@@ -206,7 +206,7 @@ pub fn read_machine(
     name: Option<String>,
     uuid: String,
     runs: bool,
-    devices: Vec<BlockDevice>,
+    devices: &[BlockDevice],
     graph: &Graph,
 ) -> Result<Machine, HypervisorError> {
     let mut machine = Machine { name, uuid, runs, disks: Vec::new(), skipped: Vec::new() };
@@ -301,8 +301,8 @@ mod tests {
             serde_json::from_value(nodes).unwrap(),
             &serde_json::from_value(raw).unwrap(),
         );
-        let devices = serde_json::from_value(devices).unwrap();
-        read_machine(None, String::new(), true, devices, &graph)
+        let devices: Vec<BlockDevice> = serde_json::from_value(devices).unwrap();
+        read_machine(None, String::new(), true, &devices, &graph)
     }
 
     #[test]

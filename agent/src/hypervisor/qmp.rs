@@ -133,7 +133,7 @@ impl Hypervisor for BareQemu {
         let devices: Vec<BlockDevice> = self.monitor.query("query-block", json!({})).await?;
         let graph = self.monitor.graph().await?;
         let runs = self.monitor.guest_runs().await?;
-        graph::read_machine(name.name, uuid.uuid, runs, devices, &graph)
+        graph::read_machine(name.name, uuid.uuid, runs, &devices, &graph)
     }
 
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {

@@ -244,7 +244,7 @@ impl Restore<'_> {
             .tempfile_in(self.folder)
             .map_err(write)?;
         match self.format {
-            Format::Raw => raw::write(partial.as_file(), reader, self.progress, &self.stop)
+            Format::Raw => raw::write(partial.as_file(), &reader, self.progress, &self.stop)
                 .map_err(|error| error.at(path))?,
             Format::Qcow2 => qcow2::write(partial.path(), path, reader, self.progress, &self.stop)?,
         }

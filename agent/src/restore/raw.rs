@@ -35,7 +35,7 @@ impl RawError {
 /// Writes a disk to an empty file.
 pub(super) fn write(
     file: &File,
-    reader: DiskReader,
+    reader: &DiskReader,
     progress: &Progress,
     stop: &Stop,
 ) -> Result<(), RawError> {
@@ -55,7 +55,7 @@ pub(super) fn write(
                     if reader.is_zero(chunk) {
                         continue;
                     }
-                    let written = write_chunk(file, &reader, chunk, &mut buffer, stop);
+                    let written = write_chunk(file, reader, chunk, &mut buffer, stop);
                     match written {
                         Ok(bytes) => progress.read(bytes),
                         Err(error) => {
