@@ -1,6 +1,6 @@
 //! Folders and files as restic describes them: tree blobs of JSON.
 
-use std::fmt::Write;
+use std::{fmt::Write, io};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -130,13 +130,10 @@ impl Tree {
         self.nodes.iter().find(|node| node.name == name)
     }
 
-    /// The content of the tree blob.
-    pub(crate) fn to_json(&self) -> Vec<u8> {
-        let ids: usize = self.nodes.iter().map(|node| node.content().len()).sum();
-        let mut json = Vec::with_capacity(ids * 67 + self.nodes.len() * 512 + 16);
-        serde_json::to_writer(&mut json, self).expect("our own types are valid JSON");
-        json.push(b'\n');
-        json
+    /// Writes the content of the tree blob, always the same bytes.
+    pub(crate) fn write_json(&self, mut to: impl io::Write) -> io::Result<()> {
+        serde_json::to_writer(&mut to, self)?;
+        to.write_all(b"\n")
     }
 
     pub(crate) fn from_json(id: &BlobId, json: &[u8]) -> Result<Self, RepositoryError> {
@@ -233,6 +230,12 @@ mod tests {
 
     use super::*;
 
+    fn json(tree: &Tree) -> Vec<u8> {
+        let mut json = Vec::new();
+        tree.write_json(&mut json).unwrap();
+        json
+    }
+
     fn tree(name: &str) -> Tree {
         let content = vec![BlobId([1; 32]), BlobId([2; 32])];
         let time = Timestamp::from_second(1_700_000_000).unwrap();
@@ -244,7 +247,7 @@ mod tests {
         #[test]
         fn trees_survive_the_round_trip(name in "\\PC{1,20}|[\\x00-\\x7f]{1,20}") {
             let tree = tree(&name);
-            let json = tree.to_json();
+            let json = json(&tree);
             prop_assert_eq!(Tree::from_json(&BlobId([0; 32]), &json).unwrap(), tree);
         }
 
@@ -258,7 +261,7 @@ mod tests {
     fn a_million_ids_are_parsed_fast() {
         let ids: Vec<_> = (0..1_000_000_u32).map(|n| BlobId::of(&n.to_le_bytes())).collect();
         let node = Node::file("vda.raw", 1 << 40, ids, Timestamp::UNIX_EPOCH);
-        let json = Tree::new(vec![node]).to_json();
+        let json = json(&Tree::new(vec![node]));
         assert!(json.len() > 66_000_000);
         let start = std::time::Instant::now();
         let tree = Tree::from_json(&BlobId([0; 32]), &json).unwrap();

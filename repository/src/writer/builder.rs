@@ -1,6 +1,9 @@
 //! A pack in the making: blobs are compressed and sealed in the very place they are stored from.
 
-use std::sync::Arc;
+use std::{
+    io::{self, BufWriter, Write},
+    sync::Arc,
+};
 
 use zstd::{bulk::Compressor, zstd_safe};
 
@@ -42,7 +45,7 @@ impl PackBuilder {
         self.blobs.is_empty()
     }
 
-    /// Adds a blob; returns its sealed length.
+    /// Adds a data blob; returns its sealed length.
     pub(super) fn add(
         &mut self,
         key: &MasterKey,
@@ -50,32 +53,71 @@ impl PackBuilder {
         id: BlobId,
         plain: &[u8],
     ) -> Result<u32, RepositoryError> {
-        let len_max = self.kind.len_max();
-        let too_long =
-            || RepositoryError::BlobTooLong { len: plain.len() as u64, len_max: len_max.into() };
-        let plain_len = u32::try_from(plain.len()).ok().filter(|&len| len <= len_max);
-        let plain_len = plain_len.ok_or_else(too_long)?;
-
+        let plain_len = self.checked_len(plain.len() as u64)?;
         let text = self.len + NONCE_LEN;
         let bound = zstd_safe::compress_bound(plain.len()).max(plain.len());
         self.reserve(text + bound + OVERHEAD);
         let compressed = compressor
             .compress_to_buffer(plain, &mut self.buffer[text..text + bound])
             .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
-        let (text_len, uncompressed_len) =
-            if compressed < plain.len() || self.kind == BlobKind::Tree {
-                (compressed, Some(plain_len))
-            } else {
-                self.buffer[text..text + plain.len()].copy_from_slice(plain);
-                (plain.len(), None)
-            };
-        let end = self.len + text_len + OVERHEAD;
-        let offset = u32::try_from(self.len).map_err(|_| too_long())?;
-        let len = u32::try_from(end - self.len).map_err(|_| too_long())?;
+        let (text_len, uncompressed_len) = if compressed < plain.len() {
+            (compressed, Some(plain_len))
+        } else {
+            self.buffer[text..text + plain.len()].copy_from_slice(plain);
+            (plain.len(), None)
+        };
+        self.seal_up_to(key, self.len + text_len + OVERHEAD, id, uncompressed_len)
+    }
+
+    /// Adds a tree blob of `plain_len` bytes, which `write` writes: that of a big disk is never in
+    /// memory as a whole. Always compressed.
+    pub(super) fn add_streamed(
+        &mut self,
+        key: &MasterKey,
+        level: i32,
+        id: BlobId,
+        plain_len: u64,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<u32, RepositoryError> {
+        let uncompressed_len = Some(self.checked_len(plain_len)?);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.truncate(self.len);
+        buffer.extend([0; NONCE_LEN]);
+        let compress = || {
+            let mut encoder = zstd::Encoder::new(buffer, level)?;
+            encoder.set_pledged_src_size(Some(plain_len))?;
+            let mut buffered = BufWriter::with_capacity(128 << 10, encoder);
+            write(&mut buffered)?;
+            buffered.into_inner().map_err(io::IntoInnerError::into_error)?.finish()
+        };
+        self.buffer =
+            compress().map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
+        self.buffer.extend([0; OVERHEAD - NONCE_LEN]);
+        self.seal_up_to(key, self.buffer.len(), id, uncompressed_len)
+    }
+
+    /// Seals what has been put behind the last blob; returns its sealed length.
+    fn seal_up_to(
+        &mut self,
+        key: &MasterKey,
+        end: usize,
+        id: BlobId,
+        uncompressed_len: Option<u32>,
+    ) -> Result<u32, RepositoryError> {
+        let len_max = u32::MAX.into();
+        let too_long = |_| RepositoryError::BlobTooLong { len: end as u64, len_max };
+        let offset = u32::try_from(self.len).map_err(too_long)?;
+        let len = u32::try_from(end - self.len).map_err(too_long)?;
         key.seal_in_place(&mut self.buffer[self.len..end]);
         self.blobs.push(PackedBlob { id, kind: self.kind, offset, len, uncompressed_len });
         self.len = end;
         Ok(len)
+    }
+
+    fn checked_len(&self, len: u64) -> Result<u32, RepositoryError> {
+        let len_max = self.kind.len_max();
+        let fits = u32::try_from(len).ok().filter(|&len| len <= len_max);
+        fits.ok_or(RepositoryError::BlobTooLong { len, len_max: len_max.into() })
     }
 
     /// Appends the sealed blobs of another pack; returns its buffer.
