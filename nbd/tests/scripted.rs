@@ -18,6 +18,9 @@ use tokio::{
     net::UnixStream,
 };
 
+/// Flags, type and payload of a chunk.
+type Chunk = (u16, u16, Vec<u8>);
+
 const SIZE: u64 = 1 << 20;
 const DONE: u16 = wire::REPLY_FLAG_DONE;
 /// Requests below read so many bytes here.
@@ -34,6 +37,10 @@ fn options(timeout_ms: u64) -> Options {
 
 /// What the server says up to the transmission phase; contexts have ids 7 and 9.
 fn handshake(style: ReplyStyle) -> Vec<u8> {
+    handshake_with(style, wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_TRIM)
+}
+
+fn handshake_with(style: ReplyStyle, flags: u16) -> Vec<u8> {
     let unsupported = wire::Refusal::Unsupported.code();
     let reply = |option, kind, data: &[u8]| wire::encode_option_reply(option, kind, data);
     let mut out = wire::encode_greeting(wire::FIXED_NEWSTYLE | wire::NO_ZEROES);
@@ -50,7 +57,6 @@ fn handshake(style: ReplyStyle) -> Vec<u8> {
         }
         out.extend(reply(wire::OPT_SET_META_CONTEXT, wire::REP_ACK, &[]));
     }
-    let flags = wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_TRIM;
     let infos = [Info::Export { size: SIZE, flags }, Info::BlockSize(BlockSizes::default())];
     for info in infos {
         out.extend(reply(wire::OPT_GO, wire::REP_INFO, &wire::encode_info(info)));
@@ -90,8 +96,12 @@ impl Peer {
 
 /// Client and far end, connected. The handshake is not judged: the client's words are skipped.
 async fn connect(style: ReplyStyle, timeout_ms: u64) -> (Client, Peer) {
+    connect_after(&handshake(style), style, timeout_ms).await
+}
+
+async fn connect_after(script: &[u8], style: ReplyStyle, timeout_ms: u64) -> (Client, Peer) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    theirs.write_all(&handshake(style)).await.unwrap();
+    theirs.write_all(script).await.unwrap();
     let client = Client::from_stream(ours, options(timeout_ms)).await.unwrap();
     let mut skipped = vec![0; 4096];
     let len = theirs.read(&mut skipped).await.unwrap();
@@ -107,10 +117,7 @@ fn data(offset: u64, len: usize, byte: u8) -> Vec<u8> {
 }
 
 /// Reads [`LEN`] bytes at [`AT`] from a peer that answers with these chunks.
-async fn read_answered_with(
-    style: ReplyStyle,
-    chunks: &[(u16, u16, Vec<u8>)],
-) -> Result<bytes::Bytes, NbdError> {
+async fn read_answered_with(style: ReplyStyle, chunks: &[Chunk]) -> Result<bytes::Bytes, NbdError> {
     let (client, mut peer) = connect(style, 5000).await;
     let answer = async {
         let request = peer.request().await;
@@ -158,7 +165,7 @@ async fn r12_wrong_chunks_are_named_exactly() {
     let overlap = E::Overlap { offset: AT + 100, length: 100 };
     let outside = |offset, length| E::OutsideRequest { offset, length };
     let whole = data(AT, 1024, 1);
-    let cases: Vec<(Vec<(u16, u16, Vec<u8>)>, E)> = vec![
+    let cases: Vec<(Vec<Chunk>, E)> = vec![
         (vec![(0, CHUNK_DATA, data(AT, 200, 1)), (0, CHUNK_DATA, data(AT + 100, 100, 1))], overlap),
         (
             vec![(0, CHUNK_DATA, whole.clone()), (0, CHUNK_HOLE, wire::encode_hole(AT, 1))],
@@ -282,6 +289,28 @@ async fn r12_forged_cookies_offsets_and_styles_end_the_connection() {
     let (client, mut peer) = connect(ReplyStyle::Structured, 5000).await;
     let (result, ()) = tokio::join!(client.read(AT, LEN), peer.send(b"HTTP/1.1 200 OK"));
     assert!(matches!(breach(result), ProtocolError::BadMagic { found: 0x4854_5450, .. }));
+}
+
+/// One chunk is asked for where that is offered; a server for which it is too long may cut it.
+#[tokio::test]
+async fn reads_too_long_for_one_chunk_are_repeated_in_several() {
+    let style = ReplyStyle::Structured;
+    let script = handshake_with(style, wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_DF);
+    let (client, mut peer) = connect_after(&script, style, 5000).await;
+    let answer = async {
+        let request = peer.request().await;
+        assert_eq!(request.flags, wire::CMD_FLAG_DF);
+        let too_long = wire::RemoteError::encode(Errno::EOVERFLOW, "");
+        let bytes = peer.chunk(request.cookie, DONE, CHUNK_ERROR, &too_long);
+        peer.send(&bytes).await;
+        let request = peer.request().await;
+        assert_eq!(request.flags, 0);
+        let first = peer.chunk(request.cookie, 0, CHUNK_DATA, &data(AT, 1000, 1));
+        let second = peer.chunk(request.cookie, DONE, CHUNK_DATA, &data(AT + 1000, 24, 1));
+        peer.send(&[first, second].concat()).await;
+    };
+    let (result, ()) = tokio::join!(client.read(AT, LEN), answer);
+    assert!(result.unwrap().iter().all(|byte| *byte == 1));
 }
 
 #[tokio::test]

@@ -3,10 +3,12 @@
 use std::{
     collections::HashMap,
     io,
+    os::fd::AsRawFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::{
     net::{UnixStream, unix::OwnedWriteHalf},
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch},
@@ -138,10 +140,11 @@ impl Connection {
         to_permits(OPEN_MAX).saturating_sub(self.shared.permits.available_permits())
     }
 
-    /// Sends a request; waits only while too many are open.
+    /// Sends a request with `CMD_FLAG_…`; waits only while too many are open.
     pub(super) async fn send(
         &self,
         request: RequestInfo,
+        flags: u16,
         reply: Reply,
     ) -> Result<Ticket, NbdError> {
         let shared = &self.shared;
@@ -157,7 +160,7 @@ impl Connection {
             answer: sender,
             _permit: permit,
         })?;
-        shared.write(&wire_request(request, cookie));
+        shared.write(&wire_request(request, flags, cookie));
         Ok(Ticket { request, answer })
     }
 
@@ -169,7 +172,7 @@ impl Connection {
         shared.permits.close();
         let goodbye = RequestInfo { command: Command::Disconnect, offset: 0, length: 0 };
         shared.table().fatal.get_or_insert(NbdError::Closed { during: Activity::Transmission });
-        shared.write(&wire_request(goodbye, 0));
+        shared.write(&wire_request(goodbye, 0, 0));
         let mut ended = shared.ended.subscribe();
         within(shared.timeout, Activity::Request(goodbye), async {
             // An error means that the sender is gone, which is an end as well.
@@ -185,7 +188,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         if self.shared.table().fatal.is_none() {
             let goodbye = RequestInfo { command: Command::Disconnect, offset: 0, length: 0 };
-            self.shared.write(&wire_request(goodbye, 0));
+            self.shared.write(&wire_request(goodbye, 0, 0));
         }
         self.tasks.iter().for_each(AbortHandle::abort);
     }
@@ -221,13 +224,7 @@ impl Shared {
 
     /// Errors if a request (other than one that was taken out) has waited too long.
     pub(super) fn check_deadlines(&self, now: Instant) -> Result<(), NbdError> {
-        let table = self.table();
-        if let Some(cause) = &table.fatal
-            && !matches!(cause, NbdError::Closed { .. })
-        {
-            return Err(cause.clone()); // the writer failed
-        }
-        table.open.values().try_for_each(|pending| pending.check(now, self.timeout))
+        self.table().open.values().try_for_each(|pending| pending.check(now, self.timeout))
     }
 
     /// Fails all open requests, and every later one, with the same cause.
@@ -237,6 +234,8 @@ impl Shared {
         let open = std::mem::take(&mut table.open);
         drop(table);
         self.permits.close();
+        // The server must not wait for us; also ends the reader. Fails only if it was closed.
+        let _ = shutdown(self.half.as_ref().as_raw_fd(), Shutdown::Both);
         for pending in open.into_values() {
             pending.fail(&cause);
         }
@@ -300,9 +299,9 @@ async fn write_unsent(shared: Arc<Shared>) {
     }
 }
 
-fn wire_request(request: RequestInfo, cookie: u64) -> Request {
+fn wire_request(request: RequestInfo, flags: u16, cookie: u64) -> Request {
     let RequestInfo { command, offset, length } = request;
-    Request { flags: 0, command, cookie, offset, length }
+    Request { flags, command, cookie, offset, length }
 }
 
 /// Errors if `what` has made no progress for `timeout`.

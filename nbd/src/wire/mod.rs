@@ -8,11 +8,13 @@
 mod coverage;
 mod cursor;
 mod error;
+mod fuzz;
 mod handshake;
 mod transmission;
 
 pub use coverage::Coverage;
 pub use error::{Command, Errno, ProtocolError, Refusal};
+pub use fuzz::fuzz_all;
 pub use handshake::*;
 pub use transmission::*;
 
