@@ -228,7 +228,8 @@ impl Context {
         let repository = self.open().await?;
         blocking(move || {
             let lock = lock_to_read(&repository)?;
-            let (index, unreadable) = repository.index_of_readable()?;
+            // A lost index file costs no restore: what it knew is taken from the packs.
+            let (index, unreadable) = repository.index_salvaged()?;
             for (file, error) in unreadable {
                 tracing::error!(%file, %error, "an index file is passed over");
             }
