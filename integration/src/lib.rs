@@ -1,6 +1,8 @@
 //! What the tests share: a host with its own repository, state and password, on which the built
 //! `kvmsnap` runs as a process of its own.
 
+pub mod faults;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -173,14 +175,15 @@ pub fn assert_guest_is_free(guest: &Guest, disks: &[&str]) {
     let nodes: Vec<_> =
         guest.node_names().into_iter().filter(|name| name.starts_with("kvmsnap")).collect();
     assert!(nodes.is_empty(), "left in QEMU: {nodes:?}");
-    let exports = guest.qmp_command("query-block-exports", &Value::Null);
+    let exports = guest.qmp_command("query-block-exports", &serde_json::json!({}));
     assert_eq!(exports, serde_json::json!([]), "exports are left");
-    let jobs = guest.qmp_command("query-jobs", &Value::Null);
+    let jobs = guest.qmp_command("query-jobs", &serde_json::json!({}));
     assert_eq!(jobs, serde_json::json!([]), "jobs are left");
     for disk in disks {
         assert_eq!(guest.active_node(disk), vm_fixtures::Disk::format_node(disk));
         let exported = guest.bitmaps(&vm_fixtures::Disk::format_node(disk));
-        let copies = exported.iter().filter(|b| b["name"].as_str().unwrap_or("").ends_with("export"));
+        let copies =
+            exported.iter().filter(|b| b["name"].as_str().unwrap_or("").ends_with("export"));
         assert_eq!(copies.count(), 0, "a copied bitmap is left on {disk}");
     }
 }
@@ -275,8 +278,11 @@ pub fn tool(mut command: Command) -> Output {
     output
 }
 
-/// The program under test, built beside the tests.
+/// The program under test: built beside the tests, unless `KVMSNAP_PROGRAM` names another.
 fn program() -> PathBuf {
+    if let Some(program) = std::env::var_os("KVMSNAP_PROGRAM") {
+        return PathBuf::from(program);
+    }
     let test = std::env::current_exe().expect("a test has a path");
     let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps");
     let program = folder.join("kvmsnap");

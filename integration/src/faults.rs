@@ -1,0 +1,242 @@
+//! What the fault tests share: a model of what the disks hold, small file systems, and what must be
+//! true of guest and host once a fault is over.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use vm_fixtures::Guest;
+
+use crate::{Host, Outcome, Running, assert_guest_is_free, finish, spawn, tool};
+
+/// How long a guest may stand still, whatever happens to a backup of it.
+pub const STILL_MAX: Duration = Duration::from_secs(1);
+/// Length of the pieces that the model writes: larger than one cluster, no multiple of a chunk.
+const PIECE_LEN: usize = 192 << 10;
+
+/// What each disk of a machine holds, kept beside it: what is restored is compared with this.
+#[derive(Debug, Clone)]
+pub struct Contents {
+    disks: BTreeMap<String, Vec<u8>>,
+}
+
+impl Contents {
+    /// Empty disks of one size, in bytes.
+    pub fn new(disks: &[&str], size: u64) -> Self {
+        let size = usize::try_from(size).expect("disks under test fit memory");
+        let disks = disks.iter().map(|disk| ((*disk).to_owned(), vec![0; size])).collect();
+        Self { disks }
+    }
+
+    /// The disks' names.
+    pub fn names(&self) -> Vec<&str> {
+        self.disks.keys().map(String::as_str).collect()
+    }
+
+    /// Writes a byte over a range of one disk, through the guest's device.
+    #[track_caller]
+    pub fn write(&mut self, guest: &Guest, disk: &str, offset: usize, len: usize, byte: u8) {
+        guest.qemu_io(disk, &format!("write -P {byte} {offset} {len}"));
+        self.disk(disk)[offset..offset + len].fill(byte);
+    }
+
+    /// Writes zeros over a range without sending them.
+    #[track_caller]
+    pub fn zero(&mut self, guest: &Guest, disk: &str, offset: usize, len: usize) {
+        guest.qemu_io(disk, &format!("write -z -u {offset} {len}"));
+        self.disk(disk)[offset..offset + len].fill(0);
+    }
+
+    /// Changes a little on every disk, at a place and with a content of `turn`.
+    #[track_caller]
+    pub fn scribble(&mut self, guest: &Guest, turn: usize) {
+        let names: Vec<String> = self.disks.keys().cloned().collect();
+        for (index, disk) in names.iter().enumerate() {
+            let pieces = self.disk(disk).len() / PIECE_LEN;
+            let place = |n: usize| (n * 7 + index) % pieces * PIECE_LEN;
+            let byte = u8::try_from((turn + index) % 255 + 1).expect("at most 255");
+            self.zero(guest, disk, place(turn + 3), PIECE_LEN);
+            self.write(guest, disk, place(turn), PIECE_LEN, byte);
+        }
+    }
+
+    /// Grows a disk's model by zeros.
+    pub fn grow(&mut self, disk: &str, size: u64) {
+        let size = usize::try_from(size).expect("disks under test fit memory");
+        self.disk(disk).resize(size, 0);
+    }
+
+    /// The raw images in a folder hold exactly this.
+    #[track_caller]
+    pub fn assert_restored(&self, folder: &Path) {
+        for (disk, content) in &self.disks {
+            let restored = fs::read(folder.join(format!("{disk}.raw"))).expect("a restored disk");
+            assert_eq!(restored.len(), content.len(), "the size of {disk}");
+            let differs = restored.iter().zip(content).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "the first byte of {disk} that is not the guest's");
+        }
+    }
+
+    fn disk(&mut self, disk: &str) -> &mut Vec<u8> {
+        self.disks.get_mut(disk).expect("a disk of this model")
+    }
+}
+
+impl Host {
+    /// Backs up, which must succeed, restores what was stored and compares it with the model. Returns
+    /// the snapshot's JSON line.
+    #[track_caller]
+    pub fn backup_and_compare(&self, guest: &Guest, contents: &Contents, more: &[&str]) -> Value {
+        let snapshot = self.backup(guest, more);
+        self.assert_holds(&snapshot, contents);
+        snapshot
+    }
+
+    /// A snapshot restores to what the model holds.
+    #[track_caller]
+    pub fn assert_holds(&self, snapshot: &Value, contents: &Contents) {
+        let folder = self.restore(snapshot["id"].as_str().expect("a snapshot has an id"));
+        contents.assert_restored(&folder);
+        fs::remove_dir_all(folder).expect("a folder of ours");
+    }
+
+    /// The effects of a command on the world outside, in their order.
+    #[track_caller]
+    pub fn effects(&self, mut command: Command) -> Vec<String> {
+        let log = self.folder().join("effects");
+        let outcome = finish(spawn({
+            command.env("KVMSNAP_EFFECTS", &log);
+            command
+        }));
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        let text = fs::read_to_string(&log).expect("a command without effects is no command");
+        fs::remove_file(&log).expect("a file of ours");
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Undo records that wait for the next run.
+    pub fn undo_records(&self) -> usize {
+        fs::read_dir(self.state().join("journal")).map_or(0, Iterator::count)
+    }
+
+    /// Neither guest nor host shows that there ever was a failure: one dirty bitmap on each disk, no
+    /// node, export, job, file descriptor, socket, lock or undo record of any run.
+    #[track_caller]
+    pub fn assert_all_clean(&self, guest: &Guest, disks: &[&str]) {
+        self.assert_nothing_left();
+        assert_guest_is_free(guest, disks);
+        assert_eq!(guest.qmp_command("query-fdsets", &json!({})), json!([]), "file descriptors");
+        for disk in disks {
+            let bitmaps = guest.bitmaps(&vm_fixtures::Disk::format_node(disk));
+            assert_eq!(bitmaps.len(), 1, "one dirty bitmap on {disk}: {bitmaps:?}");
+        }
+        let run = self.folder().join("run");
+        let sockets = fs::read_dir(run).expect("the folder of locks").flatten();
+        let sockets: Vec<_> = sockets.filter(|entry| entry.path().is_dir()).collect();
+        assert!(sockets.is_empty(), "{sockets:?}");
+    }
+}
+
+/// Kinds of the disks of a snapshot, by target.
+pub fn kinds(snapshot: &Value) -> BTreeMap<String, String> {
+    let disks = snapshot["disks"].as_array().expect("a list of disks");
+    let text = |disk: &Value, key: &str| disk[key].as_str().unwrap_or_default().to_owned();
+    disks.iter().map(|disk| (text(disk, "target"), text(disk, "kind"))).collect()
+}
+
+/// The guest's processors run within a second.
+#[track_caller]
+pub fn assert_goes_on(guest: &Guest) {
+    wait_until(STILL_MAX, "the guest goes on", || guest.is_running());
+}
+
+/// A command failed by itself, and says why in so many words.
+#[track_caller]
+pub fn assert_says(outcome: &Outcome, code: i32, words: &str) {
+    assert_eq!(outcome.code, Some(code), "{outcome:?}");
+    assert!(outcome.stderr.contains("error: "), "{outcome:?}");
+    let said = outcome.stderr.to_lowercase();
+    assert!(said.contains(&words.to_lowercase()), "`{words}` is not in {outcome:?}");
+}
+
+/// Waits until something is true.
+///
+/// # Panics
+/// When it is not within `timeout`.
+#[track_caller]
+pub fn wait_until(timeout: Duration, what: &str, mut is_true: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_true() {
+        assert!(start.elapsed() < timeout, "not within {timeout:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until a backup shows its point in time.
+///
+/// # Panics
+/// When it ends before, or takes more than 30 seconds.
+#[track_caller]
+pub fn wait_for_export(guest: &Guest, running: &mut Running) {
+    let exported = || guest.qmp_command("query-block-exports", &json!({})) != json!([]);
+    wait_until(Duration::from_secs(30), "the point in time is exported", || {
+        assert!(!running.has_ended(), "the backup ended before its export");
+        exported()
+    });
+}
+
+/// Sends a signal to a process that the test started.
+///
+/// # Panics
+/// When there is no such process.
+#[track_caller]
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("process ids are small"));
+    kill(pid, signal).expect("a process of ours");
+}
+
+/// A small file system of its own, unmounted when dropped.
+#[derive(Debug)]
+pub struct SmallDisk {
+    folder: PathBuf,
+}
+
+impl SmallDisk {
+    /// Mounts a tmpfs of `size` bytes at a new folder.
+    ///
+    /// # Panics
+    /// When this process may not mount.
+    pub fn mount(folder: &Path, size: u64) -> Self {
+        fs::create_dir(folder).expect("a new folder");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size},mode=0700"), "tmpfs"]).arg(folder);
+        tool(mount);
+        Self { folder: folder.to_owned() }
+    }
+
+    /// Where it is mounted.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Gives it another size.
+    #[track_caller]
+    pub fn resize(&self, size: u64) {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("remount,size={size}")]).arg(&self.folder);
+        tool(mount);
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: QEMU may still hold a scratch file of a test that failed. There is nobody to tell
+        // of a failure that a look at the mounts would not.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.folder).status();
+    }
+}

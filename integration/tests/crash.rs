@@ -1,0 +1,306 @@
+//! R01: kvmsnap is killed, or fails, at each of its effects on the world outside.
+//!
+//! The list of effects is a golden file, so that a new one does not come without its test. To accept a
+//! change: `KVMSNAP_BLESS=1 cargo test -p integration --test crash golden`.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use integration::faults::{Contents, STILL_MAX, assert_goes_on, kinds};
+use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
+use nix::sys::signal::Signal;
+use vm_fixtures::{Disk, Guest, MIB};
+
+const DISKS: [&str; 2] = ["vda", "vdb"];
+const SIZE: u64 = 4 * MIB;
+/// Machines that are tested at once: a round waits more than it works.
+const WORKERS: usize = 4;
+const IMPLICIT: &[&str] = &["--implicit-filter"];
+
+/// A machine with two disks that has one backup, and what its disks hold.
+struct Scene {
+    host: Host,
+    guest: Guest,
+    contents: Contents,
+    more: &'static [&'static str],
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// SIGKILL just before the effect.
+    Crash,
+    /// The effect fails.
+    FailOnce,
+    /// The effect fails, and all that follow.
+    FailForGood,
+}
+
+impl Scene {
+    fn new(more: &'static [&'static str]) -> Option<Self> {
+        let disks = DISKS.map(|id| Disk::new(id, SIZE));
+        let guest = disks.into_iter().fold(Guest::without_os(), vm_fixtures::GuestBuilder::disk);
+        let guest = guest.boot()?;
+        let mut scene =
+            Self { host: Host::new(), guest, contents: Contents::new(&DISKS, SIZE), more };
+        scene.contents.scribble(&scene.guest, 100);
+        scene.host.backup_and_compare(&scene.guest, &scene.contents, more);
+        Some(scene)
+    }
+
+    /// The effects of an incremental backup.
+    fn effects(&mut self) -> Vec<String> {
+        self.contents.scribble(&self.guest, 101);
+        self.host.effects(self.host.backup_command(&self.guest, self.more))
+    }
+
+    /// One fault, and what must be true afterwards.
+    fn survives(&mut self, fault: Fault, n: usize, effect: &str) {
+        let Self { host, guest, contents, more } = self;
+        let case = format!("{fault:?} at {n}, {effect}");
+        contents.scribble(guest, 2 * n);
+
+        let outcome = finish(spawn(injected(host.backup_command(guest, more), fault, n)));
+
+        let ended = Instant::now();
+        assert_goes_on(guest);
+        assert_eq!(guest.status(), "running", "{case}");
+        match fault {
+            Fault::Crash => assert_eq!(outcome.code, None, "{case}: {outcome:?}"),
+            _ => assert_is_honest(&case, host, &outcome, contents),
+        }
+        contents.scribble(guest, 2 * n + 1);
+        assert!(ended.elapsed() < 3 * STILL_MAX, "{case}: {:?}", ended.elapsed());
+        if fault != Fault::Crash && host.undo_records() == 0 {
+            assert_guest_is_free(guest, &DISKS);
+        }
+        let next = host.try_backup(guest, more);
+        assert_eq!(next.code, Some(0), "{case}: {next:?}");
+        let next = serde_json::from_str(&next.stdout).expect("one JSON object");
+        assert!(kinds(&next).values().all(|kind| kind == "incremental"), "{case}: {next}");
+        assert_eq!(next["warnings"].as_array().map_or(0, Vec::len), 0, "{case}: {next}");
+        host.assert_holds(&next, contents);
+        host.assert_all_clean(guest, &DISKS);
+    }
+}
+
+fn injected(mut command: Command, fault: Fault, n: usize) -> Command {
+    match fault {
+        Fault::Crash => command.env("KVMSNAP_CRASH_AT", n.to_string()),
+        Fault::FailOnce => command.env("KVMSNAP_FAIL_AT", n.to_string()),
+        Fault::FailForGood => command.env("KVMSNAP_FAIL_AT", format!("{n}+")),
+    };
+    command
+}
+
+/// A run that says it succeeded has stored the right bits, one that failed says why.
+fn assert_is_honest(case: &str, host: &Host, outcome: &Outcome, contents: &Contents) {
+    match outcome.code {
+        Some(0) => {
+            let snapshot = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+            host.assert_holds(&snapshot, contents);
+        }
+        Some(1) => assert!(outcome.stderr.contains("error: "), "{case}: {outcome:?}"),
+        _ => panic!("{case}: {outcome:?}"),
+    }
+    assert!(!outcome.stderr.contains("panicked"), "{case}: {outcome:?}");
+}
+
+/// A fault at every `stride`-th effect of an incremental backup.
+fn sweep(fault: Fault, more: &'static [&'static str], stride: usize) {
+    let Some(mut scene) = Scene::new(more) else { return };
+    let effects = scene.effects();
+    drop(scene);
+    let effects = &effects;
+    std::thread::scope(|scope| {
+        for worker in 0..WORKERS {
+            scope.spawn(move || {
+                let mut scene = Scene::new(more).expect("QEMU is there");
+                for n in (1..=effects.len()).step_by(stride).skip(worker).step_by(WORKERS) {
+                    scene.survives(fault, n, &effects[n - 1]);
+                }
+                scene.host.assert_restic_is_content();
+            });
+        }
+    });
+}
+
+#[test]
+fn r01_killed_at_each_effect_loses_only_the_run_in_progress() {
+    sweep(Fault::Crash, &[], 1);
+}
+
+#[test]
+fn r01_killed_with_the_implicit_filter_loses_only_the_run_in_progress() {
+    sweep(Fault::Crash, IMPLICIT, 3);
+}
+
+#[test]
+fn r01_an_effect_that_fails_once_fails_the_run_and_harms_nobody() {
+    sweep(Fault::FailOnce, &[], 1);
+}
+
+#[test]
+fn r01_effects_that_fail_for_good_fail_the_run_and_the_next_one_mends() {
+    sweep(Fault::FailForGood, &[], 1);
+}
+
+#[test]
+fn r01_failures_with_the_implicit_filter_harm_nobody() {
+    sweep(Fault::FailOnce, IMPLICIT, 3);
+    sweep(Fault::FailForGood, IMPLICIT, 5);
+}
+
+/// Effects in their order, each once.
+fn golden_section(title: &str, effects: &[String]) -> String {
+    let mut section = format!("# {title}\n");
+    let mut seen: Vec<&String> = Vec::new();
+    for effect in effects {
+        if !seen.contains(&effect) {
+            seen.push(effect);
+            section.push_str(effect);
+            section.push('\n');
+        }
+    }
+    section
+}
+
+#[test]
+fn r01_the_golden_list_of_effects_is_complete() {
+    let Some(mut scene) = Scene::new(&[]) else { return };
+    let Some(mut implicit) = Scene::new(IMPLICIT) else { return };
+    let fresh = Host::without_repository();
+    let restored = scene.host.folder().join("restored");
+    let restore = |host: &Host| {
+        let mut command = host.command(["restore", "latest:fixture", "--to"]);
+        command.arg(&restored);
+        command
+    };
+    let sections = [
+        golden_section("incremental backup", &scene.effects()),
+        golden_section("incremental backup by the implicit filter", &implicit.effects()),
+        golden_section("restore", &scene.host.effects(restore(&scene.host))),
+        golden_section("repository init", &fresh.effects(fresh.command(["repository", "init"]))),
+    ];
+    let found = sections.join("\n");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/effects.golden");
+    if std::env::var_os("KVMSNAP_BLESS").is_some() {
+        fs::write(&golden, &found).expect("the source is writable");
+    }
+    let expected = fs::read_to_string(&golden).expect("the golden file");
+    assert_eq!(found, expected, "the effects changed: see the head of this file");
+}
+
+#[test]
+fn r01_p5_a_killed_restore_leaves_no_half_disk_under_a_final_name() {
+    let Some(scene) = Scene::new(&[]) else { return };
+    let restore = |to: &Path, format: &str| {
+        let to = to.to_str().expect("a plain path");
+        scene.host.command(["restore", "latest:fixture", "--format", format, "--to", to])
+    };
+    for format in ["raw", "qcow2"] {
+        let first = scene.host.folder().join(format!("{format}-first"));
+        let effects = scene.host.effects(restore(&first, format));
+        for n in 1..=effects.len() {
+            let to = scene.host.folder().join(format!("{format}-{n}"));
+
+            let outcome = finish(spawn(injected(restore(&to, format), Fault::Crash, n)));
+
+            assert_eq!(outcome.code, None, "{outcome:?}");
+            for disk in DISKS.map(|disk| format!("{disk}.{format}")) {
+                let (whole, maybe) = (first.join(&disk), to.join(&disk));
+                if maybe.exists() {
+                    let mut compare = Command::new("qemu-img");
+                    compare.args(["compare", "-f", format, "-F", format]).arg(whole).arg(maybe);
+                    tool(compare);
+                }
+            }
+        }
+    }
+    // Breaks the lock of the last one that was killed.
+    scene.host.list();
+    scene.host.assert_nothing_left();
+    scene.host.assert_restic_is_content();
+}
+
+#[test]
+fn r01_a_killed_repository_init_can_be_made_again() {
+    let whole = Host::without_repository();
+    let effects = whole.effects(whole.command(["repository", "init"]));
+    for n in 1..=effects.len() {
+        for fault in [Fault::Crash, Fault::FailOnce, Fault::FailForGood] {
+            let host = Host::without_repository();
+            let init = host.command(["repository", "init"]);
+            let outcome = finish(spawn(injected(init, fault, n)));
+            assert_ne!(outcome.code, Some(0), "{fault:?} at {n}: {outcome:?}");
+
+            host.ok(["repository", "init"]);
+
+            assert!(host.list().is_empty());
+            host.assert_restic_is_content();
+        }
+    }
+}
+
+#[test]
+fn r01_random_kills_of_a_freezing_backup_never_hold_the_guest_for_a_second() {
+    let plan = Guest::builder()
+        .disk(Disk::new("vda", 64 * MIB).mounted(vm_fixtures::FileSystem::Ext4))
+        .disk(Disk::new("vdb", 16 * MIB));
+    let Some(guest) = plan.boot() else { return };
+    let host = Host::new();
+    // The longest time between two writes to the frozen file system is what the guest suffers.
+    guest.write_file("/tmp/beat", BEAT.as_bytes());
+    let whole = host.backup(&guest, &[]);
+    assert_eq!(whole["consistency"], "filesystem", "{whole}");
+    let took = host.try_backup(&guest, &[]).took;
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    for turn in 0..10 {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(turn);
+        let delay = took.mul_f64(((random >> 33) % 1000) as f64 / 1000.0);
+        let beat = guest.spawn(&["sh", "/tmp/beat"]);
+
+        let running = spawn(host.backup_command(&guest, &[]));
+        // Not synchronisation: the moment of the kill is what is random here.
+        std::thread::sleep(delay);
+        integration::faults::signal(running.pid(), Signal::SIGKILL);
+        finish(running);
+
+        let case = format!("killed after {delay:?} of {took:?}");
+        assert_goes_on(&guest);
+        let gap = longest_gap(&guest, beat);
+        assert!(gap < STILL_MAX, "{case}: the guest stood still for {gap:?}");
+        let next = host.backup(&guest, &[]);
+        assert_eq!(next["kind"], "incremental", "{case}: {next}");
+        assert_eq!(next["consistency"], "filesystem", "{case}: {next}");
+        host.assert_all_clean(&guest, &["vda", "vdb"]);
+    }
+    host.assert_restic_is_content();
+}
+
+/// Writes to a file system again and again until told to stop; prints the longest time, in hundredths
+/// of a second, between two writes.
+const BEAT: &str = r#"
+rm -f /tmp/stop; max=0; read last _ < /proc/uptime; last=${last%.*}${last#*.}
+while [ ! -e /tmp/stop ]; do
+    echo "$last" > /mnt/vda/beat
+    read now _ < /proc/uptime; now=${now%.*}${now#*.}
+    [ $((now - last)) -gt $max ] && max=$((now - last))
+    last=$now
+done
+echo $max
+"#;
+
+fn longest_gap(guest: &Guest, beat: i64) -> Duration {
+    guest.sh("touch /tmp/stop");
+    let start = Instant::now();
+    loop {
+        if let Some(output) = guest.poll(beat) {
+            let hundredths: u64 = output.stdout.trim().parse().expect("a number of hundredths");
+            return Duration::from_millis(hundredths * 10);
+        }
+        assert!(start.elapsed() < Duration::from_secs(15), "the guest's writer hangs");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
