@@ -100,7 +100,7 @@ pub struct Finished {
     /// Its record.
     pub manifest: Manifest,
     /// What could not be cleaned up; the journal keeps it for the next run.
-    pub leftover: Option<HypervisorError>,
+    pub leftover: Option<BackupError>,
 }
 
 /// One backup: what its stages share.
@@ -151,10 +151,7 @@ impl<H: Hypervisor> Run<'_, H> {
         match outcome {
             Ok((durable, manifest)) => {
                 let id = self.record(&mut recorded, durable).await?;
-                let leftover = self.advance(&recorded, released, &names).await;
-                if leftover.is_none() {
-                    self.host.journal.clear(&recorded)?;
-                }
+                let leftover = self.advance(&mut recorded, released, &names).await.err();
                 Ok(Finished { id, manifest, leftover })
             }
             Err(error) => Err(self.roll_back(&recorded, released, error).await),
@@ -363,29 +360,27 @@ impl<H: Hypervisor> Run<'_, H> {
         self.progress.phase("recording");
         self.target.lock.verify()?;
         self.host.journal.update(recorded, |record| record.phase = Phase::Recording)?;
-        let id = durable.record(&self.target.repository).await?;
-        self.host.journal.update(recorded, |record| record.phase = Phase::Recorded)?;
-        Ok(id)
+        Ok(durable.record(&self.target.repository).await?)
     }
 
-    /// Drops the old bitmaps, now that nothing needs them. Returns what could not be cleaned up.
+    /// Drops the old bitmaps, now that nothing needs them, and the undo record with them.
     async fn advance(
         &self,
-        recorded: &Recorded,
+        recorded: &mut Recorded,
         released: Result<(), HypervisorError>,
         names: &BitmapNames,
-    ) -> Option<HypervisorError> {
+    ) -> Result<(), BackupError> {
+        self.host.journal.update(recorded, |record| record.phase = Phase::Recorded)?;
+        released?;
         let mut bitmaps = recover::obsolete_bitmaps(recorded.record());
         for planned in &self.plan.disks {
-            let stale = stale_bitmaps(&planned.disk, names, None);
+            let stale = stale_bitmaps(&planned.disk, names);
             bitmaps.extend(stale.into_iter().map(|name| (planned.disk.format.clone(), name)));
         }
         bitmaps.sort_unstable();
         bitmaps.dedup();
-        match released {
-            Ok(()) => self.hypervisor.drop_bitmaps(&bitmaps).await.err(),
-            Err(error) => Some(error),
-        }
+        self.hypervisor.drop_bitmaps(&bitmaps).await?;
+        Ok(self.host.journal.clear(recorded)?)
     }
 
     /// Drops the new bitmaps: the next backup reads by the old ones. Returns why the backup failed.

@@ -103,7 +103,7 @@ pub enum CommandError {
     },
     /// The backup is good, but something is left in the guest.
     #[error("the backup is good, but the guest is not as it was")]
-    Leftover(#[source] HypervisorError),
+    Leftover(#[source] BackupError),
     /// Something is left that has not been mended.
     #[error("{count} earlier {} left something behind", if *.count == 1 { "run" } else { "runs" })]
     Leftovers {

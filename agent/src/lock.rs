@@ -36,13 +36,12 @@ pub struct DomainLock {
 }
 
 impl DomainLock {
-    /// Locks a monitor socket, under whatever name it is reached.
+    /// Locks a monitor by the canonical path of its socket.
     ///
     /// # Errors
     /// [`LockError::Held`] when another process has it; this never waits.
     pub fn on_monitor(run_dir: &Path, socket: &Path) -> Result<Self, LockError> {
-        let real = fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
-        let key = format!("monitor-{}", digest(real.as_os_str().as_encoded_bytes()));
+        let key = format!("monitor-{}", digest(socket.as_os_str().as_encoded_bytes()));
         Self::take(run_dir, &key, format!("the monitor {}", socket.display()))
     }
 

@@ -26,10 +26,14 @@ mod store;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// Ctrl-C ends the program within a second.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
@@ -43,8 +47,8 @@ fn main() -> ExitCode {
         let _past_limit = signal(SignalKind::from_raw(nix::libc::SIGXFSZ));
         cli.run().await
     });
-    // Threads that still read or store have nothing left to do.
-    runtime.shutdown_background();
+    // Threads that still read or store have nothing left to do but to let go of their locks.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     match outcome {
         Ok(()) => ExitCode::from(error::DONE),
         Err(error) if error.is_closed_pipe() => ExitCode::from(error::DONE),

@@ -249,10 +249,10 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
 }
 
 /// Dirty bitmaps of this repository on a disk that no backup needs any more.
-pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames, keep: Option<&str>) -> Vec<String> {
+pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames) -> Vec<String> {
     let Tracking::Bitmaps(bitmaps) = &disk.tracking else { return Vec::new() };
     let names = bitmaps.iter().map(|bitmap| &bitmap.name).filter(|name| names.owns(name));
-    names.filter(|name| Some(name.as_str()) != keep).cloned().collect()
+    names.cloned().collect()
 }
 
 /// Length of a chunk for a disk of `size` bytes: small enough that scattered writes stay cheap, large
@@ -360,6 +360,6 @@ mod tests {
         let bitmap = |name: &&str| Bitmap { name: (*name).into(), health: BitmapHealth::Good };
         let all: Vec<&str> = all.iter().map(AsRef::as_ref).collect();
         let disk = disk(1, Tracking::Bitmaps(all.iter().map(bitmap).collect()));
-        assert_eq!(stale_bitmaps(&disk, &names, Some(&new)), [old]);
+        assert_eq!(stale_bitmaps(&disk, &names), [old, new]);
     }
 }

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -91,6 +91,9 @@ async fn add_export_bitmaps(monitor: &Monitor, record: &Record) -> Result<(), Hy
     Ok(())
 }
 
+/// Name of the NBD server's socket in its folder.
+const SOCKET: &str = "nbd.sock";
+
 /// The folder of a run's socket.
 fn socket_folder(run_dir: &Path, run: &RunId) -> PathBuf {
     run_dir.join(run.as_str())
@@ -108,7 +111,7 @@ async fn start_server(
     run_dir: &Path,
 ) -> Result<PathBuf, HypervisorError> {
     let folder = socket_folder(run_dir, &record.run);
-    let socket = folder.join("nbd.sock");
+    let socket = folder.join(SOCKET);
     let host = |source: io::Error| HypervisorError::Host {
         step: format!("make the socket {}", socket.display()),
         source,
@@ -165,9 +168,8 @@ async fn remove_exports(
         }
     }
     let folder = socket_folder(run_dir, &record.run);
-    // The socket's folder exists as long as our server may. A server with exports of somebody else
-    // is not ours.
-    if record.nbd_server && folder.exists() && monitor.exports().await?.is_empty() {
+    // Whoever answers at our socket is our server; QEMU has only one.
+    if record.nbd_server && UnixStream::connect(folder.join(SOCKET)).is_ok() {
         let stop = Step::new("stop its NBD server", "nbd-server-stop", json!({}));
         match monitor.run(stop).await {
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}

@@ -1,13 +1,14 @@
 //! `kvmsnap backup`
 
+use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
+use super::Context;
 use super::list::BackupLine;
-use super::{Context, interrupted};
 use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::error::CommandError;
 use crate::hypervisor::Hypervisor;
@@ -71,30 +72,23 @@ pub struct BackupArgs {
 /// Whatever the backup says.
 pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError> {
     let run_dir = &context.global.run_dir;
-    let _monitor_lock = DomainLock::on_monitor(run_dir, &args.qmp)?;
+    // One socket has one undo record and one lock, under whatever name it is given.
+    let monitor = fs::canonicalize(&args.qmp).unwrap_or_else(|_| args.qmp.clone());
+    let _monitor_lock = DomainLock::on_monitor(run_dir, &monitor)?;
     context.progress.phase("connecting");
     let scratch_dir = args.scratch_dir.as_deref();
     // Opening the repository takes its time; meanwhile the guest shows what it does without us.
-    let (qemu, open) = tokio::select! {
-        both = async {
-            tokio::try_join!(
-                async {
-                    let qemu =
-                        BareQemu::connect(&args.qmp, run_dir, scratch_dir, args.implicit_filter);
-                    let qemu = qemu.await?;
-                    let before = qemu.guest_io().await?;
-                    Ok::<_, CommandError>((qemu, before))
-                },
-                context.open_to_write(),
-            )
-        } => both?,
-        () = interrupted() => return Err(CommandError::Interrupted),
+    let connect = async {
+        let qemu = BareQemu::connect(&monitor, run_dir, scratch_dir, args.implicit_filter).await?;
+        let before = qemu.guest_io().await?;
+        Ok::<_, CommandError>((qemu, before))
     };
-    let (qemu, before) = qemu;
+    let both = async { tokio::try_join!(connect, context.open_to_write()) };
+    let ((qemu, before), open) = context.until_interrupted(both).await?;
     let journal = context.journal()?;
     if !args.dry_run {
         for recorded in journal.pending()? {
-            if recorded.record().monitor == args.qmp {
+            if recorded.record().monitor == monitor {
                 recover::undo(qemu.monitor(), &journal, &recorded, run_dir).await?;
             }
         }
@@ -104,7 +98,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         Some(name) => name,
         None => {
             let name = machine.name.clone();
-            name.ok_or_else(|| CommandError::NoName { monitor: args.qmp.clone() })?.parse()?
+            name.ok_or_else(|| CommandError::NoName { monitor: monitor.clone() })?.parse()?
         }
     };
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
@@ -126,7 +120,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         index: open.index,
     };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
-    let host = Host { name, journal, monitor: args.qmp };
+    let host = Host { name, journal, monitor };
     let run = Run {
         hypervisor: &qemu,
         plan: &plan,
@@ -136,7 +130,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         request: &request,
         progress: &context.progress,
     };
-    let finished = run.execute(interrupted()).await;
+    let finished = run.execute(context.interrupted()).await;
     context.progress.finish();
     let released = target.lock.release();
     let finished = finished?;

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use ::repository::{Index, Lock, LockMode, Repository, RepositoryError};
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use crate::catalog::Catalog;
 use crate::error::CommandError;
@@ -125,6 +126,7 @@ enum Command {
 pub struct Context {
     global: GlobalArgs,
     progress: Progress,
+    interrupts: watch::Receiver<bool>,
 }
 
 impl Cli {
@@ -144,15 +146,18 @@ impl Cli {
     /// Whatever the command says.
     pub async fn run(self) -> Result<(), CommandError> {
         let progress = Progress::new(self.global.progress, self.global.quiet || self.global.json);
-        let context = Context { global: self.global, progress };
+        let interrupts = watch_interrupts();
+        let context = Context { global: self.global, progress, interrupts };
         let outcome = match self.command {
-            Command::Repository(command) => repository::run(command, &context).await,
+            Command::Repository(command) => {
+                context.until_interrupted(repository::run(command, &context)).await
+            }
             Command::Backup(args) => backup::run(args, &context).await,
-            Command::List(args) => list::run(args, &context).await,
-            Command::Show(args) => show::run(args, &context).await,
+            Command::List(args) => context.until_interrupted(list::run(args, &context)).await,
+            Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
-            Command::Verify(args) => verify::run(args, &context).await,
-            Command::Doctor(args) => doctor::run(args, &context).await,
+            Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
+            Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
             Command::QuiesceWatchdog { agent, monitor } => {
@@ -181,6 +186,26 @@ impl OpenRepository {
 }
 
 impl Context {
+    /// Ready when the user or the system asks to stop.
+    async fn interrupted(&self) {
+        let mut interrupts = self.interrupts.clone();
+        if interrupts.wait_for(|asked| *asked).await.is_err() {
+            // Without a handler the signals end the process as they always do.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// A command that may end at any point.
+    async fn until_interrupted<T>(
+        &self,
+        work: impl Future<Output = Result<T, CommandError>>,
+    ) -> Result<T, CommandError> {
+        tokio::select! {
+            outcome = work => outcome,
+            () = self.interrupted() => Err(CommandError::Interrupted),
+        }
+    }
+
     fn location(&self) -> Result<String, CommandError> {
         self.global.repository.clone().ok_or(CommandError::NoRepositoryGiven)
     }
@@ -259,19 +284,18 @@ fn lock_to_read(repository: &Repository) -> Result<Option<Lock>, RepositoryError
     }
 }
 
-/// Ready when the user or the system asks to stop.
-async fn interrupted() {
-    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-        signal(SignalKind::hangup()),
-    ) else {
-        // Without handlers the signals end the process as they always do.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        _ = hangup.recv() => {}
+/// Watches for Ctrl-C, SIGTERM and SIGHUP from the start of the program, so that none is missed between
+/// two steps of a command.
+fn watch_interrupts() -> watch::Receiver<bool> {
+    let (asked, interrupted) = watch::channel(false);
+    let signals =
+        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
+    for mut signal in signals.into_iter().flatten() {
+        let asked = asked.clone();
+        tokio::spawn(async move {
+            signal.recv().await;
+            asked.send_replace(true);
+        });
     }
+    interrupted
 }

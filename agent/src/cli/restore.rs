@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{Context, interrupted};
+use super::Context;
 use crate::catalog::SnapshotName;
 use crate::error::CommandError;
 use crate::names::DiskName;
@@ -45,10 +45,7 @@ pub struct RestoreArgs {
 /// Whatever the restore says.
 pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandError> {
     let stop = Stop::default();
-    let open = tokio::select! {
-        open = context.open_to_read() => open?,
-        () = interrupted() => return Err(CommandError::Interrupted),
-    };
+    let open = context.until_interrupted(context.open_to_read()).await?;
     let (progress, stopper, dry_run) = (context.progress.clone(), stop.clone(), args.dry_run);
     let work = blocking(move || {
         let catalog = open.catalog();
@@ -79,7 +76,7 @@ pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandErro
     tokio::pin!(work);
     let outcome = tokio::select! {
         outcome = &mut work => outcome,
-        () = interrupted() => {
+        () = context.interrupted() => {
             stop.stop();
             // It ends between two chunks and removes what it wrote.
             work.await.and(Err(RestoreError::Interrupted.into()))

@@ -1,11 +1,12 @@
 //! `kvmsnap verify`
 
 use std::io::Write;
+use std::sync::Arc;
 
 use ::repository::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef};
 use clap::Args;
 
-use super::{Context, interrupted, lock_to_read};
+use super::{Context, lock_to_read};
 use crate::catalog::{Catalog, SnapshotName, short};
 use crate::error::CommandError;
 use crate::progress::human_bytes;
@@ -32,29 +33,21 @@ pub struct VerifyArgs {
 /// # Errors
 /// [`CommandError::Damaged`] after naming each problem.
 pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError> {
-    let work = async {
-        let repository = context.open().await?;
-        let reading = repository.clone();
-        let lock = blocking(move || lock_to_read(&reading)).await?;
-        let progress = context.progress.clone();
-        let names = args.snapshots.clone();
-        let outcome = blocking(move || {
-            let (index, _) = repository.index_of_readable()?;
-            let catalog = Catalog::new(&repository, std::sync::Arc::new(index));
-            let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
-            let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
-            let told = |step| tell(&progress, step);
-            let report = repository.check(&CheckOptions::new(args.read_data), &told)?;
-            Ok::<_, CommandError>((report, wanted))
-        });
-        let outcome = outcome.await;
-        drop(lock);
-        outcome
-    };
-    let (report, wanted) = tokio::select! {
-        outcome = work => outcome?,
-        () = interrupted() => return Err(CommandError::Interrupted),
-    };
+    let repository = context.open().await?;
+    let reading = repository.clone();
+    // Held here and not by the thread that reads: an interrupted check lets go of it at once.
+    let _lock = blocking(move || lock_to_read(&reading)).await?;
+    let (progress, names) = (context.progress.clone(), args.snapshots);
+    let (report, wanted) = blocking(move || {
+        let (index, _) = repository.index_of_readable()?;
+        let catalog = Catalog::new(&repository, Arc::new(index));
+        let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
+        let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
+        let told = |step| tell(&progress, step);
+        let report = repository.check(&CheckOptions::new(args.read_data), &told)?;
+        Ok::<_, CommandError>((report, wanted))
+    })
+    .await?;
     context.progress.finish();
     let concerns = |problem: &&Problem| {
         wanted.is_empty() || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))

@@ -111,8 +111,8 @@ impl Watchdog {
     /// [`WatchdogError::Start`].
     pub fn start(agent: Option<&Path>, monitor: &Path) -> Result<Self, WatchdogError> {
         crate::effect::about_to("watchdog: start").map_err(WatchdogError::Start)?;
-        let program = std::env::current_exe().map_err(WatchdogError::Start)?;
-        let mut command = tokio::process::Command::new(program);
+        // This very program, even when its file was replaced by an update.
+        let mut command = tokio::process::Command::new("/proc/self/exe");
         command.arg(SUBCOMMAND).arg("--monitor").arg(monitor);
         if let Some(agent) = agent {
             command.arg("--agent").arg(agent);

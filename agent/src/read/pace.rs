@@ -10,8 +10,10 @@ const DEPTH_MAX: usize = 16;
 const TOLERATED_PERCENT: u32 = 150;
 /// …and differences below this are noise.
 const NOISE: Duration = Duration::from_micros(300);
-/// With fewer operations in one observation their mean says nothing.
+/// The mean of fewer operations says nothing: they are counted together with the next ones.
 const OPERATIONS_MIN: u64 = 4;
+/// So many observations without a single operation make an idle guest.
+const IDLE_OBSERVATIONS: u32 = 4;
 
 /// The pace of reading.
 ///
@@ -23,6 +25,7 @@ pub struct Pace {
     baseline: Option<Duration>,
     depth: usize,
     last: GuestIo,
+    idle: u32,
 }
 
 impl Pace {
@@ -30,7 +33,7 @@ impl Pace {
     pub fn new(before: GuestIo, at_start: GuestIo) -> Self {
         let baseline = mean_latency(before, at_start);
         let depth = if baseline.is_some() { 1 } else { DEPTH_MAX };
-        Self { baseline, depth, last: at_start }
+        Self { baseline, depth, last: at_start, idle: 0 }
     }
 
     /// A pace for a guest that does not run.
@@ -50,19 +53,29 @@ impl Pace {
 
     /// Takes note of what the guest did up to now.
     pub fn observe(&mut self, now: GuestIo) {
-        let latency = mean_latency(self.last, now);
+        let latency = match mean_latency(self.last, now) {
+            Some(latency) => latency,
+            None if now.operations == self.last.operations => {
+                self.idle += 1;
+                if self.idle >= IDLE_OBSERVATIONS {
+                    // It does nothing that could suffer.
+                    self.depth = (self.depth * 2).min(DEPTH_MAX);
+                }
+                return;
+            }
+            None => return,
+        };
         self.last = now;
-        self.depth = match (latency, self.baseline) {
-            // It does nothing that could suffer.
-            (None, _) => (self.depth * 2).min(DEPTH_MAX),
+        self.idle = 0;
+        self.depth = match self.baseline {
             // It woke up: what it sees now, with us at full depth, is no baseline. Step aside first.
-            (Some(_), None) if self.depth > 1 => 1,
-            (Some(latency), None) => {
+            None if self.depth > 1 => 1,
+            None => {
                 self.baseline = Some(latency);
                 1
             }
-            (Some(latency), Some(baseline)) if latency > tolerated(baseline) => 1,
-            (Some(_), Some(_)) => (self.depth + 1).min(DEPTH_MAX),
+            Some(baseline) if latency > tolerated(baseline) => 1,
+            Some(_) => (self.depth + 1).min(DEPTH_MAX),
         };
     }
 }
@@ -114,9 +127,21 @@ mod tests {
         assert_eq!(pace.depth(), 1, "it learns the baseline");
         pace.observe(after(&mut io, 50, 9000));
         assert_eq!(pace.depth(), 1);
-        pace.observe(after(&mut io, 0, 0));
-        pace.observe(after(&mut io, 0, 0));
+        for _ in 0..IDLE_OBSERVATIONS + 1 {
+            pace.observe(after(&mut io, 0, 0));
+        }
         assert_eq!(pace.depth(), 4, "it fell asleep again");
+    }
+
+    #[test]
+    fn p2_a_guest_that_does_little_is_not_taken_for_idle() {
+        let mut io = GuestIo::default();
+        let before = io;
+        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
+        for _ in 0..40 {
+            pace.observe(after(&mut io, 1, 5000));
+        }
+        assert_eq!(pace.depth(), 1);
     }
 
     #[test]
