@@ -17,13 +17,15 @@ demo:
 test: check
 	scripts/packages test
 	$(CARGO) build --workspace --bins
-	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace
+	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --test '*'
+	$(CARGO) test --workspace --doc
 
 check:
 	$(CARGO) fmt --all --check
 	scripts/layers
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+	$(CARGO) test --workspace --lib --bins
 
 bench:
 	scripts/packages bench

@@ -5,6 +5,7 @@
 //! the run is done or dead, the watchdog thaws what it froze, lets a guest go on that the run had
 //! paused, and ends.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -121,7 +122,10 @@ impl Watchdog {
         for variable in ["KVMSNAP_CRASH_AT", "KVMSNAP_FAIL_AT", "KVMSNAP_EFFECTS"] {
             command.env_remove(variable);
         }
-        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // A watchdog that still thaws outlives the run: whoever waits for the end of the run's output,
+        // such as cron, must not wait for it.
+        command.process_group(0);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut process = command.spawn().map_err(WatchdogError::Start)?;
         let requests = process.stdin.take().ok_or(WatchdogError::Ended)?;
         let replies = process.stdout.take().ok_or(WatchdogError::Ended)?;
@@ -197,12 +201,12 @@ pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
     if guard.may_be_paused
         && let Err(error) = let_go_on(&monitor).await
     {
-        tracing::error!(%error, "the guest may be paused: let it go on with `cont`");
+        tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
     }
     if guard.deadline.is_some() || guard.thawing.is_some() {
         guard.begin_thaw();
         if let Err(reason) = guard.thawed().await {
-            tracing::error!(reason, "the guest may be frozen: the agent does not thaw it");
+            tell_syslog(&format!("a guest may be frozen, its agent does not thaw it: {reason}"));
         }
     }
 }
@@ -337,6 +341,14 @@ impl Guard {
             Err(error) => Err(error.to_string()),
         }
     }
+}
+
+/// The run that started the watchdog may be gone, and its terminal with it: who looks for the cause of a
+/// guest that stands still looks into the system's log (RFC 3164, facility daemon, severity error).
+fn tell_syslog(what: &str) {
+    let line = format!("<27>kvmsnap[{}]: {what}", std::process::id());
+    // Without a log there is nobody left to tell.
+    let _ = UnixDatagram::unbound().and_then(|log| log.send_to(line.as_bytes(), "/dev/log"));
 }
 
 /// Lets a guest go on that the run had paused; one that runs is left alone.
