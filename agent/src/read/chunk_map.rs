@@ -98,6 +98,11 @@ impl ChunkMap {
         }
     }
 
+    /// Whether nothing of a chunk holds data.
+    pub fn is_hole(&self, chunk: u64) -> bool {
+        self.flags[chunk as usize] & DATA == 0
+    }
+
     /// Runs of chunks with one fate, none longer than `chunks_max`.
     pub fn runs(&self, fate: Fate, chunks_max: u64) -> impl Iterator<Item = Chunks> + '_ {
         let mut next = 0;

@@ -187,10 +187,15 @@ impl Source {
         map: &ChunkMap,
         parent: &[BlobId],
     ) -> Result<(u64, Option<u64>), ReadError> {
-        let unchanged: Vec<u64> = map.runs(Fate::Inherit, 1).map(|run| run.start).collect();
+        let Suspects { known_to_differ, unchanged, last } = suspects(map, parent);
+        if known_to_differ.is_some() {
+            return Ok((0, known_to_differ));
+        }
         let count = (unchanged.len() as u64 / AUDIT_FRACTION).max(AUDIT_MIN);
+        let mut chosen = sample(&unchanged, count);
+        chosen.extend(last.filter(|last| !chosen.contains(last)));
         let mut bytes = 0;
-        for chunk in sample(&unchanged, count) {
+        for chunk in chosen {
             let data = self.read(map.offset(chunk), map.len(&(chunk..chunk + 1))).await?;
             bytes += data.len() as u64;
             if parent.get(chunk as usize) != Some(&BlobId::of(&data)) {
@@ -249,6 +254,40 @@ fn is_bad_block(error: &NbdError) -> bool {
     matches!(error, NbdError::Remote { errno: Errno::EIO, .. })
 }
 
+/// What an audit may look at.
+#[derive(Debug, PartialEq, Eq)]
+struct Suspects {
+    /// A chunk that differs for sure: a hole now, data in the parent, and never dirty in between.
+    known_to_differ: Option<u64>,
+    /// Unchanged chunks, but for the holes that were zero before: those need no reading.
+    unchanged: Vec<u64>,
+    /// The last of them that was not zero before. A disk that was cut and grown again between two
+    /// backups is zero from the cut on, which QEMU does not count as dirty.
+    last: Option<u64>,
+}
+
+fn suspects(map: &ChunkMap, parent: &[BlobId]) -> Suspects {
+    let zero_id = |chunk: u64| BlobId::of(&vec![0; map.len(&(chunk..chunk + 1)) as usize]);
+    // All chunks but the last have one length.
+    let end = map.chunks().saturating_sub(1);
+    let zeros = (map.chunks() > 0).then(|| (zero_id(0), zero_id(end)));
+    let was_zero = |chunk: u64| {
+        let zero = zeros.map(|(full, short)| if chunk == end { short } else { full });
+        zero.is_some() && parent.get(chunk as usize).copied() == zero
+    };
+    let mut suspects = Suspects { known_to_differ: None, unchanged: Vec::new(), last: None };
+    for chunk in map.runs(Fate::Inherit, 1).map(|run| run.start) {
+        match (map.is_hole(chunk), was_zero(chunk)) {
+            (true, true) => continue,
+            (true, false) => suspects.known_to_differ = Some(chunk),
+            (false, true) => {}
+            (false, false) => suspects.last = Some(chunk),
+        }
+        suspects.unchanged.push(chunk);
+    }
+    suspects
+}
+
 /// `count` of `items`, drawn at random, without drawing one twice.
 fn sample(items: &[u64], count: u64) -> Vec<u64> {
     let count = usize::try_from(count).unwrap_or(usize::MAX).min(items.len());
@@ -257,4 +296,26 @@ fn sample(items: &[u64], count: u64) -> Vec<u64> {
         rand::seq::index::sample(&mut rng, items.len(), count).iter().map(|i| items[i]).collect();
     chosen.sort_unstable();
     chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r22_a_hole_that_was_data_differs_and_one_that_was_zero_needs_no_reading() {
+        let (zero, short) = (BlobId::of(&[0; 100]), BlobId::of(&[0; 50]));
+        let data = BlobId::of(&[1; 100]);
+        let mut map = ChunkMap::new(450, 100);
+        map.mark_data(0, 300);
+        let found = |parent: [BlobId; 5]| {
+            let Suspects { known_to_differ, unchanged, last } = suspects(&map, &parent);
+            (known_to_differ, unchanged, last)
+        };
+        assert_eq!(found([data, data, zero, zero, short]), (None, vec![0, 1, 2], Some(1)));
+        assert_eq!(found([data, data, data, data, short]).0, Some(3));
+        assert_eq!(found([data, data, data, zero, data]).0, Some(4));
+        let none = suspects(&ChunkMap::new(0, 100), &[]);
+        assert_eq!(none, Suspects { known_to_differ: None, unchanged: Vec::new(), last: None });
+    }
 }
