@@ -52,6 +52,13 @@ impl Contents {
         self.disk(disk)[offset..offset + len].fill(0);
     }
 
+    /// Discards a range, which holds zeros afterwards where the image is qcow2 of version 3.
+    #[track_caller]
+    pub fn discard(&mut self, guest: &Guest, disk: &str, offset: usize, len: usize) {
+        guest.qemu_io(disk, &format!("discard {offset} {len}"));
+        self.disk(disk)[offset..offset + len].fill(0);
+    }
+
     /// Changes a little on every disk, at a place and with a content of `turn`.
     #[track_caller]
     pub fn scribble(&mut self, guest: &Guest, turn: usize) {
@@ -65,8 +72,24 @@ impl Contents {
         }
     }
 
-    /// Grows a disk's model by zeros.
-    pub fn grow(&mut self, disk: &str, size: u64) {
+    /// Writes what cannot be compressed, the same for the same seed, and has it flushed.
+    #[track_caller]
+    pub fn write_noise(&mut self, guest: &Guest, disk: &str, offset: usize, len: usize, seed: u64) {
+        let noise = noise(len, seed);
+        let file = guest.folder().join("noise");
+        fs::write(&file, &noise).expect("the guest's folder is writable");
+        guest.qemu_io(disk, &format!("write -s {} {offset} {len}", file.display()));
+        guest.qemu_io(disk, "flush");
+        self.disk(disk)[offset..offset + len].copy_from_slice(&noise);
+    }
+
+    /// Notes what the test wrote by other means.
+    pub fn note(&mut self, disk: &str, offset: usize, bytes: &[u8]) {
+        self.disk(disk)[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Grows a disk's model by zeros, or cuts it.
+    pub fn resize(&mut self, disk: &str, size: u64) {
         let size = usize::try_from(size).expect("disks under test fit memory");
         self.disk(disk).resize(size, 0);
     }
@@ -140,6 +163,19 @@ impl Host {
         let sockets: Vec<_> = sockets.filter(|entry| entry.path().is_dir()).collect();
         assert!(sockets.is_empty(), "{sockets:?}");
     }
+}
+
+/// Bytes that cannot be compressed.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        // Marsaglia's xorshift64.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }
 
 /// Kinds of the disks of a snapshot, by target.
