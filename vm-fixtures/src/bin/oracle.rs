@@ -2,12 +2,12 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use vm_fixtures::oracle::{FileTarget, Load, Log, Region, Target, judge};
-use vm_fixtures::{check_files, write_files};
+use vm_fixtures::{PacedLoad, check_files, write_files};
 
 const USAGE: &str = "\
 usage: oracle write --disk N=PATH[:FROM:TO]… --log FILE|- [--stream N] [--seed N] [--first-seq N]
@@ -16,7 +16,9 @@ usage: oracle write --disk N=PATH[:FROM:TO]… --log FILE|- [--stream N] [--seed
        oracle sync PATH…
        oracle files write DIR FROM TO [--slow-ms N]
        oracle files check DIR
-FROM and TO of a disk are bytes; those of files are numbers. An image is raw.";
+       oracle latency DEVICE RATE UNTIL
+FROM and TO of a disk are bytes; those of files are numbers. An image is raw.
+`latency` writes over DEVICE until the file UNTIL appears, RATE operations a second.";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         Some((&"judge", rest)) => judge_images(rest),
         Some((&"sync", paths)) => sync(paths),
         Some((&"files", rest)) => files(rest),
+        Some((&"latency", rest)) => latency(rest),
         _ => Err(usage("no such command")),
     };
     match outcome {
@@ -136,6 +139,13 @@ fn sync(paths: &[&str]) -> io::Result<ExitCode> {
     for path in paths {
         FileTarget::open(Path::new(path))?.sync()?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn latency(args: &[&str]) -> io::Result<ExitCode> {
+    let [device, rate, until] = args else { return Err(usage("a load has three arguments")) };
+    let (device, until) = (PathBuf::from(device), PathBuf::from(until));
+    PacedLoad { device, rate: small_number(rate)?, until }.run(&mut io::stdout())?;
     Ok(ExitCode::SUCCESS)
 }
 

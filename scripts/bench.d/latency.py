@@ -1,0 +1,189 @@
+"""What a guest feels of a backup: latency of its own operations, and how long it is frozen."""
+
+import signal
+import time
+
+import measure
+from guest import Guest
+from kvmsnap import NAME, Kvmsnap
+from measure import median, percentile
+from report import Section, Target, ratio
+from settings import BenchError, say
+from work_unit import Disk
+
+UNTIL = "/tmp/enough"
+REPEATS = 3
+# For the longest operation of a window, and for the load to settle before it.
+SETTLE_S = 2
+
+
+class Load:
+    """A paced load in the guest, and windows of host time to judge it by."""
+
+    def __init__(self, guest, settings):
+        self.guest, self.windows = guest, {}
+        # What an earlier load has left.
+        guest.exec("rm", "-f", UNTIL)
+        self.skew = _skew(guest)
+        self.pid = guest.spawn("oracle", "latency", "/dev/vda", str(settings.load_rate), UNTIL)
+        time.sleep(SETTLE_S)
+
+    def window(self, name, start, end):
+        """Operations issued between two moments of the host's clock belong to `name`."""
+        self.windows.setdefault(name, []).append((start, end))
+
+    def finish(self):
+        """Ends the load; returns latencies in milliseconds by window."""
+        self.guest.exec("touch", UNTIL)
+        first, *lines = self.guest.wait(self.pid).splitlines()
+        started = int(first) / 1e6 - self.skew
+        found = {name: [] for name in self.windows}
+        for line in lines:
+            issued, latency = (int(number) / 1e6 for number in line.split())
+            at = started + issued
+            for name, spans in self.windows.items():
+                # One that is under way when a window opens belongs to it too.
+                if any(start <= at + latency and at < end for start, end in spans):
+                    found[name].append(latency * 1e3)
+        for name, values in found.items():
+            if len(values) < 100:
+                raise BenchError(f"{len(values)} operations in `{name}`: too few to judge")
+        return found
+
+    def seconds(self, name):
+        return sum(end - start for start, end in self.windows[name])
+
+
+def _skew(guest):
+    """The guest's clock minus the host's, from the quickest of some answers."""
+    tries = []
+    for _ in range(10):
+        before = time.time()
+        there = guest.ask("agent", "guest-get-time", {}) / 1e9
+        after = time.time()
+        tries.append((after - before, there - (before + after) / 2))
+    return min(tries)[1]
+
+
+def latency(settings, work):
+    work.need(5 * settings.disk_bytes)
+    disk = Disk(settings, work)
+    live = disk.live_copy(work)
+    with Guest(settings, work, "--image", f"vda={live}") as guest:
+        load = Load(guest, settings)
+        _idle(load, settings)
+        took = []
+        for number in range(REPEATS):
+            say(f"  a full backup under load, {number + 1} of {REPEATS}")
+            host = Kvmsnap(settings, work)
+            start = time.time()
+            cost, record = host.backup(guest)
+            load.window("backup", start, time.time())
+            took.append(cost.wall)
+            say(f"    {cost.wall:.1f} s; {record['warnings'] or 'no warnings'}")
+        say(f"  a full backup whose repository stalls for {settings.stall_s} s")
+        host = Kvmsnap(settings, work)
+        backup = host.start_backup(guest, memory=False)
+        try:
+            time.sleep(median(took) / 2)
+            backup.signal(signal.SIGSTOP)
+            start = time.time()
+            time.sleep(settings.stall_s)
+            load.window("stalled", start, time.time())
+            backup.signal(signal.SIGCONT)
+            backup.finish()
+        finally:
+            backup.stop()
+        say("  reading as fast as it goes, by nbdcopy")
+        unpaced = _unpaced(guest, work, load)
+        _idle(load, settings)
+        found = load.finish()
+    names = [("idle", "no backup", "–"),
+             ("backup", "**kvmsnap, full, paced**", f"{median(took):.1f}"),
+             ("stalled", f"**kvmsnap, stopped half-way for {settings.stall_s} s**", "–"),
+             ("unpaced", "`nbdcopy` of the live disk to null, as fast as it goes", f"{unpaced:.1f}")]
+    table = [["method", "job s", "operations", "a second", "p50 ms", "p99 ms", "longest ms"]]
+    for name, title, job in names:
+        values = found[name]
+        rate = len(values) / load.seconds(name)
+        table.append([title, job, len(values), f"{rate:.0f}", f"{median(values):.2f}",
+                      f"{percentile(values, 0.99):.2f}", f"{max(values):.1f}"])
+    text = [f"A guest reads and writes 4 KiB at random places of the whole disk, {settings.load_rate} "
+            "operations a second in equal parts by four threads past its page cache, and measures each "
+            "from issue to end inside the guest. It is emulated, and its processor shares the "
+            f"{_cores()} with QEMU, kvmsnap and all else: what it feels is contention for the processor "
+            "as much as for the disk. Windows are host time; the guest's clock was compared with it. "
+            f"“No backup” is {settings.idle_s} s before and {settings.idle_s} s after."]
+    idle = percentile(found["idle"], 0.99)
+    targets = []
+    for name, title in [("backup", "guest during a backup"),
+                        ("stalled", "guest with a stalled repository")]:
+        share, longest = percentile(found[name], 0.99) / idle, max(found[name])
+        targets.append(Target(f"{title}, p99 ÷ idle", "≤ 1.5", ratio(share), share <= 1.5))
+        targets.append(Target(f"{title}, longest", "≤ 50 ms",
+                              f"{longest:.0f} ms (idle {max(found['idle']):.0f})", longest <= 50))
+    return Section("latency", table, text, targets), disk
+
+
+def _cores():
+    count = len(__import__("os").sched_getaffinity(0))
+    return f"{count} cores"
+
+
+def _idle(load, settings):
+    time.sleep(SETTLE_S)
+    start = time.time()
+    time.sleep(settings.idle_s)
+    load.window("idle", start, time.time())
+
+
+def _unpaced(guest, work, load):
+    """Reads the live disk whole, without point in time or pace; returns the seconds."""
+    path = work.run / "unpaced.sock"
+    guest.command("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    guest.command("block-export-add", type="nbd", id="unpaced", name="unpaced",
+                  **{"node-name": "vda-format"})
+    start = time.time()
+    cost = measure.run(["nbdcopy", f"nbd+unix:///unpaced?socket={path}", "null:"])
+    load.window("unpaced", start, time.time())
+    guest.command("nbd-server-stop")
+    return cost.wall
+
+
+def freeze(settings, work):
+    host = Kvmsnap(settings, work)
+    with Guest(settings, work, "--ext4", "vda=512") as guest:
+        # Small files all the while, so that a freeze has something to write back.
+        writer = "n=0; while [ ! -e /tmp/enough ]; do n=$((n+1)); " \
+                 "oracle files write /mnt/vda $((n*20%400)) $((n*20%400+20)) --slow-ms 5; done"
+        pid = guest.spawn("sh", "-c", writer)
+        host.backup(guest)
+        own, agent = [], []
+        for number in range(settings.freezes):
+            _, record = host.backup(guest)
+            if record["freeze_ms"] is None:
+                raise BenchError(f"the guest was not frozen: {record['warnings']}")
+            own.append(record["freeze_ms"])
+            start = time.perf_counter()
+            guest.ask("agent", "guest-fsfreeze-freeze", {})
+            guest.ask("agent", "guest-fsfreeze-thaw", {})
+            agent.append((time.perf_counter() - start) * 1e3)
+            say(f"  {number + 1} of {settings.freezes}: frozen {own[-1]} ms, "
+                f"agent alone {agent[-1]:.0f} ms")
+        guest.exec("touch", UNTIL)
+        guest.wait(pid)
+    table = [["what", "times", "p50 ms", "p99 ms", "longest ms"]]
+    for title, values in [(f"**kvmsnap backup** (`{NAME}`), freeze to thaw", own),
+                          ("the agent alone: freeze, then thaw at once", agent)]:
+        table.append([title, len(values), f"{median(values):.0f}",
+                      f"{percentile(values, 0.99):.0f}", f"{max(values):.0f}"])
+    worst, limit = percentile(own, 0.99), 50 + percentile(agent, 0.99)
+    text = ["Incremental backups of an emulated guest with an ext4 disk of 512 MiB on which small files are "
+            "written all the while; in turns with the fixture's own agent, which freezes and thaws with "
+            "nothing in between."]
+    targets = [Target("freeze to thaw, p99", f"≤ 50 ms + the agent = {limit:.0f} ms",
+                      f"{worst:.0f} ms", worst <= limit)]
+    return Section("freeze", table, text, targets), None
+
+
+SECTIONS = {"latency": latency, "freeze": freeze}
