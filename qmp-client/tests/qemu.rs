@@ -193,39 +193,3 @@ async fn an_agents_socket_is_no_monitor_and_a_monitor_no_agent() {
     let result = Qga::connect(&qemu.socket("qmp.sock"), options()).await;
     assert!(matches!(result, Err(QgaError::NotQga { .. })), "{result:?}");
 }
-
-/// Set where this test program plays the process that is killed.
-const VICTIM: &str = "QMP_CLIENT_TEST_VICTIM_SOCKET";
-
-/// Pauses the machine, then dies before QEMU has come to `cont`.
-async fn be_killed_between_stop_and_cont(socket: &str) {
-    let options = Options { timeout: Duration::from_secs(20), ..Options::default() };
-    let qmp = Qmp::connect(socket.as_ref(), options).await.unwrap();
-    let held = Stdio::from(qmp.hold_open().unwrap());
-    process::Command::new("sleep").arg("1").stdin(held).stdout(Stdio::null()).spawn().unwrap();
-    let mut events = qmp.events();
-    let slow = ["stop", "query-qmp-schema", "query-qmp-schema", "query-qmp-schema", "cont"];
-    let list = slow.into_iter().map(command).collect();
-    tokio::spawn(async move { qmp.execute_all(list).await });
-    assert_eq!(events.recv().await.unwrap().name, "STOP");
-    process::abort();
-}
-
-/// QEMU forgets commands it has not begun when its client goes; a held connection prevents it.
-#[tokio::test]
-async fn a_held_connection_lets_qemu_finish_after_a_kill() {
-    if let Ok(socket) = env::var(VICTIM) {
-        return be_killed_between_stop_and_cont(&socket).await;
-    }
-    let Some(qemu) = Qemu::machine(&[]) else { return };
-    let me = env::current_exe().unwrap();
-    let killed = process::Command::new(me)
-        .args(["--exact", "a_held_connection_lets_qemu_finish_after_a_kill"])
-        .env(VICTIM, qemu.socket("qmp.sock"))
-        .stdout(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(!killed.success());
-    let qmp = qemu.connect().await; // as soon as nobody holds the old connection
-    assert!(is_running(&qmp).await);
-}

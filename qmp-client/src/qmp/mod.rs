@@ -6,8 +6,7 @@ mod handshake;
 mod owner;
 
 use std::{
-    fmt, io,
-    os::fd::{AsFd as _, OwnedFd},
+    fmt,
     path::Path,
     sync::{
         Arc,
@@ -97,7 +96,6 @@ struct Shared {
     urgent: mpsc::Sender<Handover>,
     events: broadcast::WeakSender<Event>,
     ending: watch::Receiver<Option<Ending>>,
-    held: OwnedFd,
 }
 
 /// The way a reply comes back to the future that waits for it.
@@ -118,9 +116,6 @@ impl Qmp {
     pub async fn connect(socket: &Path, options: Options) -> Result<Self, QmpError> {
         let peer = handshake::open(socket, options).await?;
         debug!(socket = %socket.display(), version = %peer.greeting.version, oob = peer.oob, "monitor");
-        let held = peer.stream.as_fd().try_clone_to_owned();
-        let held =
-            held.map_err(|source| QmpError::Connect { socket: socket.to_owned(), source })?;
         let (in_band, in_band_queue) = mpsc::channel(CALLS_WAITING_MAX);
         let (urgent, urgent_queue) = mpsc::channel(owner::PENDING_MAX);
         let (events, _) = broadcast::channel(EVENTS_KEPT);
@@ -134,7 +129,6 @@ impl Qmp {
             urgent,
             events: events.downgrade(),
             ending,
-            held,
         };
         let owner = Owner::new(peer.stream, peer.framer, in_band_queue, urgent_queue, events);
         tokio::spawn(owner.run(ending_sender, options.timeout));
@@ -182,7 +176,7 @@ impl Qmp {
     ///
     /// That alone does not make a list survive this process: QEMU forgets what it has not begun when
     /// its client goes away (`CHR_EVENT_CLOSED` in `monitor/qmp.c`; tried with 7.2: of `stop`, a slow
-    /// command and `cont`, `cont` is lost). [`Qmp::hold_open`] does.
+    /// command and `cont`, `cont` is lost): another process must send it then.
     pub async fn execute_all(&self, commands: Vec<Command>) -> Vec<Result<Value, QmpError>> {
         let (entries, tickets): (Vec<_>, Vec<_>) =
             commands.into_iter().map(|command| self.prepare(command)).unzip();
@@ -205,17 +199,6 @@ impl Qmp {
             Some(events) => events.subscribe(),
             None => broadcast::channel(1).1, // its sender is gone: closed, like the connection
         }
-    }
-
-    /// A duplicate of the connection, for another process (a watchdog) to keep and never to read or
-    /// write. If this process is killed, QEMU sees its client only go when the other process closes
-    /// the duplicate or exits, and until then carries out all that it was sent. When this
-    /// connection ends in order, it ends for the duplicates too.
-    ///
-    /// # Errors
-    /// When this process may not open more files.
-    pub fn hold_open(&self) -> io::Result<OwnedFd> {
-        self.shared.held.try_clone()
     }
 
     /// Waits until the connection has ended, and says why.
