@@ -2,15 +2,9 @@
 
 mod support;
 
-use std::{
-    env,
-    fs::File,
-    os::fd::OwnedFd,
-    process::{self, Stdio},
-    time::Duration,
-};
+use std::{fs::File, os::fd::OwnedFd, time::Duration};
 
-use qmp_client::{Command, Ending, Options, Qga, QgaError, Qmp, QmpError};
+use qmp_client::{Command, Ending, Qga, QgaError, Qmp, QmpError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use support::{Qemu, SOON, impatient, options};
