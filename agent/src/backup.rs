@@ -245,7 +245,7 @@ impl<H: Hypervisor> Run<'_, H> {
             kind,
             method: if tracked { Method::Bitmap } else { Method::Pull },
             consistency: quiesced.consistency,
-            parent: self.plan.parent.as_ref().map(|parent| parent.id.to_string()),
+            parent: self.plan.parent.map(|parent| parent.to_string()),
             freeze_ms: quiesced.frozen.map(millis),
             pause_ms: cut.pause.map(millis),
             duration_ms: millis(start.elapsed()),

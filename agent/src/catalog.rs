@@ -6,7 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use repository::{BlobId, FileId, Index, Reader, Repository, RepositoryError, SnapshotFile};
+use repository::{BlobId, FileId, Index, Reader, Repository, RepositoryError, SnapshotFile, Tree};
 
 use crate::manifest::Manifest;
 use crate::names::DiskName;
@@ -191,20 +191,17 @@ impl Catalog {
         }
     }
 
-    /// The chunks of a disk of a backup.
+    /// The folder of a backup's domain; [`take_content`] finds disks in it.
     ///
     /// # Errors
     /// [`CatalogError::Incomplete`] and what reading the trees may cause.
-    pub fn content(&self, backup: &Backup, disk: &DiskName) -> Result<Vec<BlobId>, CatalogError> {
+    pub fn folder(&self, backup: &Backup) -> Result<Tree, CatalogError> {
         let folder = backup.manifest.domain.as_str();
-        let name = disk_file(disk);
-        let incomplete =
-            |path: &str| CatalogError::Incomplete { snapshot: backup.id, path: path.to_owned() };
         let root = self.reader.tree(&backup.file.tree)?;
         let subtree = root.node(folder).and_then(|node| node.subtree);
-        let tree = self.reader.tree(&subtree.ok_or_else(|| incomplete(folder))?)?;
-        let node = tree.nodes.into_iter().find(|node| node.name == name);
-        node.and_then(|node| node.content).ok_or_else(|| incomplete(&format!("{folder}/{name}")))
+        let incomplete =
+            || CatalogError::Incomplete { snapshot: backup.id, path: folder.to_owned() };
+        Ok(self.reader.tree(&subtree.ok_or_else(incomplete)?)?)
     }
 
     fn manifest(&self, id: FileId, file: &SnapshotFile) -> Result<Manifest, CatalogError> {
@@ -251,6 +248,12 @@ pub fn tags(manifest: &Manifest, blob: &BlobId) -> Vec<String> {
         format!("kind={}", manifest.kind.as_str()),
         format!("{TAG_MANIFEST}{blob}"),
     ]
+}
+
+/// Takes the chunks of a disk out of the folder of a backup.
+pub fn take_content(folder: &mut Tree, disk: &DiskName) -> Option<Vec<BlobId>> {
+    let name = disk_file(disk);
+    folder.nodes.iter_mut().find(|node| node.name == name)?.content.take()
 }
 
 /// The name of a disk's content in a snapshot.

@@ -14,6 +14,7 @@ use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::names::NameError;
 use crate::plan::PlanError;
+use crate::quiesce::QuiesceError;
 use crate::read::ReadError;
 use crate::recover::RecoverError;
 use crate::restore::RestoreError;
@@ -227,7 +228,9 @@ fn backup_hint(error: &BackupError) -> Option<String> {
         BackupError::Hypervisor(error) | BackupError::Read(ReadError::Hypervisor(error)) => {
             return hypervisor_hint(error);
         }
-        BackupError::Quiesce(_) => "`--quiesce auto` makes a crash-consistent backup instead",
+        BackupError::Quiesce(QuiesceError::Required { .. }) => {
+            "`--quiesce auto` makes a crash-consistent backup instead"
+        }
         BackupError::Read(ReadError::BadBlocks { .. }) => {
             "nothing was recorded: look after the storage below the image"
         }

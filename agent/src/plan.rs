@@ -1,9 +1,12 @@
 //! What a backup will do, decided from what is there: the backup it continues, and for each disk how
 //! it is read and why.
 
-use repository::{BlobId, Index};
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
 
-use crate::catalog::{Backup, Catalog, CatalogError, is_of};
+use repository::{BlobId, FileId, Index, Tree};
+
+use crate::catalog::{Backup, Catalog, CatalogError, is_of, take_content};
 use crate::hypervisor::{BitmapHealth, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
 use crate::names::{BitmapNames, DiskName, DomainName};
@@ -71,8 +74,8 @@ pub struct Plan {
     pub domain: DomainName,
     /// The machine.
     pub machine: Machine,
-    /// The backup that this one continues.
-    pub parent: Option<Backup>,
+    /// The last of the backups that its disks continue.
+    pub parent: Option<FileId>,
     /// For each disk, how it is read.
     pub disks: Vec<PlannedDisk>,
 }
@@ -87,6 +90,9 @@ pub struct PlannedDisk {
     /// Its chunks in the parent.
     pub content: Vec<BlobId>,
 }
+
+/// Lengths of a chunk in bytes that a manifest may name.
+const CHUNK_SIZES: RangeInclusive<u32> = 4096..=8 << 20;
 
 /// How one disk will be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,69 +137,79 @@ pub fn plan(
     if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
         return Err(PlanError::TooLarge { disk: disk.target.clone(), size: disk.size });
     }
-    let parent = find_parent(&domain, &machine.uuid, &disks, catalog)?;
-    let planned =
-        disks.into_iter().map(|disk| plan_disk(disk, parent.as_ref(), catalog, index, wanted));
-    let disks = planned.collect::<Result<_, _>>()?;
-    Ok(Plan { domain, machine, parent, disks })
-}
-
-/// The backup to continue: the last one whose dirty bitmaps the machine still has, for a clock can
-/// jump but a random name cannot; else the last one.
-fn find_parent(
-    domain: &DomainName,
-    uuid: &str,
-    disks: &[Disk],
-    catalog: &Catalog,
-) -> Result<Option<Backup>, PlanError> {
     let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
     for error in broken {
         tracing::warn!(%error, "an earlier backup is passed over");
     }
-    backups.retain(|backup| backup.manifest.uuid == uuid);
-    let continues = |backup: &Backup| {
-        disks.iter().any(|disk| {
-            let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target);
-            decide(disk, earlier, false).bitmap_old.is_some()
-        })
-    };
-    let position = backups.iter().rposition(continues);
-    Ok(match position {
-        Some(position) => Some(backups.swap_remove(position)),
-        None => backups.pop(),
-    })
+    backups.retain(|backup| backup.manifest.uuid == machine.uuid);
+    let mut folders = HashMap::new();
+    let mut parent: Option<&Backup> = None;
+    let mut planned = Vec::new();
+    for disk in disks {
+        let earlier = find_parent(&disk, &backups);
+        parent =
+            earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
+        planned.push(plan_disk(disk, earlier, catalog, index, wanted, &mut folders));
+    }
+    Ok(Plan { domain, machine, parent: parent.map(|parent| parent.id), disks: planned })
+}
+
+/// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the
+/// disk still has, for a clock can jump but a random name cannot; else the last one with the disk.
+///
+/// Each disk has its own: a backup of some disks does not end the history of the others.
+fn find_parent<'a>(disk: &Disk, backups: &'a [Backup]) -> Option<(&'a Backup, &'a DiskManifest)> {
+    let of_disk = backups.iter().rev().filter_map(|backup| {
+        let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target)?;
+        Some((backup, earlier))
+    });
+    let continues =
+        |earlier: &DiskManifest| decide(disk, Some(earlier), false).bitmap_old.is_some();
+    of_disk.clone().find(|(_, earlier)| continues(earlier)).or_else(|| of_disk.clone().next())
 }
 
 fn plan_disk(
     disk: Disk,
-    parent: Option<&Backup>,
+    parent: Option<(&Backup, &DiskManifest)>,
     catalog: &Catalog,
     index: &Index,
     wanted: &Wanted,
-) -> Result<PlannedDisk, PlanError> {
-    let earlier = parent.and_then(|parent| {
-        parent.manifest.disks.iter().find(|earlier| earlier.target == disk.target)
-    });
-    let mut decision = decide(&disk, earlier, wanted.full);
+    folders: &mut HashMap<FileId, Result<Tree, String>>,
+) -> PlannedDisk {
+    let mut decision = decide(&disk, parent.map(|(_, earlier)| earlier), wanted.full);
     let mut content = Vec::new();
-    if let (Kind::Incremental, Some(parent)) = (decision.kind, parent) {
-        // What is inherited unread must be there to the last chunk.
-        let damage = match catalog.content(parent, &disk.target) {
-            Ok(chunks) => {
-                let missing = chunks.iter().filter(|id| !index.contains(id)).count();
-                content = chunks;
-                (missing > 0).then(|| format!("the repository lacks {missing} of its chunks"))
+    if let (Kind::Incremental, Some((parent, earlier))) = (decision.kind, parent) {
+        let folder = folders
+            .entry(parent.id)
+            .or_insert_with(|| catalog.folder(parent).map_err(|error| error.to_string()));
+        match inherited(folder, earlier, index) {
+            Ok(chunks) => content = chunks,
+            Err(damage) => {
+                tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
+                decision.kind = Kind::Rescan;
+                decision.reason = format!("the last backup is damaged: {damage}");
+                decision.bitmap_old = None;
             }
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(damage) = damage {
-            tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
-            decision.kind = Kind::Rescan;
-            decision.reason = format!("the last backup is damaged: {damage}");
-            decision.bitmap_old = None;
         }
     }
-    Ok(PlannedDisk { disk, decision, content })
+    PlannedDisk { disk, decision, content }
+}
+
+/// The chunks of a disk in its parent. What is inherited unread must be there to the last one.
+fn inherited(
+    folder: &mut Result<Tree, String>,
+    earlier: &DiskManifest,
+    index: &Index,
+) -> Result<Vec<BlobId>, String> {
+    let folder = folder.as_mut().map_err(|damage| damage.clone())?;
+    let chunks = take_content(folder, &earlier.target).ok_or("it lacks the disk")?;
+    if chunks.len() as u64 != earlier.size.div_ceil(u64::from(earlier.chunk_size)) {
+        return Err("its chunks do not add up to its size".to_owned());
+    }
+    match chunks.iter().filter(|id| !index.contains(id)).count() {
+        0 => Ok(chunks),
+        missing => Err(format!("the repository lacks {missing} of its chunks")),
+    }
 }
 
 /// Decides how a disk is read, given what the parent says of it.
@@ -201,7 +217,10 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
     let mut decision = Decision {
         kind: Kind::Full,
         reason: String::new(),
-        chunk_size: parent.map_or_else(|| chunk_size(disk.size), |parent| parent.chunk_size),
+        chunk_size: parent
+            .map(|parent| parent.chunk_size)
+            .filter(|size| CHUNK_SIZES.contains(size))
+            .unwrap_or_else(|| chunk_size(disk.size)),
         bitmap_old: None,
         tracked: matches!(disk.tracking, Tracking::Bitmaps(_)),
         parent_size: parent.map(|parent| parent.size),
@@ -235,6 +254,9 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
             BitmapHealth::NotRecording => "the dirty bitmap was switched off".into(),
             BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
             BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
+            BitmapHealth::Good if decision.chunk_size != parent.chunk_size => {
+                "the last backup has chunks of another size".into()
+            }
             BitmapHealth::Good => {
                 decision.kind = Kind::Incremental;
                 decision.bitmap_old = Some(wanted.clone());

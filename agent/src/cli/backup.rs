@@ -167,7 +167,7 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
                 &serde_json::json!({
                     "domain": plan.domain, "target": disk.target, "size": disk.size,
                     "kind": decision.kind, "reason": decision.reason,
-                    "parent": plan.parent.as_ref().map(|parent| parent.id.to_string()),
+                    "parent": plan.parent.map(|parent| parent.to_string()),
                 }),
             )?;
         } else {

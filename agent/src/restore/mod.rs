@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
 
-use crate::catalog::{Backup, Catalog, CatalogError, MANIFEST};
+use crate::catalog::{Backup, Catalog, CatalogError, MANIFEST, disk_file, take_content};
 use crate::effect;
 use crate::manifest::DiskManifest;
 use crate::names::DiskName;
@@ -201,9 +201,14 @@ impl Restore<'_> {
             .create(self.folder)
             .map_err(|source| write(self.folder, source))?;
         let reader = Arc::new(Reader::new(self.repository, Arc::clone(&self.index), CACHE_LEN));
+        let mut folder = self.catalog.folder(self.backup)?;
         let mut disks = Vec::new();
         for (disk, path) in plan {
-            let content = self.catalog.content(self.backup, &disk.target)?;
+            let content = take_content(&mut folder, &disk.target);
+            let content = content.ok_or_else(|| CatalogError::Incomplete {
+                snapshot: self.backup.id,
+                path: disk_file(&disk.target),
+            })?;
             let reader = DiskReader::new(Arc::clone(&reader), content, disk.size)?;
             self.check_room(disk, &reader)?;
             disks.push((disk, path, reader));
