@@ -2,6 +2,7 @@
 //! `kvmsnap` runs as a process of its own.
 
 pub mod faults;
+pub mod restored;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -135,8 +136,8 @@ impl Host {
         to
     }
 
-    /// Runs stock restic on the repository; it must succeed. Returns its standard output.
-    pub fn restic(&self, arguments: &[&str]) -> Vec<u8> {
+    /// Stock restic on the repository, not started.
+    pub fn restic_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("restic");
         command
             .args(["--no-cache", "--repo"])
@@ -145,7 +146,12 @@ impl Host {
             .arg(self.password_file())
             .args(arguments)
             .stdin(Stdio::null());
-        let output = command.output().expect("restic runs");
+        command
+    }
+
+    /// Runs stock restic on the repository; it must succeed. Returns its standard output.
+    pub fn restic(&self, arguments: &[&str]) -> Vec<u8> {
+        let output = self.restic_command(arguments).output().expect("restic runs");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "restic {arguments:?}: {stderr}");
         output.stdout

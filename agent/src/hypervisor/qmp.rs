@@ -216,3 +216,33 @@ pub async fn release(
         false => filter::release(monitor, recorded, run_dir).await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema(drivers: &Value, options: &[&str]) -> Vec<SchemaEntry> {
+        let members: Vec<_> = options.iter().map(|name| json!({"name": name})).collect();
+        let entries = json!([
+            {"meta-type": "command", "name": "block-export-add", "arg-type": "1", "newer": true},
+            {"meta-type": "command", "name": "blockdev-backup", "arg-type": "2"},
+            drivers,
+            {"meta-type": "object", "name": "3", "members": members},
+        ]);
+        serde_json::from_value(entries).unwrap()
+    }
+
+    #[test]
+    fn the_schema_tells_what_qemu_can_do_whatever_its_version() {
+        let values = ["copy-before-write", "snapshot-access", "qcow2"];
+        let until_6_1 = json!({"meta-type": "enum", "name": "4", "values": values});
+        let members: Vec<_> = values.iter().map(|name| json!({"name": name})).collect();
+        let newer = json!({"meta-type": "enum", "name": "4", "members": members});
+        assert_eq!(recipe(&schema(&until_6_1, &["on-cbw-error"])), Some(Recipe::Filter));
+        assert_eq!(recipe(&schema(&newer, &["on-cbw-error"])), Some(Recipe::Filter));
+        assert_eq!(recipe(&schema(&newer, &["target"])), Some(Recipe::Job));
+        let older = json!({"meta-type": "enum", "name": "4", "values": ["qcow2"]});
+        assert_eq!(recipe(&schema(&older, &["on-cbw-error"])), Some(Recipe::Job));
+        assert_eq!(recipe(&[]), None);
+    }
+}
