@@ -25,35 +25,36 @@ class Kvmsnap:
         }
         self.run("repository", "init")
 
-    def run(self, *words, memory=False, also=(), sync=()):
+    def run(self, *words, **options):
         """Runs a command to its end."""
-        return self.start(*words, memory=memory, also=also, sync=sync).finish()
+        return self.start(*words, **options).finish()
 
-    def start(self, *words, memory=False, also=(), sync=()):
-        """Starts a command. `memory` follows its high-water mark once the repository is open."""
+    def start(self, *words, memory=False, also=(), sync=(), warm=None):
+        """Starts a command. `memory` follows its high-water mark once the repository is open; `warm` is
+        how many bytes of memory are touched before."""
         locks = self.repository / "locks" if memory else None
         return measure.Command([self.program, "--json", *words], env=self.env, also=also, sync=sync,
-                               locks=locks)
+                               locks=locks, warm=warm and (self.folder, warm))
 
-    def start_backup(self, guest, *more, memory=True):
+    def start_backup(self, guest, *more, memory=True, warm=None):
         agent = ["--qga", guest.qga] if guest.qga else []
         return self.start("backup", "--qmp", guest.qmp, *agent, "--name", NAME, *more,
-                          memory=memory, also=[guest.pid], sync=[self.repository])
+                          memory=memory, also=[guest.pid], sync=[self.repository], warm=warm)
 
-    def backup(self, guest, *more):
+    def backup(self, guest, *more, warm=None):
         """A backup: its cost and the snapshot's record."""
-        cost = self.start_backup(guest, *more).finish()
+        cost = self.start_backup(guest, *more, warm=warm).finish()
         return cost, json.loads(cost.stdout)
 
     def opening(self):
         """What it costs to open the repository: listing a domain that is not there."""
         return self.run("list", "nobody")
 
-    def restore(self, target, image_format):
+    def restore(self, target, image_format, warm=None):
         """Restores the newest snapshot into a new folder."""
         shutil.rmtree(target, ignore_errors=True)
         return self.run("restore", f"latest:{NAME}", "--to", str(target), "--format", image_format,
-                        memory=True, sync=[target.parent])
+                        memory=True, sync=[target.parent], warm=warm)
 
     def bytes_stored(self):
         """Bytes of all files of the repository."""

@@ -45,10 +45,11 @@ def nbdcopy_to_null(export):
     return measure.run(["nbdcopy", export.uri, "null:"], also=[export.child.pid])
 
 
-def nbdcopy_to_raw(export, work):
+def nbdcopy_to_raw(export, disk, work):
     target = work.run / "nbdcopy.raw"
     target.unlink(missing_ok=True)
-    cost = measure.run(["nbdcopy", export.uri, target], also=[export.child.pid], sync=[target])
+    cost = measure.run(["nbdcopy", export.uri, target], also=[export.child.pid], sync=[target],
+                       warm=(work.run, disk.data_bytes))
     return cost, _size_and_remove(target)
 
 
@@ -56,14 +57,15 @@ def convert(disk, work, *options):
     target = work.run / "converted.qcow2"
     target.unlink(missing_ok=True)
     cost = measure.run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", *options,
-                        disk.qcow2, target], sync=[target])
+                        disk.qcow2, target], sync=[target], warm=(work.run, disk.data_bytes))
     return cost, _size_and_remove(target)
 
 
-def zstd(disk, work):
+def zstd(disk, raw, work):
     target = work.run / "disk.zst"
     target.unlink(missing_ok=True)
-    cost = measure.run(["zstd", "-1", "-T2", "-q", disk.raw, "-o", target], sync=[target])
+    cost = measure.run(["zstd", "-1", "-T2", "-q", raw, "-o", target], sync=[target],
+                       warm=(work.run, disk.data_bytes))
     return cost, _size_and_remove(target)
 
 
@@ -76,8 +78,9 @@ def _size_and_remove(path):
 class Restic:
     """restic with a new repository, backing up one raw image."""
 
-    def __init__(self, work, image):
+    def __init__(self, work, image, disk):
         self.folder, self.image = work.folder("restic"), image
+        self.warm = (work.run, disk.data_bytes)
         self.repository = self.folder / "repository"
         password = self.folder / "password"
         password.write_text("of no value\n")
@@ -88,16 +91,18 @@ class Restic:
         }
         self._run("init", "--repository-version", "2")
 
-    def _run(self, *words, sync=()):
+    def _run(self, *words, sync=(), warm=None):
         return measure.run(["restic", "--quiet", *words], env=self.env, cwd=self.image.parent,
-                           sync=sync)
+                           sync=sync, warm=warm)
 
-    def backup(self):
-        return self._run("backup", self.image.name, sync=[self.repository])
+    def backup(self, warm=False):
+        return self._run("backup", self.image.name, sync=[self.repository],
+                         warm=self.warm if warm else None)
 
     def restore(self):
         target = self.folder / "restored"
-        cost = self._run("restore", "latest", "--target", str(target), sync=[self.folder])
+        cost = self._run("restore", "latest", "--target", str(target), sync=[self.folder],
+                         warm=self.warm)
         shutil.rmtree(target)
         return cost
 
@@ -143,7 +148,7 @@ class Virtnbdbackup:
         return done.returncode
 
     def __init__(self, disk, work):
-        self.folder = work.folder("virtnbdbackup")
+        self.folder, self.data_bytes = work.folder("virtnbdbackup"), disk.data_bytes
         image = disk.live_copy(work, "virtnbdbackup/peer")
         # libvirt's QEMU runs as a user of its own.
         os.chmod(self.folder, 0o755)
@@ -161,8 +166,9 @@ class Virtnbdbackup:
     def backup(self, *options):
         target = self.folder / "backup"
         shutil.rmtree(target, ignore_errors=True)
+        warm = (self.folder, self.data_bytes)
         cost = measure.run(["virtnbdbackup", "-U", self.URI, "-d", "kvmsnap-bench-peer", "-l", "copy",
-                            *options, "-o", target], sync=[self.folder])
+                            *options, "-o", target], sync=[self.folder], warm=warm)
         return cost, measure.bytes_in(target)
 
 

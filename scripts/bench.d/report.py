@@ -143,9 +143,10 @@ machines of this kind are shared and noisy, so compare the ratios of one run, no
 
 How: the rounds alternate between kvmsnap and its peers, in the opposite order every other time; each
 number is the median of the rounds, each ratio one of medians of the same run. Seconds of wall time
-include making the result durable. CPU seconds are those of all processes: the command, its children, and
+include making the result durable. Right before a command that writes much, as much memory is written
+once: a virtual machine whose host takes back free memory would otherwise measure its host. CPU seconds are those of all processes: the command, its children, and
 the share of QEMU or `qemu-nbd`. Memory is the kernel's high-water mark; it is reset when the repository is
-open, because the key derivation takes 128 MiB for a moment before that. Guests are emulated (TCG) unless
+open, because the key derivation takes up to 128 MiB for a moment before that. Guests are emulated (TCG) unless
 `KVMSNAP_ACCEL=kvm`.
 
 ## Targets"""

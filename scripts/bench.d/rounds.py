@@ -49,6 +49,7 @@ class Rounds:
         self.settings, self.work, self.wanted = settings, work, wanted
         work.need(7 * settings.disk_bytes)
         self.disk = Disk(settings, work)
+        self.live_raw = self.disk.live_raw_copy(work)
         self.rows = {}
         self.facts = {"only_dirty": True, "stored_nothing": [], "holes": []}
 
@@ -69,9 +70,7 @@ class Rounds:
         host = Kvmsnap(self.settings, self.work)
         with (Guest(self.settings, self.work, "--no-os", "--image", f"vda={live}") as guest,
               peers.FrozenExport(self.disk, self.work) as export):
-            restic = None
-            if self._needs_restic():
-                restic = peers.Restic(self.work, self.disk.live_raw_copy(self.work))
+            restic = peers.Restic(self.work, self.live_raw, self.disk)
             # Every other round in the opposite order, so that nobody always comes after the same one.
             acts = [lambda: self._full_of_kvmsnap(host, guest), lambda: self._full_of_peers(export),
                     lambda: self._full_of_restic(restic)]
@@ -83,31 +82,29 @@ class Rounds:
                         lambda: self._incremental_of_restic(restic, changes)]
                 for act in acts if number % 2 == 0 else reversed(acts):
                     act()
+                changes.revert_in_file(self.live_raw, self.disk.raw)
             if "restore" in self.wanted:
                 self._restores(host, guest, restic, live, check=number == 0)
             if "verify" in self.wanted:
                 self.note("verify", host.run("verify", "--read-data", memory=True))
                 self.note("restic check", restic.check())
 
-    def _needs_restic(self):
-        return bool(set(self.wanted) & set(NAMES))
-
     # ---- full -----------------------------------------------------------------------------------
 
     def _full_of_kvmsnap(self, host, guest):
         before = host.bytes_stored()
-        cost, record = host.backup(guest)
+        cost, record = host.backup(guest, warm=self.disk.data_bytes)
         self.facts["chunk_size"] = only_disk(record)["chunk_size"]
         self.note("full", cost, stored=host.bytes_stored() - before,
                   read=only_disk(record)["bytes_read"])
 
     def _full_of_peers(self, export):
         self.note("nbdcopy null", peers.nbdcopy_to_null(export))
-        cost, stored = peers.nbdcopy_to_raw(export, self.work)
+        cost, stored = peers.nbdcopy_to_raw(export, self.disk, self.work)
         self.note("nbdcopy raw", cost, stored=stored)
         if "full" not in self.wanted:
             return
-        cost, stored = peers.zstd(self.disk, self.work)
+        cost, stored = peers.zstd(self.disk, self.live_raw, self.work)
         self.note("zstd", cost, stored=stored)
         cost, stored = peers.convert(self.disk, self.work)
         self.note("convert", cost, stored=stored)
@@ -120,7 +117,7 @@ class Rounds:
 
     def _full_of_restic(self, restic):
         before = restic.bytes_stored()
-        cost = restic.backup()
+        cost = restic.backup(warm=True)
         self.note("restic", cost, stored=restic.bytes_stored() - before)
 
     def _full(self):
@@ -248,14 +245,14 @@ class Rounds:
 
     def _restores(self, host, guest, restic, live, check):
         target = self.work.folder("restored") / "images"
-        self.note("restore raw", host.restore(target, "raw"))
+        self.note("restore raw", host.restore(target, "raw", warm=self.disk.data_bytes))
         (image,) = target.glob("*.raw")
         self.facts["holes"].append((measure.allocated(image), image.stat().st_size))
         if check:
             say("  comparing the restored disk with the running one")
             measure.run(["qemu-img", "compare", "-U", "-f", "raw", "-F", "qcow2", image, live])
         shutil.rmtree(target)
-        self.note("restore qcow2", host.restore(target, "qcow2"))
+        self.note("restore qcow2", host.restore(target, "qcow2", warm=self.disk.data_bytes))
         shutil.rmtree(target)
         self.note("restic restore", restic.restore())
 

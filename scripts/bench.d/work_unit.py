@@ -59,9 +59,9 @@ class Disk:
         """A qcow2 of its own for a running machine."""
         return _copy(self.qcow2, work.run / f"{name}.qcow2")
 
-    def live_raw_copy(self, work, name="live"):
+    def live_raw_copy(self, work):
         """A raw image of its own, for peers that read files."""
-        return _copy(self.raw, work.run / f"{name}.raw")
+        return _copy(self.raw, work.run / "live.raw")
 
 
 def _copy(source, target):
@@ -170,6 +170,14 @@ class Changes:
             for offset, content in self.extents:
                 image.seek(offset)
                 image.write(content.read_bytes())
+
+    def revert_in_file(self, path, original):
+        """Takes them back, so that the next round begins with the same bytes."""
+        with open(path, "r+b") as image, open(original, "rb") as old:
+            for offset in self.offsets:
+                old.seek(offset)
+                image.seek(offset)
+                image.write(old.read(EXTENT))
 
 
 def _mixed(raw, size, chosen):
