@@ -4,7 +4,9 @@
 //! `on-cbw-error: break-snapshot` makes a full or slow scratch the backup's problem, never the guest's.
 //! The filter is built without its `bitmap` option, which would forbid reading beside the dirty parts.
 
+use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use jiff::Timestamp;
@@ -15,7 +17,7 @@ use super::{
     remove_exports, remove_nodes, scratch_file, scratch_folder,
 };
 use crate::hypervisor::monitor::{Monitor, Step};
-use crate::hypervisor::{Cut, Disk, Exports, HypervisorError};
+use crate::hypervisor::{Care, Cut, Disk, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Recorded};
 
 /// How long a guest's write may wait for its old block to be saved before the point in time is given
@@ -23,6 +25,7 @@ use crate::journal::{DiskRecord, Recorded};
 const WRITE_TIMEOUT_S: u32 = 1;
 
 /// Adds scratch and filter of each disk, beside the guest's path to it, and begins the new bitmaps.
+/// Returns the scratch files.
 ///
 /// # Errors
 /// The first step that failed; `release` takes away what was made.
@@ -31,10 +34,15 @@ pub async fn prepare(
     recorded: &Recorded,
     disks: &[Disk],
     scratch_dir: Option<&Path>,
-) -> Result<(), HypervisorError> {
+) -> Result<Vec<Arc<File>>, HypervisorError> {
     let record = recorded.record();
+    let mut files = Vec::new();
     for (names, disk) in record.disks.iter().zip(disks) {
         let file = scratch_file(&scratch_folder(scratch_dir, disk), disk, disk.size)?;
+        let step = || format!("keep the scratch file of `{}`", disk.target);
+        let kept = file.try_clone();
+        let kept = kept.map_err(|source| HypervisorError::Host { step: step(), source })?;
+        files.push(Arc::new(kept));
         add_file_node(monitor, record, &names.scratch, file).await?;
         let arguments = json!({
             "driver": "copy-before-write", "node-name": names.filter,
@@ -44,7 +52,8 @@ pub async fn prepare(
         let what = format!("add a copy-before-write filter for `{}`", names.disk);
         monitor.run(Step::new(what, "blockdev-add", arguments)).await?;
     }
-    add_new_bitmaps(monitor, record).await
+    add_new_bitmaps(monitor, record).await?;
+    Ok(files)
 }
 
 /// Puts all filters below their devices in one instant.
@@ -85,6 +94,7 @@ pub async fn export(
     monitor: &Monitor,
     recorded: &Recorded,
     run_dir: &Path,
+    care: impl Fn(usize) -> Care,
 ) -> Result<Exports, HypervisorError> {
     for disk in &recorded.record().disks {
         let arguments = json!({
@@ -95,7 +105,7 @@ pub async fn export(
         monitor.run(Step::new(what, "blockdev-add", arguments)).await?;
     }
     add_export_bitmaps(monitor, recorded.record()).await?;
-    add_exports(monitor, recorded, run_dir, true).await
+    add_exports(monitor, recorded, run_dir, true, care).await
 }
 
 /// Asks whether each filter still stands where it was put. One that broke fails reads by itself.

@@ -16,7 +16,7 @@ use super::{
     remove_exports, remove_nodes, scratch_file, scratch_folder,
 };
 use crate::hypervisor::monitor::{Monitor, Step};
-use crate::hypervisor::{Cut, Disk, Exports, HypervisorError};
+use crate::hypervisor::{Care, Cut, Disk, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Recorded};
 
 /// Room for qcow2's tables beside the data: 1/256 covers L2 tables and refcounts of 64 KiB clusters
@@ -87,7 +87,7 @@ pub async fn export(
     run_dir: &Path,
 ) -> Result<Exports, HypervisorError> {
     add_export_bitmaps(monitor, recorded.record()).await?;
-    add_exports(monitor, recorded, run_dir, false).await
+    add_exports(monitor, recorded, run_dir, false, |_| Care::Twice).await
 }
 
 /// Asks whether each job still runs and has no error.

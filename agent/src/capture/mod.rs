@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use crate::hypervisor::monitor::{Monitor, Step};
-use crate::hypervisor::{Disk, Export, Exports, HypervisorError};
+use crate::hypervisor::{Care, Disk, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::names::RunId;
 
@@ -133,12 +133,13 @@ async fn add_exports(
     recorded: &Recorded,
     run_dir: &Path,
     writable: bool,
+    care: impl Fn(usize) -> Care,
 ) -> Result<Exports, HypervisorError> {
     let record = recorded.record();
     let socket = start_server(monitor, record, run_dir).await?;
     let mut disks = Vec::new();
-    for disk in &record.disks {
-        let name = &disk.snapshot;
+    for (index, disk) in record.disks.iter().enumerate() {
+        let (name, care) = (&disk.snapshot, care(index));
         let mut arguments = json!({
             "type": "nbd", "id": name, "node-name": name, "name": name, "writable": writable,
         });
@@ -149,7 +150,7 @@ async fn add_exports(
         monitor.run(Step::new(what, "block-export-add", arguments)).await?;
         let dirty_context =
             disk.bitmap_export.as_ref().map(|bitmap| format!("qemu:dirty-bitmap:{bitmap}"));
-        disks.push(Export { name: name.clone(), dirty_context });
+        disks.push(Export { name: name.clone(), dirty_context, care });
     }
     Ok(Exports { socket, disks })
 }

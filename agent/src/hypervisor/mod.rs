@@ -8,8 +8,10 @@ pub mod graph;
 pub mod monitor;
 pub mod qmp;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -207,6 +209,26 @@ pub struct Export {
     pub name: String,
     /// The metadata context of the dirty map, where there is one.
     pub dirty_context: Option<String>,
+    /// What its reader must mind.
+    pub care: Care,
+}
+
+/// What a reader must mind to see the point in time, and not the live disk, while the guest writes.
+#[derive(Debug, Clone)]
+pub enum Care {
+    /// Nothing.
+    None,
+    /// QEMU 7.1 and 7.2: a request that begins in a part which the filter has saved, and goes beyond
+    /// it, is answered from the live disk (tried; mended in QEMU 8.0 by "hbitmap: fix
+    /// hbitmap_status() return value for first dirty bit case"). A read within one cluster is right,
+    /// and where the scratch holds data there is data, whatever the block status says.
+    Clusters {
+        /// Where the filter saves old blocks.
+        scratch: Arc<File>,
+    },
+    /// The block status is put together from scratch and live disk, one after the other, and the guest
+    /// may write in between. That spoils each cluster once at most: the answer is asked for twice.
+    Twice,
 }
 
 /// One way to reach QEMU.

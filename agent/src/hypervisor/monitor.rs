@@ -90,6 +90,11 @@ impl Monitor {
         self.qmp.greeting().version.to_string()
     }
 
+    /// The first number of QEMU's version, 0 where it does not say.
+    pub fn major_version(&self) -> u32 {
+        self.qmp.greeting().version.major
+    }
+
     /// Asks; changes nothing.
     ///
     /// # Errors

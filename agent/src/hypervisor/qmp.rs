@@ -1,6 +1,8 @@
 //! QEMU that nobody manages, through its monitor.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -8,10 +10,13 @@ use serde_json::{Value, json};
 
 use super::graph::{self, BlockDevice};
 use super::monitor::Monitor;
-use super::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
+use super::{Care, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
 use crate::capture::{self, filter, job, node_name};
 use crate::journal::{DiskRecord, Recorded};
 use crate::names::RunId;
+
+/// The first QEMU whose `snapshot-access` answers any request right; see [`Care::Clusters`].
+const MIXED_REQUESTS_RIGHT: u32 = 8;
 
 /// How a point in time is taken, by what QEMU can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +34,8 @@ pub struct BareQemu {
     recipe: Recipe,
     run_dir: PathBuf,
     scratch_dir: Option<PathBuf>,
+    /// The scratch files of the run, by disk.
+    scratch: OnceLock<Vec<Arc<File>>>,
 }
 
 #[derive(Deserialize)]
@@ -95,7 +102,17 @@ impl BareQemu {
             recipe,
             run_dir: run_dir.to_owned(),
             scratch_dir: scratch_dir.map(Path::to_owned),
+            scratch: OnceLock::new(),
         })
+    }
+
+    /// A fault of QEMU does not show in its schema, so here the version counts.
+    fn care(&self, index: usize) -> Care {
+        let scratch = self.scratch.get().and_then(|files| files.get(index));
+        match scratch.filter(|_| self.monitor.major_version() < MIXED_REQUESTS_RIGHT) {
+            Some(scratch) => Care::Clusters { scratch: Arc::clone(scratch) },
+            None => Care::None,
+        }
     }
 
     /// The connection.
@@ -167,7 +184,11 @@ impl Hypervisor for BareQemu {
     async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
         let scratch_dir = self.scratch_dir.as_deref();
         match self.recipe {
-            Recipe::Filter => filter::prepare(&self.monitor, recorded, disks, scratch_dir).await,
+            Recipe::Filter => {
+                let files = filter::prepare(&self.monitor, recorded, disks, scratch_dir).await?;
+                self.scratch.set(files).expect("one connection makes one backup");
+                Ok(())
+            }
             Recipe::Job => job::prepare(&self.monitor, recorded, disks, scratch_dir).await,
         }
     }
@@ -181,7 +202,10 @@ impl Hypervisor for BareQemu {
 
     async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {
         match self.recipe {
-            Recipe::Filter => filter::export(&self.monitor, recorded, &self.run_dir).await,
+            Recipe::Filter => {
+                let care = |index: usize| self.care(index);
+                filter::export(&self.monitor, recorded, &self.run_dir, care).await
+            }
             Recipe::Job => job::export(&self.monitor, recorded, &self.run_dir).await,
         }
     }

@@ -4,20 +4,25 @@ pub mod chunk_map;
 pub mod pace;
 mod stream;
 
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nbd::wire::{STATE_DIRTY, STATE_ZERO};
 use nbd::{Client, Errno, NbdError, Options};
+use nix::unistd::{Whence, lseek};
 use repository::BlobId;
 
-use crate::hypervisor::{Export, Exports, HypervisorError};
+use crate::hypervisor::{Care, Export, Exports, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::{ChunkMap, Fate};
 
 pub use stream::{Limits, Piece, Stream};
 
 const ALLOCATION: &str = "base:allocation";
+/// Length in bytes of what QEMU saves at once to a raw scratch (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
+const CLUSTER_LEN: u32 = 64 << 10;
 /// The smallest part of a disk that is named when it cannot be read.
 const BAD_BLOCK: u64 = 4096;
 /// A bound on the ranges that one error names.
@@ -67,6 +72,14 @@ pub enum ReadError {
         /// Bytes of the disk.
         size: u64,
     },
+    /// The scratch cannot be asked which parts it holds.
+    #[error("cannot look at the scratch of disk `{disk}`")]
+    Scratch {
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        source: io::Error,
+    },
     /// QEMU could not be asked for the guest's latency.
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
@@ -87,6 +100,7 @@ pub struct Source {
     client: Client,
     allocation: Option<usize>,
     dirty: Option<usize>,
+    care: Care,
 }
 
 impl Source {
@@ -107,6 +121,10 @@ impl Source {
             export: export.name.clone(),
             contexts: wanted.into_iter().flatten().collect(),
             connections: 1,
+            read_len_max: match &export.care {
+                Care::Clusters { .. } => CLUSTER_LEN,
+                _ => Options::default().read_len_max,
+            },
             timeout,
         };
         let client = Client::connect(&socket, options)
@@ -128,7 +146,7 @@ impl Source {
                 found => found,
             },
         };
-        Ok(Self { disk: disk.clone(), client, allocation, dirty })
+        Ok(Self { disk: disk.clone(), client, allocation, dirty, care: export.care.clone() })
     }
 
     /// Asks what is data, and what changed since the parent, which had `parent_size` bytes. Without a
@@ -152,6 +170,19 @@ impl Source {
         if self.allocation.is_none() {
             map.mark_data(0, size);
         }
+        self.ask(&mut map, tracked).await?;
+        match &self.care {
+            Care::None => {}
+            Care::Clusters { scratch } => self.mark_saved(&mut map, scratch)?,
+            // The dirty map stands still and is marked already.
+            Care::Twice => self.ask(&mut map, false).await?,
+        }
+        Ok(map)
+    }
+
+    /// Marks what the export says is data, or dirty.
+    async fn ask(&self, map: &mut ChunkMap, tracked: bool) -> Result<(), ReadError> {
+        let size = self.client.size();
         let mut at = 0;
         while at < size && self.allocation.or(self.dirty).is_some() {
             let status = self.client.block_status(at, size - at).await;
@@ -174,7 +205,26 @@ impl Source {
             }
             at = end;
         }
-        Ok(map)
+        Ok(())
+    }
+
+    /// Marks as data what the scratch holds.
+    fn mark_saved(&self, map: &mut ChunkMap, scratch: &File) -> Result<(), ReadError> {
+        let failed = |source| ReadError::Scratch { disk: self.disk.clone(), source };
+        let size = self.client.size();
+        let seek = |at: u64, whence| match lseek(scratch, at as i64, whence) {
+            Ok(at) => Ok(Some(at as u64)),
+            Err(nix::errno::Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(failed(errno.into())),
+        };
+        let mut at = 0;
+        while at < size
+            && let Some(start) = seek(at, Whence::SeekData)?
+        {
+            at = seek(start, Whence::SeekHole)?.unwrap_or(size);
+            map.mark_data(start, at - start);
+        }
+        Ok(())
     }
 
     /// Reads a random share of the unchanged chunks and compares them with what the repository has.

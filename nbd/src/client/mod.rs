@@ -48,6 +48,9 @@ pub struct Options {
     pub contexts: Vec<String>,
     /// Connections to spread requests over, where the server allows several.
     pub connections: usize,
+    /// Longest read sent as one request, in bytes; longer ones are split at its multiples, counted
+    /// from where they begin.
+    pub read_len_max: u32,
     /// Longest time without any progress of a request (or of the handshake).
     pub timeout: Duration,
 }
@@ -58,6 +61,7 @@ impl Default for Options {
             export: String::new(),
             contexts: Vec::new(),
             connections: 1,
+            read_len_max: PAYLOAD_MAX,
             timeout: Duration::from_secs(30),
         }
     }
@@ -108,6 +112,7 @@ struct Inner {
     connections: Vec<Connection>,
     info: ExportInfo,
     contexts: Vec<String>,
+    read_len_max: u32,
     /// Where the search for the least busy connection starts.
     next: AtomicUsize,
 }
@@ -147,7 +152,8 @@ impl Client {
             .map(|(stream, negotiated)| Connection::start(stream, &negotiated, options.timeout))
             .collect();
         let next = AtomicUsize::new(0);
-        Self { inner: Arc::new(Inner { connections, info, contexts, next }) }
+        let read_len_max = options.read_len_max;
+        Self { inner: Arc::new(Inner { connections, info, contexts, read_len_max, next }) }
     }
 
     /// Size of the export in bytes.
@@ -311,7 +317,7 @@ impl Client {
     /// Most bytes of one read; a multiple of the minimum block size.
     fn part_max(&self) -> u64 {
         let BlockSizes { minimum, maximum, .. } = self.inner.info.block_sizes;
-        let most = maximum.min(PAYLOAD_MAX).max(minimum);
+        let most = maximum.min(PAYLOAD_MAX).min(self.inner.read_len_max).max(minimum);
         u64::from(most - most % minimum)
     }
 
