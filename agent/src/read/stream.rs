@@ -65,7 +65,7 @@ impl<H: Hypervisor> Stream<'_, H> {
         let (source, map) = (self.source, self.map);
         release_unread(source, map).await?;
         let mut bad = Vec::new();
-        let mut bytes = 0;
+        let (mut asked, mut bytes) = (0, 0);
         let start = Instant::now();
         let mut observed = Instant::now();
         let mut under_way = JoinSet::new();
@@ -75,10 +75,11 @@ impl<H: Hypervisor> Stream<'_, H> {
                 && let Some(chunks) = next_request(map, &mut next, pace)
             {
                 if let Some(rate) = self.limits.bytes_per_second {
-                    throttle(start, bytes, rate).await;
+                    throttle(start, asked, rate).await;
                 }
                 let (source, offset, len) =
                     (source.clone(), map.offset(chunks.start), map.len(&chunks));
+                asked += len;
                 under_way.spawn(async move {
                     let outcome = async {
                         let data = source.read(offset, len).await?;
