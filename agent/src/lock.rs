@@ -4,8 +4,13 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::names::DomainName;
+
+/// How often, and how far apart, a lock is looked at for the name of its holder.
+const HOLDER_TRIES: u32 = 20;
+const HOLDER_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why a domain could not be locked.
 #[derive(Debug, thiserror::Error)]
@@ -32,14 +37,14 @@ pub enum LockError {
 /// A lock on one domain or monitor, held until dropped.
 #[derive(Debug)]
 pub struct DomainLock {
-    _file: File,
+    file: File,
 }
 
 impl DomainLock {
     /// Locks a monitor by the canonical path of its socket.
     ///
     /// # Errors
-    /// [`LockError::Held`] when another process has it; this never waits.
+    /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
     pub fn on_monitor(run_dir: &Path, socket: &Path) -> Result<Self, LockError> {
         let key = format!("monitor-{}", digest(socket.as_os_str().as_encoded_bytes()));
         Self::take(run_dir, &key, format!("the monitor {}", socket.display()))
@@ -48,7 +53,7 @@ impl DomainLock {
     /// Locks a domain, whichever of its monitors is used.
     ///
     /// # Errors
-    /// [`LockError::Held`] when another process has it; this never waits.
+    /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
     pub fn on_domain(run_dir: &Path, name: &DomainName, uuid: &str) -> Result<Self, LockError> {
         let key = format!("domain-{}", digest(format!("{name}\n{uuid}").as_bytes()));
         Self::take(run_dir, &key, format!("domain `{name}`"))
@@ -69,16 +74,36 @@ impl DomainLock {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                file.read_to_string(&mut holder).map_err(io)?;
-                return Err(LockError::Held { what, holder: holder.trim().to_owned() });
+                let holder = read_holder(&mut file).map_err(io)?;
+                return Err(LockError::Held { what, holder });
             }
             Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
         }
         file.set_len(0).and_then(|()| file.rewind()).map_err(io)?;
         write!(file, "{}", std::process::id()).map_err(io)?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
+}
+
+impl Drop for DomainLock {
+    fn drop(&mut self) {
+        // So that nobody takes us for the next holder; where it fails that one writes its own name.
+        let _ = self.file.set_len(0);
+    }
+}
+
+/// Who holds a lock. A holder that has just taken it writes its name within microseconds.
+fn read_holder(file: &mut File) -> io::Result<String> {
+    let mut holder = String::new();
+    for _ in 0..HOLDER_TRIES {
+        file.rewind()?;
+        file.read_to_string(&mut holder)?;
+        if !holder.is_empty() {
+            return Ok(holder);
+        }
+        std::thread::sleep(HOLDER_PAUSE);
+    }
+    Ok("unknown".to_owned())
 }
 
 /// A name for a file that says nothing and cannot be chosen to collide with another domain's.
