@@ -96,6 +96,22 @@ pub enum CommandError {
         /// The file.
         path: PathBuf,
     },
+    /// The process may not open the files it needs.
+    #[error("only {limit} open files are allowed, at least {needed} are needed")]
+    TooFewFiles {
+        /// What is allowed.
+        limit: u64,
+        /// What is needed.
+        needed: u64,
+    },
+    /// The process may not use the memory it needs.
+    #[error("only {limit} bytes of address space are allowed, at least {needed} are needed")]
+    TooLittleAddressSpace {
+        /// What is allowed.
+        limit: u64,
+        /// What is needed.
+        needed: u64,
+    },
     /// The repository or its backups are damaged.
     #[error("{problems} {} found", if *.problems == 1 { "problem was" } else { "problems were" })]
     Damaged {
@@ -165,6 +181,10 @@ impl CommandError {
             Self::NoName { .. } => "name it with --name",
             Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",
             Self::NoPasswordGiven => "give --password-file or set KVMSNAP_PASSWORD_FILE",
+            Self::TooFewFiles { .. } => "`ulimit -n`, or LimitNOFILE= of the unit, allows more",
+            Self::TooLittleAddressSpace { .. } => {
+                "`ulimit -v` allows more; MemoryMax= of the unit limits what is really used"
+            }
             Self::Leftover(_) => "`kvmsnap doctor --repair` or the next backup mends it",
             Self::Leftovers { .. } => "`kvmsnap doctor --repair` mends it",
             Self::Catalog(CatalogError::NotFound { .. }) => "`kvmsnap list` shows what there is",

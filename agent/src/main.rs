@@ -29,15 +29,23 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Open files that a backup needs at least, for all it does at once.
+const FILES_MIN: u64 = 64;
+/// Bytes of address space that it needs at least; most of them are never touched.
+const ADDRESS_SPACE_MIN: u64 = 512 << 20;
 /// Ctrl-C ends the program within a second.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     start_log(cli.log_filter());
+    if let Err(error) = check_limits() {
+        return fail(&error);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
@@ -53,6 +61,27 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::from(error::DONE),
         Err(error) if error.is_closed_pipe() => ExitCode::from(error::DONE),
         Err(error) => fail(&error),
+    }
+}
+
+/// Allows as many open files as this process may have, and refuses limits below which not even the
+/// runtime starts. A process that runs out of memory later ends, and the next run mends what it left.
+fn check_limits() -> Result<(), error::CommandError> {
+    // A system that does not tell has no limit.
+    if let Ok((limit, limit_max)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // What cannot be raised may do all the same.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, limit.max(limit_max), limit_max);
+        if limit_max < FILES_MIN {
+            let (limit, needed) = (limit_max, FILES_MIN);
+            return Err(error::CommandError::TooFewFiles { limit, needed });
+        }
+    }
+    match getrlimit(Resource::RLIMIT_AS) {
+        Ok((limit, _)) if limit < ADDRESS_SPACE_MIN => {
+            let needed = ADDRESS_SPACE_MIN;
+            Err(error::CommandError::TooLittleAddressSpace { limit, needed })
+        }
+        _ => Ok(()),
     }
 }
 
