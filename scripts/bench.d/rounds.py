@@ -131,7 +131,7 @@ class Rounds:
             ("convert", "`qemu-img convert`, plain qcow2"),
             ("convert zstd", "`qemu-img convert -c`, zstd, 8 coroutines"),
             ("restic", "restic, compressed and encrypted, of the raw file"),
-            ("virtnbdbackup", "virtnbdbackup, uncompressed"),
+            ("virtnbdbackup", "virtnbdbackup, uncompressed (CPU without that of its QEMU)"),
         ]
         raw, zstd = rows["nbdcopy raw"].wall, rows["zstd"].wall
         table = [["what", "wall s", "× `nbdcopy` to raw", "× `zstd -1 -T2`", "CPU s", "stored MiB"]]
