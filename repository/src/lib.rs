@@ -33,7 +33,7 @@ pub use self::{
     id::{BlobId, FileId, ParseIdError},
     index::{Index, Location},
     key::Kdf,
-    lock::{Lock, LockMode},
+    lock::{AnnouncedLock, Lock, LockMode},
     pack::BlobKind,
     reader::Reader,
     repository::Repository,

@@ -3,7 +3,7 @@
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -63,6 +63,26 @@ pub struct Lock {
     shared: Arc<Shared>,
 }
 
+/// A lock that others see already; removed when dropped.
+#[derive(Debug)]
+#[must_use = "the lock is released when this is dropped"]
+pub struct AnnouncedLock {
+    lock: Lock,
+    mode: LockMode,
+    at: Instant,
+}
+
+impl AnnouncedLock {
+    /// Waits until 200 ms have passed since the announcement and looks for conflicts once more.
+    ///
+    /// Fails with [`RepositoryError::Locked`] when somebody else was at it at the same moment.
+    pub fn settle(self) -> Result<Lock, RepositoryError> {
+        thread::sleep(SETTLE.saturating_sub(self.at.elapsed()));
+        self.lock.shared.repository.look_for_conflicts(self.mode, Some(&self.lock.id()))?;
+        Ok(self.lock)
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     repository: Repository,
@@ -83,21 +103,24 @@ impl Repository {
     /// [`RepositoryError::LockNotWritable`] means that the store is full or read-only: a reader may
     /// go on without a lock. Stale locks are removed on the way.
     pub fn lock(&self, mode: LockMode) -> Result<Lock, RepositoryError> {
+        self.announce_lock(mode)?.settle()
+    }
+
+    /// Writes a lock file. What is read from now on stays, but nothing may be written before the lock
+    /// has settled: somebody may have taken one at the same moment.
+    ///
+    /// Errors as [`Repository::lock`].
+    pub fn announce_lock(&self, mode: LockMode) -> Result<AnnouncedLock, RepositoryError> {
         let file = LockFile::ours(mode);
         self.look_for_conflicts(mode, None)?;
         let id = self.write_json(FileKind::Lock, &file).map_err(not_writable)?;
-        thread::sleep(SETTLE);
-        if let Err(conflict) = self.look_for_conflicts(mode, Some(&id)) {
-            // The conflict is what matters; a lock that stays is stale once this process is gone.
-            let _ = self.backend().remove(FileKind::Lock, &id);
-            return Err(conflict);
-        }
+        let at = Instant::now();
         let state = Mutex::new(State { id, file, stopping: false });
         let shared = Arc::new(Shared { repository: self.clone(), state, stop: Condvar::new() });
         let lock = Lock { shared: Arc::clone(&shared) };
         let thread = thread::Builder::new().name("lock".to_owned());
         match thread.spawn(move || shared.refresh_until_stopped()) {
-            Ok(_detached) => Ok(lock),
+            Ok(_detached) => Ok(AnnouncedLock { lock, mode, at }),
             Err(source) => Err(RepositoryError::Thread { source: Arc::new(source) }),
         }
     }

@@ -43,6 +43,8 @@ pub struct WriterOptions {
     pub level: i32,
     /// Bytes of chunks that wait; [`Writer::submit`] blocks above.
     pub queue_len: usize,
+    /// How much the threads give way to whatever else runs on this host (`nice(1)`).
+    pub niceness: i32,
     /// How long to wait for a store that takes nothing before giving up.
     pub stall_timeout: Duration,
     /// An index file is written at the latest this long after a pack.
@@ -56,6 +58,7 @@ impl Default for WriterOptions {
             pack_len: 16 << 20,
             level: 1,
             queue_len: 32 << 20,
+            niceness: 10,
             stall_timeout: Duration::from_secs(120),
             index_every: Duration::from_secs(5 * 60),
         }

@@ -100,6 +100,9 @@ impl Shared {
         count(&self, true);
         let shared = Arc::clone(&self);
         let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            // On Linux a niceness is a thread's own. Where it is refused the work is done all the same.
+            let niceness = shared.options.niceness;
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), niceness);
             match panic::catch_unwind(AssertUnwindSafe(work)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => drop(shared.fail(error)),
