@@ -85,7 +85,7 @@ async fn let_go(monitor: &Monitor, record: &Record) -> Result<(), HypervisorErro
         monitor.run(Step::new("let the guest go on", "cont", json!({}))).await?;
     }
     if let Some(agent) = &record.agent
-        && let Err(error) = guest_agent::thaw(agent, FREEZE_TIMEOUT).await
+        && let Err(error) = guest_agent::thaw(agent, None, FREEZE_TIMEOUT).await
     {
         tracing::warn!(%error, "cannot ask the guest agent to thaw the guest");
     }

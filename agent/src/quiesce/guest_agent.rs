@@ -32,15 +32,23 @@ pub async fn freeze(agent: &Qga, timeout: Duration) -> Result<u64, QgaError> {
     Ok(count(&reply))
 }
 
-/// Thaws until the agent says that it did, or `timeout` is over. Returns how many file systems.
+/// Thaws until the agent says that it did, or `timeout` is over; first over the connection that is
+/// there, if one is. Returns how many file systems.
 ///
 /// # Errors
 /// What the last attempt said.
-pub async fn thaw(socket: &Path, timeout: Duration) -> Result<u64, QgaError> {
+pub async fn thaw(
+    socket: &Path,
+    mut connected: Option<Qga>,
+    timeout: Duration,
+) -> Result<u64, QgaError> {
     let start = Instant::now();
     loop {
         let attempt = async {
-            let agent = connect(socket).await?;
+            let agent = match connected.take() {
+                Some(agent) => agent,
+                None => connect(socket).await?,
+            };
             announce("agent: thaw")?;
             agent.execute("guest-fsfreeze-thaw", json!({}), THAW_TIMEOUT).await
         };

@@ -161,7 +161,7 @@ impl Quiesced {
     /// The last resort when the watchdog itself is gone.
     async fn thaw_ourselves(&self) {
         if let Some(agent) = &self.agent
-            && let Err(error) = guest_agent::thaw(agent, FREEZE_TIMEOUT).await
+            && let Err(error) = guest_agent::thaw(agent, None, FREEZE_TIMEOUT).await
         {
             tracing::error!(%error, "the guest may be frozen: thaw it with `guest-fsfreeze-thaw`");
         }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use qmp_client::QgaError;
+use qmp_client::{Qga, QgaError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
@@ -189,6 +189,7 @@ impl Watchdog {
 pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
     let mut guard = Guard {
         agent,
+        frozen: None,
         frozen_at: None,
         deadline: None,
         let_go_early: false,
@@ -213,6 +214,8 @@ pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
 
 struct Guard {
     agent: Option<PathBuf>,
+    /// The connection over which the guest was frozen, and how many file systems were.
+    frozen: Option<(Qga, u64)>,
     frozen_at: Option<Instant>,
     /// When the guest must be thawed at the latest; set from the freeze command on.
     deadline: Option<tokio::time::Instant>,
@@ -294,13 +297,14 @@ impl Guard {
                 return Freeze::Failed { reason: "the run ended".into() };
             }
         };
-        drop(agent);
         match outcome {
             Ok(filesystems) => {
                 self.frozen_at = Some(Instant::now());
+                self.frozen = Some((agent, filesystems));
                 Freeze::Frozen { filesystems }
             }
             Err(error) => {
+                drop(agent);
                 // The agent may have frozen all the same, or may still do it.
                 self.begin_thaw();
                 Freeze::Failed { reason: error.to_string() }
@@ -310,6 +314,7 @@ impl Guard {
 
     async fn thaw(&mut self) -> Thaw {
         let in_time = !self.let_go_early;
+        let frozen = self.frozen.as_ref().map_or(0, |(_, filesystems)| *filesystems);
         self.begin_thaw();
         match tokio::time::timeout(FREEZE_TIMEOUT, self.thawed()).await {
             Err(_) => Thaw::Failed { reason: "the agent does not answer to the thaw".into() },
@@ -317,7 +322,7 @@ impl Guard {
             // A guest that says it had nothing to thaw had let go by itself.
             Ok(Ok(filesystems)) => Thaw::Thawed {
                 after: self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed()),
-                in_time: in_time && filesystems > 0,
+                in_time: in_time && (filesystems > 0 || frozen == 0),
             },
         }
     }
@@ -326,7 +331,8 @@ impl Guard {
     fn begin_thaw(&mut self) {
         self.deadline = None;
         if let (Some(socket), None) = (self.agent.clone(), &self.thawing) {
-            let thaw = async move { guest_agent::thaw(&socket, THAW_PATIENCE).await };
+            let connected = self.frozen.take().map(|(agent, _)| agent);
+            let thaw = async move { guest_agent::thaw(&socket, connected, THAW_PATIENCE).await };
             self.thawing = Some(tokio::spawn(thaw));
         }
     }

@@ -5,11 +5,13 @@ use std::time::Duration;
 use crate::hypervisor::GuestIo;
 
 /// Most requests under way; more brings nothing from one QEMU thread.
-const DEPTH_MAX: usize = 16;
+const DEPTH_MAX: usize = 8;
+/// Most of them while the guest works: its mean latency hides what its slowest operations wait.
+const DEPTH_MAX_GENTLE: usize = 2;
 /// The guest's mean latency may grow by half…
 const TOLERATED_PERCENT: u32 = 150;
 /// …and differences below this are noise.
-const NOISE: Duration = Duration::from_micros(300);
+const NOISE: Duration = Duration::from_micros(100);
 /// The mean of fewer operations says nothing: they are counted together with the next ones.
 const OPERATIONS_MIN: u64 = 4;
 /// So many observations without a single operation make an idle guest.
@@ -17,8 +19,8 @@ const IDLE_OBSERVATIONS: u32 = 4;
 
 /// The pace of reading.
 ///
-/// It begins with one request, adds one while the guest's own latency stays under one and a half of
-/// what it was before the backup, and falls back to one when it does not. A guest that does nothing
+/// It begins with one request, adds another while the guest's own latency stays under one and a half
+/// of what it was before the backup, and falls back to one when it does not. A guest that does nothing
 /// is read flat out.
 #[derive(Debug, Clone)]
 pub struct Pace {
@@ -75,7 +77,7 @@ impl Pace {
                 1
             }
             Some(baseline) if latency > tolerated(baseline) => 1,
-            Some(_) => (self.depth + 1).min(DEPTH_MAX),
+            Some(_) => (self.depth + 1).min(DEPTH_MAX_GENTLE),
         };
     }
 }
@@ -111,7 +113,7 @@ mod tests {
         for _ in 0..5 {
             pace.observe(after(&mut io, 100, 1200));
         }
-        assert_eq!(pace.depth(), 6);
+        assert_eq!(pace.depth(), DEPTH_MAX_GENTLE);
         pace.observe(after(&mut io, 100, 2000));
         assert_eq!(pace.depth(), 1);
     }
