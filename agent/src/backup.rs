@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use repository::{FileId, Index, Lock, Repository, RepositoryError};
 
-use crate::hypervisor::{Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError};
+use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, Kind, Manifest, Method};
 use crate::names::{BitmapNames, DomainName, RunId};
@@ -200,16 +200,19 @@ impl<H: Hypervisor> Run<'_, H> {
         })?;
         let exports = self.hypervisor.export(recorded).await?;
         self.progress.phase("mapping");
+        // All at once: QEMU hangs up on who takes too long to say what it wants.
+        let mut sources = Vec::new();
+        for (planned, export) in self.plan.disks.iter().zip(&exports.disks) {
+            let (disk, timeout) = (&planned.disk, self.request.timeout);
+            sources.push(Source::connect(export, &disk.target, disk.size, timeout).await?);
+        }
         let mut disks = Vec::new();
         let mut warnings = quiesced.warnings;
-        for (index, planned) in self.plan.disks.iter().enumerate() {
-            disks.push(self.map(index, planned, &exports, &mut warnings).await?);
+        for (planned, source) in self.plan.disks.iter().zip(sources) {
+            disks.push(self.map(planned, source, &mut warnings).await?);
         }
         let (stored, bytes_read) = self.read(&disks).await?;
         self.hypervisor.confirm(recorded).await?;
-        for disk in &disks {
-            disk.source.disconnect().await;
-        }
         self.progress.phase("storing");
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
         let tracked = disks.iter().any(|disk| disk.decision.tracked);
@@ -280,15 +283,11 @@ impl<H: Hypervisor> Run<'_, H> {
     /// Finds out what of a disk is to be read, and whether its bitmap can be believed.
     async fn map(
         &self,
-        index: usize,
         planned: &PlannedDisk,
-        exports: &Exports,
+        source: Source,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
-        let export = &exports.disks[index];
-        let timeout = self.request.timeout;
-        let source = Source::connect(exports, export, &disk.target, disk.size, timeout).await?;
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
         let mut map = source.map(decision.chunk_size, parent_size).await?;
         let mut bytes_audited = 0;

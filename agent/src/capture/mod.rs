@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::json;
 
@@ -150,9 +151,37 @@ async fn add_exports(
         monitor.run(Step::new(what, "block-export-add", arguments)).await?;
         let dirty_context =
             disk.bitmap_export.as_ref().map(|bitmap| format!("qemu:dirty-bitmap:{bitmap}"));
-        disks.push(Export { name: name.clone(), dirty_context, care });
+        let stream = Arc::new(connect(monitor, record, index, &socket).await?);
+        disks.push(Export { name: name.clone(), dirty_context, care, stream });
     }
-    Ok(Exports { socket, disks })
+    Ok(Exports { disks })
+}
+
+/// QEMU's name of our end of the connection to an export.
+fn connection_name(run: &RunId, index: usize) -> String {
+    format!("kvmsnap-{run}-c{index}")
+}
+
+/// Connects to the NBD server, and leaves our end of the connection with QEMU too.
+///
+/// So the connection outlives this process, until QEMU is told to close it. QEMU 7.2 as Debian has it
+/// ends, and the guest with it, when the reader of a disk with an I/O thread goes away: its answer to
+/// CVE-2024-7409 asserts that this is noticed in the main thread (tried).
+async fn connect(
+    monitor: &Monitor,
+    record: &Record,
+    index: usize,
+    socket: &Path,
+) -> Result<UnixStream, HypervisorError> {
+    let host = |source: io::Error| HypervisorError::Host {
+        step: format!("connect to {}", socket.display()),
+        source,
+    };
+    let stream = UnixStream::connect(socket).map_err(host)?;
+    let ours = stream.try_clone().map_err(host)?;
+    let name = json!({"fdname": connection_name(&record.run, index)});
+    monitor.run(Step::new("keep a connection", "getfd", name).with_fd(OwnedFd::from(ours))).await?;
+    Ok(stream)
 }
 
 /// Ends the exports and the server, whatever of them exists.
@@ -169,6 +198,14 @@ async fn remove_exports(
         }
     }
     let folder = socket_folder(run_dir, &record.run);
+    let close = async |name: String| {
+        let close = Step::new("close a socket", "closefd", json!({"fdname": name}));
+        match monitor.run(close).await {
+            // Not there, or consumed.
+            Ok(_) | Err(HypervisorError::Refused { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    };
     // Whoever answers at our socket is our server; QEMU has only one.
     if record.nbd_server && UnixStream::connect(folder.join(SOCKET)).is_ok() {
         let stop = Step::new("stop its NBD server", "nbd-server-stop", json!({}));
@@ -176,11 +213,13 @@ async fn remove_exports(
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}
             Err(error) => return Err(error),
         }
-        let close = json!({"fdname": descriptor_name(&record.run)});
         // QEMU consumed the descriptor unless the run ended between the two commands.
-        match monitor.run(Step::new("close the NBD socket", "closefd", close)).await {
-            Ok(_) | Err(HypervisorError::Refused { .. }) => {}
-            Err(error) => return Err(error),
+        close(descriptor_name(&record.run)).await?;
+    }
+    if record.nbd_server {
+        // Only now: with the exports gone nobody reads at the other ends.
+        for index in 0..record.disks.len() {
+            close(connection_name(&record.run, index)).await?;
         }
     }
     remove_socket(run_dir, &record.run)

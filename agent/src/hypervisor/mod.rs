@@ -10,6 +10,7 @@ pub mod qmp;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -196,8 +197,6 @@ pub struct Cut {
 /// The exports of a point in time: one NBD server, one export for each disk.
 #[derive(Debug, Clone)]
 pub struct Exports {
-    /// The server's Unix socket.
-    pub socket: PathBuf,
     /// In the order of the record's disks.
     pub disks: Vec<Export>,
 }
@@ -211,6 +210,8 @@ pub struct Export {
     pub dirty_context: Option<String>,
     /// What its reader must mind.
     pub care: Care,
+    /// A connection to the server. It stays open when this end is closed; see `capture`.
+    pub stream: Arc<UnixStream>,
 }
 
 /// What a reader must mind to see the point in time, and not the live disk, while the guest writes.

@@ -6,15 +6,15 @@ mod stream;
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use nbd::wire::{STATE_DIRTY, STATE_ZERO};
 use nbd::{Client, Errno, NbdError, Options};
 use nix::unistd::{Whence, lseek};
 use repository::BlobId;
+use tokio::net::UnixStream;
 
-use crate::hypervisor::{Care, Export, Exports, HypervisorError};
+use crate::hypervisor::{Care, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::{ChunkMap, Fate};
 
@@ -29,8 +29,10 @@ const BAD_BLOCK: u64 = 4096;
 const BAD_RANGES_MAX: usize = 64;
 /// Unchanged chunks that each incremental backup reads and compares: one in so many…
 const AUDIT_FRACTION: u64 = 1000;
-/// …but at least so many.
+/// …but at least so many…
 const AUDIT_MIN: u64 = 16;
+/// …and beyond these no more than this many bytes: the cost follows the changes, not the disk.
+const AUDIT_LEN_MAX: u64 = 32 << 20;
 
 /// Why a point in time could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,14 @@ pub enum ReadError {
         /// Bytes of the disk.
         size: u64,
     },
+    /// The connection to the export cannot be used.
+    #[error("cannot use the connection to the export of disk `{disk}`")]
+    Stream {
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        source: io::Error,
+    },
     /// The scratch cannot be asked which parts it holds.
     #[error("cannot look at the scratch of disk `{disk}`")]
     Scratch {
@@ -109,13 +119,11 @@ impl Source {
     /// # Errors
     /// [`ReadError::Nbd`], [`ReadError::NoContext`], [`ReadError::Size`].
     pub async fn connect(
-        exports: &Exports,
         export: &Export,
         disk: &DiskName,
         size: u64,
         timeout: Duration,
     ) -> Result<Self, ReadError> {
-        let socket: PathBuf = exports.socket.clone();
         let wanted = [Some(ALLOCATION.to_owned()), export.dirty_context.clone()];
         let options = Options {
             export: export.name.clone(),
@@ -125,9 +133,14 @@ impl Source {
                 Care::Clusters { .. } => CLUSTER_LEN,
                 _ => Options::default().read_len_max,
             },
+            stays_open: true,
             timeout,
         };
-        let client = Client::connect(&socket, options)
+        let failed = |source| ReadError::Stream { disk: disk.clone(), source };
+        let stream = export.stream.try_clone().map_err(failed)?;
+        stream.set_nonblocking(true).map_err(failed)?;
+        let stream = UnixStream::from_std(stream).map_err(failed)?;
+        let client = Client::from_stream(stream, options)
             .await
             .map_err(|source| ReadError::Nbd { disk: disk.clone(), source })?;
         if client.size() != size {
@@ -241,7 +254,8 @@ impl Source {
         if known_to_differ.is_some() {
             return Ok((0, known_to_differ));
         }
-        let count = (unchanged.len() as u64 / AUDIT_FRACTION).max(AUDIT_MIN);
+        let count_max = AUDIT_LEN_MAX / map.offset(1);
+        let count = (unchanged.len() as u64 / AUDIT_FRACTION).min(count_max).max(AUDIT_MIN);
         let mut chosen = sample(&unchanged, count);
         chosen.extend(last.filter(|last| !chosen.contains(last)));
         let mut bytes = 0;
@@ -287,12 +301,6 @@ impl Source {
             at += len;
         }
         Ok(bad)
-    }
-
-    /// Ends the connection.
-    pub async fn disconnect(&self) {
-        // The export goes away next; a server that is gone already changes nothing.
-        let _ = self.client.disconnect().await;
     }
 
     fn failed(&self, source: NbdError) -> ReadError {

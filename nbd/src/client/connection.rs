@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    Options,
     handshake::Negotiated,
     reader::Reader,
     reply::{Answer, Reply},
@@ -45,7 +46,10 @@ pub(super) struct Shared {
     table: Mutex<Table>,
     /// Bounds the open requests, and with them the unsent bytes.
     permits: Arc<Semaphore>,
-    half: OwnedWriteHalf,
+    /// `None` only while this is dropped.
+    half: Option<OwnedWriteHalf>,
+    /// Whether the connection outlives the client.
+    stays_open: bool,
     /// Whole requests that the socket had no room for.
     unsent: Mutex<Vec<u8>>,
     more_unsent: Notify,
@@ -113,15 +117,16 @@ impl Ticket {
 }
 
 impl Connection {
-    pub(super) fn start(stream: UnixStream, negotiated: &Negotiated, timeout: Duration) -> Self {
+    pub(super) fn start(stream: UnixStream, negotiated: &Negotiated, options: &Options) -> Self {
         let (read_half, half) = stream.into_split();
         let shared = Arc::new(Shared {
             style: negotiated.info.style,
-            timeout,
+            timeout: options.timeout,
             context_ids: negotiated.contexts.iter().map(|(id, _)| *id).collect(),
             table: Mutex::default(),
             permits: Arc::new(Semaphore::new(to_permits(OPEN_MAX))),
-            half,
+            half: Some(half),
+            stays_open: options.stays_open,
             unsent: Mutex::default(),
             more_unsent: Notify::new(),
             ended: watch::Sender::new(false),
@@ -186,7 +191,7 @@ impl Connection {
 impl Drop for Connection {
     /// Tells the server if that needs no waiting, and closes the socket.
     fn drop(&mut self) {
-        if self.shared.table().fatal.is_none() {
+        if !self.shared.stays_open && self.shared.table().fatal.is_none() {
             let goodbye = RequestInfo { command: Command::Disconnect, offset: 0, length: 0 };
             self.shared.write(&wire_request(goodbye, 0, 0));
         }
@@ -234,8 +239,10 @@ impl Shared {
         let open = std::mem::take(&mut table.open);
         drop(table);
         self.permits.close();
-        // The server must not wait for us; also ends the reader. Fails only if it was closed.
-        let _ = shutdown(self.half.as_ref().as_raw_fd(), Shutdown::Both);
+        if !self.stays_open {
+            // The server must not wait for us; also ends the reader. Fails only if it was closed.
+            let _ = shutdown(self.half().as_ref().as_raw_fd(), Shutdown::Both);
+        }
         for pending in open.into_values() {
             pending.fail(&cause);
         }
@@ -252,7 +259,7 @@ impl Shared {
         request.encode(self.style.headers(), &mut message);
         let mut unsent = self.unsent();
         // Behind queued bytes there is no overtaking.
-        let written = if unsent.is_empty() { self.half.try_write(&message) } else { Ok(0) };
+        let written = if unsent.is_empty() { self.half().try_write(&message) } else { Ok(0) };
         let sent = match written {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
@@ -267,6 +274,10 @@ impl Shared {
         }
     }
 
+    fn half(&self) -> &OwnedWriteHalf {
+        self.half.as_ref().expect("it is taken only when this is dropped")
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -276,15 +287,26 @@ impl Shared {
     }
 }
 
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Dropped, this half would end the connection for every descriptor of the socket.
+        if self.stays_open
+            && let Some(half) = self.half.take()
+        {
+            half.forget();
+        }
+    }
+}
+
 /// Sends what did not fit into the socket at once. Ends when the socket fails.
 async fn write_unsent(shared: Arc<Shared>) {
     loop {
         shared.more_unsent.notified().await;
         while !shared.unsent().is_empty() {
-            let result = match shared.half.writable().await {
+            let result = match shared.half().writable().await {
                 Ok(()) => {
                     let mut unsent = shared.unsent();
-                    shared.half.try_write(&unsent).map(|sent| drop(unsent.drain(..sent)))
+                    shared.half().try_write(&unsent).map(|sent| drop(unsent.drain(..sent)))
                 }
                 Err(error) => Err(error),
             };

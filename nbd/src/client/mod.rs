@@ -51,6 +51,9 @@ pub struct Options {
     /// Longest read sent as one request, in bytes; longer ones are split at its multiples, counted
     /// from where they begin.
     pub read_len_max: u32,
+    /// Whether another descriptor of the socket keeps the connection open once this client is gone
+    /// or has given up: then the server is told nothing. For [`Client::from_stream`].
+    pub stays_open: bool,
     /// Longest time without any progress of a request (or of the handshake).
     pub timeout: Duration,
 }
@@ -62,6 +65,7 @@ impl Default for Options {
             contexts: Vec::new(),
             connections: 1,
             read_len_max: PAYLOAD_MAX,
+            stays_open: false,
             timeout: Duration::from_secs(30),
         }
     }
@@ -149,7 +153,7 @@ impl Client {
         let (info, contexts) = (opened[0].1.info, opened[0].1.context_names());
         let connections = opened
             .into_iter()
-            .map(|(stream, negotiated)| Connection::start(stream, &negotiated, options.timeout))
+            .map(|(stream, negotiated)| Connection::start(stream, &negotiated, options))
             .collect();
         let next = AtomicUsize::new(0);
         let read_len_max = options.read_len_max;
