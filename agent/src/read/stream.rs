@@ -125,9 +125,22 @@ impl<H: Hypervisor> Stream<'_, H> {
             return Ok(bytes);
         }
         let more = bad.len() > BAD_RANGES_MAX;
-        bad.truncate(BAD_RANGES_MAX);
-        Err(ReadError::BadBlocks { disk: source.disk.clone(), ranges: bad, more })
+        let mut ranges = joined(bad);
+        ranges.truncate(BAD_RANGES_MAX);
+        Err(ReadError::BadBlocks { disk: source.disk.clone(), ranges, more })
     }
+}
+
+/// Ranges, each an offset and a length, in their order on the disk, neighbours as one: requests are
+/// answered in any order.
+fn joined(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, range| {
+        let adjoins = range.0 + range.1 == next.0;
+        range.1 += if adjoins { next.1 } else { 0 };
+        adjoins
+    });
+    ranges
 }
 
 /// Ends copy-before-write where nothing will be read.
@@ -159,4 +172,15 @@ fn next_request(map: &ChunkMap, next: &mut u64, pace: &Pace) -> Option<Chunks> {
 async fn throttle(start: Instant, bytes: u64, rate: u64) {
     let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
     tokio::time::sleep(due.saturating_sub(start.elapsed())).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r11_bad_ranges_are_sorted_and_neighbours_joined() {
+        assert_eq!(joined(vec![(30, 5), (0, 10), (10, 10), (20, 1)]), [(0, 21), (30, 5)]);
+        assert!(joined(Vec::new()).is_empty());
+    }
 }
