@@ -168,7 +168,7 @@ impl Host {
             let entries = fs::read_dir(folder).map(|entries| entries.flatten().collect());
             entries.unwrap_or_else(|_| Vec::new()).iter().map(fs::DirEntry::file_name).collect()
         };
-        assert!(names(&self.state().join("journal")).is_empty(), "an undo record is left");
+        assert_eq!(self.undo_records(), 0, "an undo record is left");
         assert!(names(&self.repository.join("locks")).is_empty(), "a lock is left");
     }
 }
