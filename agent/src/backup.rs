@@ -220,7 +220,9 @@ impl<H: Hypervisor> Run<'_, H> {
         let mut manifests = Vec::new();
         for (index, disk) in disks.iter().enumerate() {
             let planned = &self.plan.disks[index];
-            contents.push(stored.content(index as u32, &disk.map, &planned.content)?);
+            let content = stored.content(index as u32, &disk.map, &planned.content)?;
+            let unchanged = planned.changed.filter(|_| content == planned.content);
+            contents.push((content, unchanged.unwrap_or(cut.time)));
             manifests.push(DiskManifest {
                 target: planned.disk.target.clone(),
                 size: planned.disk.size,

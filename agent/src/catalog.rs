@@ -6,17 +6,19 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use repository::{BlobId, FileId, Index, Reader, Repository, RepositoryError, SnapshotFile, Tree};
+use repository::{
+    BlobId, FileId, Index, Node, Reader, Repository, RepositoryError, SnapshotFile, Tree,
+};
 
 use crate::manifest::Manifest;
-use crate::names::DiskName;
+use crate::names::{DiskName, DomainName};
 
 /// Tag of every snapshot that kvmsnap writes.
 pub const TAG: &str = "kvmsnap";
 /// Prefix of the tag that names the manifest's blob, so that a list need not read disks' trees.
 const TAG_MANIFEST: &str = "manifest=";
-/// Name of the manifest in a snapshot.
-pub const MANIFEST: &str = "manifest.json";
+/// End of the manifest's name in a snapshot.
+const MANIFEST_SUFFIX: &str = ".manifest.json";
 /// Memory for manifests and trees; disks have their own readers.
 const CACHE_LEN: usize = 8 << 20;
 
@@ -223,14 +225,11 @@ impl Catalog {
 
     /// Where another program has changed the tags.
     fn manifest_in_tree(&self, id: FileId, file: &SnapshotFile) -> Result<BlobId, CatalogError> {
-        let incomplete = || CatalogError::Incomplete { snapshot: id, path: MANIFEST.to_owned() };
         let root = self.reader.tree(&file.tree)?;
-        let subtree = root.nodes.iter().find_map(|node| node.subtree).ok_or_else(incomplete)?;
-        let tree = self.reader.tree(&subtree)?;
-        let node = tree.node(MANIFEST).ok_or_else(incomplete)?;
-        match node.content() {
-            [blob] => Ok(*blob),
-            _ => Err(incomplete()),
+        let named = |node: &&Node| node.name.ends_with(MANIFEST_SUFFIX) && node.subtree.is_none();
+        match root.nodes.iter().find(named).map(Node::content) {
+            Some([blob]) => Ok(*blob),
+            _ => Err(CatalogError::Incomplete { snapshot: id, path: MANIFEST_SUFFIX.to_owned() }),
         }
     }
 }
@@ -250,10 +249,16 @@ pub fn tags(manifest: &Manifest, blob: &BlobId) -> Vec<String> {
     ]
 }
 
-/// Takes the chunks of a disk out of the folder of a backup.
-pub fn take_content(folder: &mut Tree, disk: &DiskName) -> Option<Vec<BlobId>> {
+/// The name of a domain's manifest in a snapshot, beside the domain's folder and never its name.
+pub fn manifest_file(domain: &DomainName) -> String {
+    format!("{domain}{MANIFEST_SUFFIX}")
+}
+
+/// Takes the chunks of a disk, and when they last changed, out of the folder of a backup.
+pub fn take_content(folder: &mut Tree, disk: &DiskName) -> Option<(Vec<BlobId>, Timestamp)> {
     let name = disk_file(disk);
-    folder.nodes.iter_mut().find(|node| node.name == name)?.content.take()
+    let node = folder.nodes.iter_mut().find(|node| node.name == name)?;
+    Some((node.content.take()?, node.mtime))
 }
 
 /// The name of a disk's content in a snapshot.

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
+use jiff::Timestamp;
 use repository::{BlobId, FileId, Index, Tree};
 
 use crate::catalog::{Backup, Catalog, CatalogError, is_of, take_content};
@@ -89,6 +90,8 @@ pub struct PlannedDisk {
     pub decision: Decision,
     /// Its chunks in the parent.
     pub content: Vec<BlobId>,
+    /// When these last changed.
+    pub changed: Option<Timestamp>,
 }
 
 /// Lengths of a chunk in bytes that a manifest may name.
@@ -177,13 +180,13 @@ fn plan_disk(
     folders: &mut HashMap<FileId, Result<Tree, String>>,
 ) -> PlannedDisk {
     let mut decision = decide(&disk, parent.map(|(_, earlier)| earlier), wanted.full);
-    let mut content = Vec::new();
+    let (mut content, mut changed) = (Vec::new(), None);
     if let (Kind::Incremental, Some((parent, earlier))) = (decision.kind, parent) {
         let folder = folders
             .entry(parent.id)
             .or_insert_with(|| catalog.folder(parent).map_err(|error| error.to_string()));
         match inherited(folder, earlier, index) {
-            Ok(chunks) => content = chunks,
+            Ok((chunks, at)) => (content, changed) = (chunks, Some(at)),
             Err(damage) => {
                 tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
                 decision.kind = Kind::Rescan;
@@ -192,7 +195,7 @@ fn plan_disk(
             }
         }
     }
-    PlannedDisk { disk, decision, content }
+    PlannedDisk { disk, decision, content, changed }
 }
 
 /// The chunks of a disk in its parent. What is inherited unread must be there to the last one.
@@ -200,14 +203,14 @@ fn inherited(
     folder: &mut Result<Tree, String>,
     earlier: &DiskManifest,
     index: &Index,
-) -> Result<Vec<BlobId>, String> {
+) -> Result<(Vec<BlobId>, Timestamp), String> {
     let folder = folder.as_mut().map_err(|damage| damage.clone())?;
-    let chunks = take_content(folder, &earlier.target).ok_or("it lacks the disk")?;
+    let (chunks, at) = take_content(folder, &earlier.target).ok_or("it lacks the disk")?;
     if chunks.len() as u64 != earlier.size.div_ceil(u64::from(earlier.chunk_size)) {
         return Err("its chunks do not add up to its size".to_owned());
     }
     match chunks.iter().filter(|id| !index.contains(id)).count() {
-        0 => Ok(chunks),
+        0 => Ok((chunks, at)),
         missing => Err(format!("the repository lacks {missing} of its chunks")),
     }
 }

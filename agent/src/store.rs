@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use repository::{
     BlobId, FileId, Index, Node, Repository, RepositoryError, SnapshotFile, Tree, Writer,
     WriterOptions,
@@ -10,7 +11,7 @@ use repository::{
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::catalog::{self, MANIFEST};
+use crate::catalog;
 use crate::manifest::Manifest;
 use crate::read::Piece;
 use crate::read::chunk_map::{ChunkMap, Fate};
@@ -126,14 +127,17 @@ impl Stored {
     }
 
     /// Stores manifest and trees; packs and index are durable when this returns. `disks` holds the
-    /// content of each disk of the manifest, in its order.
+    /// content of each disk of the manifest, in its order, and when it last changed.
+    ///
+    /// The manifest lies beside the domain's folder: so the folder of a guest that did nothing is the
+    /// parent's, and its long lists of chunks are not stored again.
     ///
     /// # Errors
     /// Whatever the repository says; then nothing refers to what was stored.
     pub async fn finish(
         self,
         manifest: Manifest,
-        disks: Vec<Vec<BlobId>>,
+        disks: Vec<(Vec<BlobId>, Timestamp)>,
     ) -> Result<Durable, RepositoryError> {
         blocking(move || {
             let Self { writer, .. } = self;
@@ -141,14 +145,17 @@ impl Stored {
             let text = serde_json::to_vec_pretty(&manifest).expect("it has only string keys");
             let text_len = text.len() as u64;
             let blob = writer.save_blob(Bytes::from(text))?;
-            let mut nodes = vec![Node::file(MANIFEST, text_len, vec![blob], time)];
-            for (disk, content) in manifest.disks.iter().zip(disks) {
+            let mut nodes = Vec::new();
+            for (disk, (content, changed)) in manifest.disks.iter().zip(disks) {
                 let name = catalog::disk_file(&disk.target);
-                nodes.push(Node::file(&name, disk.size, content, time));
+                nodes.push(Node::file(&name, disk.size, content, changed));
             }
             let folder = writer.save_tree(&Tree::new(nodes))?;
             let domain = manifest.domain.as_str();
-            let root = writer.save_tree(&Tree::new(vec![Node::dir(domain, folder, time)]))?;
+            let root = writer.save_tree(&Tree::new(vec![
+                Node::dir(domain, folder, time),
+                Node::file(&catalog::manifest_file(&manifest.domain), text_len, vec![blob], time),
+            ]))?;
             writer.finish()?;
             let mut file = SnapshotFile::new(root, time);
             file.paths = vec![format!("/{domain}")];

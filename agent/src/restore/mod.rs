@@ -14,12 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
 
-use crate::catalog::{Backup, Catalog, CatalogError, MANIFEST, disk_file, take_content};
+use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
 use crate::effect;
 use crate::manifest::DiskManifest;
 use crate::names::DiskName;
 use crate::progress::Progress;
 
+/// The record of the backup, beside the restored disks.
+const MANIFEST: &str = "manifest.json";
 /// Memory for chunks that are read more than once.
 const CACHE_LEN: usize = 32 << 20;
 
@@ -205,7 +207,7 @@ impl Restore<'_> {
         let mut disks = Vec::new();
         for (disk, path) in plan {
             let content = take_content(&mut folder, &disk.target);
-            let content = content.ok_or_else(|| CatalogError::Incomplete {
+            let (content, _) = content.ok_or_else(|| CatalogError::Incomplete {
                 snapshot: self.backup.id,
                 path: disk_file(&disk.target),
             })?;
