@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use repository::{FileId, Index, Lock, Repository, RepositoryError};
+use repository::{AnnouncedLock, FileId, Index, Lock, Repository, RepositoryError};
+use tokio::task::JoinHandle;
 
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
@@ -70,15 +71,13 @@ pub struct Request {
     pub timeout: Duration,
 }
 
-/// The repository that a backup goes to, locked.
+/// The repository that a backup goes to.
 #[derive(Debug)]
 pub struct Target {
     /// The repository.
     pub repository: Repository,
     /// Its index.
     pub index: Arc<Index>,
-    /// The lock on it.
-    pub lock: Lock,
 }
 
 /// This host.
@@ -131,26 +130,29 @@ struct Mapped {
 }
 
 impl<H: Hypervisor> Run<'_, H> {
-    /// Makes the backup. When `interrupt` is ready it ends and the guest is let go.
+    /// Makes the backup. When `interrupt` is ready it ends and the guest is let go. The lock settles
+    /// while the point in time is taken, and is released at the end.
     ///
     /// # Errors
     /// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
     /// was, unless a record in the journal says what is left.
     pub async fn execute(
         &self,
+        lock: AnnouncedLock,
         interrupt: impl Future<Output = ()>,
     ) -> Result<Finished, BackupError> {
         let names = BitmapNames::of_repository(self.target.repository.id());
         let mut recorded = self.host.journal.begin(self.undo_record(&names))?;
+        let lock = tokio::task::spawn_blocking(move || lock.settle());
         let outcome = tokio::select! {
-            outcome = self.capture_and_store(&mut recorded) => outcome,
+            outcome = self.capture_and_store(&mut recorded, lock) => outcome,
             () = interrupt => Err(BackupError::Interrupted),
         };
         self.progress.phase("releasing the guest");
         let released = self.hypervisor.release(&recorded).await;
         match outcome {
-            Ok((durable, manifest)) => {
-                let id = self.record(&mut recorded, durable).await?;
+            Ok((durable, manifest, lock)) => {
+                let id = self.record(&mut recorded, durable, lock).await?;
                 let leftover = self.advance(&mut recorded, released, &names).await.err();
                 Ok(Finished { id, manifest, leftover })
             }
@@ -191,7 +193,8 @@ impl<H: Hypervisor> Run<'_, H> {
     async fn capture_and_store(
         &self,
         recorded: &mut Recorded,
-    ) -> Result<(Durable, Manifest), BackupError> {
+        lock: JoinHandle<Result<Lock, RepositoryError>>,
+    ) -> Result<(Durable, Manifest, Lock), BackupError> {
         let start = Instant::now();
         let (cut, quiesced) = self.point_in_time(recorded).await?;
         self.host.journal.update(recorded, |record| {
@@ -211,6 +214,8 @@ impl<H: Hypervisor> Run<'_, H> {
         for (planned, source) in self.plan.disks.iter().zip(sources) {
             disks.push(self.map(planned, source, &mut warnings).await?);
         }
+        // Nothing may be written before it has settled.
+        let lock = lock.await.map_err(|_| RepositoryError::WriterDied)??;
         let (stored, bytes_read) = self.read(&disks).await?;
         self.hypervisor.confirm(recorded).await?;
         self.progress.phase("storing");
@@ -258,7 +263,7 @@ impl<H: Hypervisor> Run<'_, H> {
             disks: manifests,
         };
         let durable = stored.finish(manifest.clone(), contents).await?;
-        Ok((durable, manifest))
+        Ok((durable, manifest, lock))
     }
 
     /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
@@ -357,11 +362,16 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         recorded: &mut Recorded,
         durable: Durable,
+        lock: Lock,
     ) -> Result<FileId, BackupError> {
         self.progress.phase("recording");
-        self.target.lock.verify()?;
+        lock.verify()?;
         self.host.journal.update(recorded, |record| record.phase = Phase::Recording)?;
-        Ok(durable.record(&self.target.repository).await?)
+        let id = durable.record(&self.target.repository).await?;
+        if let Err(error) = lock.release() {
+            tracing::warn!(%error, "the lock on the repository stays until it is stale");
+        }
+        Ok(id)
     }
 
     /// Drops the old bitmaps, now that nothing needs them, and the undo record with them.

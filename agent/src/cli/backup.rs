@@ -114,11 +114,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         return print_plan(&plan, context);
     }
     print_reasons(&plan, context);
-    let target = Target {
-        lock: open.lock.expect("it was opened to write"),
-        repository: open.repository,
-        index: open.index,
-    };
+    let target = Target { repository: open.repository, index: open.index };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let host = Host { name, journal, monitor };
     let run = Run {
@@ -130,13 +126,9 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         request: &request,
         progress: &context.progress,
     };
-    let finished = run.execute(context.interrupted()).await;
+    let finished = run.execute(open.lock, context.interrupted()).await;
     context.progress.finish();
-    let released = target.lock.release();
     let finished = finished?;
-    if let Err(error) = released {
-        tracing::warn!(%error, "the lock on the repository stays until it is stale");
-    }
     print_result(&finished, context)?;
     match finished.leftover {
         None => Ok(()),

@@ -14,7 +14,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ::repository::{Index, Lock, LockMode, Repository, RepositoryError};
+use ::repository::{AnnouncedLock, Index, Lock, LockMode, Repository, RepositoryError};
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -170,16 +170,15 @@ impl Cli {
     }
 }
 
-/// A repository in use: open, locked for as long as this lives, its index read.
+/// A repository in use: open, locked with an `L` for as long as this lives, its index read.
 #[derive(Debug)]
-pub struct OpenRepository {
+pub struct OpenRepository<L> {
     repository: Repository,
-    /// `None` where the store is full or read-only: readers go on without.
-    lock: Option<Lock>,
+    lock: L,
     index: Arc<Index>,
 }
 
-impl OpenRepository {
+impl<L> OpenRepository<L> {
     fn catalog(&self) -> Catalog {
         Catalog::new(&self.repository, Arc::clone(&self.index))
     }
@@ -237,19 +236,19 @@ impl Context {
         .await
     }
 
-    /// Opens and locks the repository to add to it.
-    async fn open_to_write(&self) -> Result<OpenRepository, CommandError> {
+    /// Opens the repository to add to it and announces a lock, which settles while other things are done.
+    async fn open_to_write(&self) -> Result<OpenRepository<AnnouncedLock>, CommandError> {
         let repository = self.open().await?;
         blocking(move || {
-            let lock = repository.lock(LockMode::Shared)?;
+            let lock = repository.announce_lock(LockMode::Shared)?;
             let index = Arc::new(repository.index()?);
-            Ok(OpenRepository { repository, lock: Some(lock), index })
+            Ok(OpenRepository { repository, lock, index })
         })
         .await
     }
 
     /// Opens and locks the repository to read from it, without a lock where none can be written.
-    async fn open_to_read(&self) -> Result<OpenRepository, CommandError> {
+    async fn open_to_read(&self) -> Result<OpenRepository<Option<Lock>>, CommandError> {
         let repository = self.open().await?;
         blocking(move || {
             let lock = lock_to_read(&repository)?;
