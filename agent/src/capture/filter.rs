@@ -48,6 +48,8 @@ pub async fn prepare(
             "driver": "copy-before-write", "node-name": names.filter,
             "file": names.root, "target": names.scratch,
             "on-cbw-error": "break-snapshot", "cbw-timeout": WRITE_TIMEOUT_S,
+            // What the guest discards still reaches its image.
+            "discard": "unmap",
         });
         let what = format!("add a copy-before-write filter for `{}`", names.disk);
         monitor.run(Step::new(what, "blockdev-add", arguments)).await?;

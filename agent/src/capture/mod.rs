@@ -92,6 +92,8 @@ async fn add_export_bitmaps(monitor: &Monitor, record: &Record) -> Result<(), Hy
     Ok(())
 }
 
+/// Questions to QEMU, each at least one round of its main loop: accept, notice the end, and one more.
+const SETTLE_ROUNDS: usize = 3;
 /// Name of the NBD server's socket in its folder.
 const SOCKET: &str = "nbd.sock";
 
@@ -206,8 +208,20 @@ async fn remove_exports(
             Err(error) => Err(error),
         }
     };
+    if record.nbd_server {
+        // Only now: with the exports gone nobody reads at the other ends. And before the server stops:
+        // QEMU waits, and the guest with it, until who has connected but not yet chosen an export goes.
+        for index in 0..record.disks.len() {
+            close(connection_name(&record.run, index)).await?;
+        }
+    }
     // Whoever answers at our socket is our server; QEMU has only one.
     if record.nbd_server && UnixStream::connect(folder.join(SOCKET)).is_ok() {
+        // QEMU 7.2 waits, and its guest with it, in `nbd-server-stop` for clients that have not said
+        // yet which export they want (tried). So its main loop first notices who has gone.
+        for _ in 0..SETTLE_ROUNDS {
+            monitor.exports().await?;
+        }
         let stop = Step::new("stop its NBD server", "nbd-server-stop", json!({}));
         match monitor.run(stop).await {
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}
@@ -215,12 +229,6 @@ async fn remove_exports(
         }
         // QEMU consumed the descriptor unless the run ended between the two commands.
         close(descriptor_name(&record.run)).await?;
-    }
-    if record.nbd_server {
-        // Only now: with the exports gone nobody reads at the other ends.
-        for index in 0..record.disks.len() {
-            close(connection_name(&record.run, index)).await?;
-        }
     }
     remove_socket(run_dir, &record.run)
 }
