@@ -192,14 +192,6 @@ async fn remove_exports(
     record: &Record,
     run_dir: &Path,
 ) -> Result<(), HypervisorError> {
-    for id in monitor.exports().await? {
-        if record.disks.iter().any(|disk| disk.snapshot == id) {
-            let arguments = json!({"id": id, "mode": "hard"});
-            monitor.run(Step::new("end an export", "block-export-del", arguments)).await?;
-            monitor.wait_export_gone(&id).await?;
-        }
-    }
-    let folder = socket_folder(run_dir, &record.run);
     let close = async |name: String| {
         let close = Step::new("close a socket", "closefd", json!({"fdname": name}));
         match monitor.run(close).await {
@@ -208,13 +200,24 @@ async fn remove_exports(
             Err(error) => Err(error),
         }
     };
+    let ours = |id: &String| record.disks.iter().any(|disk| &disk.snapshot == id);
+    let exports: Vec<String> = monitor.exports().await?.into_iter().filter(ours).collect();
+    for id in &exports {
+        let arguments = json!({"id": id, "mode": "hard"});
+        monitor.run(Step::new("end an export", "block-export-del", arguments)).await?;
+    }
     if record.nbd_server {
-        // Only now: with the exports gone nobody reads at the other ends. And before the server stops:
-        // QEMU waits, and the guest with it, until who has connected but not yet chosen an export goes.
+        // After the exports were told to end, in QEMU's main thread. Before they are waited for: an
+        // answer that nobody reads keeps one standing. And before the server stops: QEMU waits, and the
+        // guest with it, for who has connected and not yet chosen an export (all tried).
         for index in 0..record.disks.len() {
             close(connection_name(&record.run, index)).await?;
         }
     }
+    for id in &exports {
+        monitor.wait_export_gone(id).await?;
+    }
+    let folder = socket_folder(run_dir, &record.run);
     // Whoever answers at our socket is our server; QEMU has only one.
     if record.nbd_server && UnixStream::connect(folder.join(SOCKET)).is_ok() {
         // QEMU 7.2 waits, and its guest with it, in `nbd-server-stop` for clients that have not said
