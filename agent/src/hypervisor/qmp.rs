@@ -15,6 +15,8 @@ use crate::capture::{self, filter, job, node_name};
 use crate::journal::{DiskRecord, Recorded};
 use crate::names::RunId;
 
+/// The first QEMU whose block layer has no lock for each I/O thread.
+const THREADS_WITHOUT_LOCK: u32 = 9;
 /// The first QEMU whose `snapshot-access` answers any request right; see [`Care::Clusters`].
 const MIXED_REQUESTS_RIGHT: u32 = 8;
 
@@ -92,7 +94,9 @@ impl BareQemu {
         let monitor = Monitor::connect(socket).await?;
         let schema: Vec<SchemaEntry> = monitor.query("query-qmp-schema", json!({})).await?;
         let recipe = match recipe(&schema) {
-            Some(Recipe::Filter) if implicit_filter => Recipe::Job,
+            Some(Recipe::Filter) if implicit_filter || filter_is_deadly(&monitor).await? => {
+                Recipe::Job
+            }
             Some(recipe) => recipe,
             None => return Err(HypervisorError::NoMethod { version: monitor.version() }),
         };
@@ -119,6 +123,17 @@ impl BareQemu {
     pub fn monitor(&self) -> &Monitor {
         &self.monitor
     }
+}
+
+/// Whether an own filter may end QEMU: with a busy I/O thread, `blockdev-add` of a node above a disk in
+/// it ends QEMU 7.2 within a few backups ("qemu_mutex_unlock_impl: Operation not permitted"). Backup
+/// jobs do not (both tried). The lock that is at fault went away in QEMU 9.0.
+async fn filter_is_deadly(monitor: &Monitor) -> Result<bool, HypervisorError> {
+    if monitor.major_version() >= THREADS_WITHOUT_LOCK {
+        return Ok(false);
+    }
+    let threads: Vec<Value> = monitor.query("query-iothreads", json!({})).await?;
+    Ok(!threads.is_empty())
 }
 
 /// What QEMU offers, by its schema (`qapi/introspect.json`) and not by its version.
