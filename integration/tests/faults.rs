@@ -11,6 +11,7 @@ use integration::faults::{
 use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use vm_fixtures::oracle::Load;
 use vm_fixtures::{Disk, Format, Guest, MIB};
 
 /// Long enough for whatever a test waits for on a busy machine.
@@ -135,6 +136,60 @@ fn r12_a_qemu_that_hangs_fails_the_run_in_time_and_the_next_run_mends() {
     assert_eq!(kind(&next), "incremental", "{next}");
     host.assert_all_clean(&guest, &["vda"]);
     host.assert_restic_is_content();
+}
+
+#[test]
+fn r01_killed_while_data_is_on_its_way_the_next_run_is_as_if_nothing_had_been() {
+    let Some((guest, mut contents)) = machine(32 * MIB) else { return };
+    let host = Host::new();
+    host.backup(&guest, &[]);
+    for (turn, more) in [&[][..], &["--implicit-filter"]].into_iter().cycle().take(8).enumerate() {
+        contents.write(&guest, "vda", 0, 32 << 20, 1 + turn as u8);
+        kill_at(turn as u64 * (4 << 20), &host, &guest, more);
+        assert_goes_on(&guest);
+        contents.scribble(&guest, turn);
+        let next = host.backup_and_compare(&guest, &contents, more);
+        assert_eq!(kind(&next), "incremental", "{next}");
+        host.assert_all_clean(&guest, &["vda"]);
+    }
+    host.assert_restic_is_content();
+}
+
+#[test]
+fn r01_killed_while_it_reads_a_disk_with_an_io_thread_that_a_guest_writes() {
+    let plan = Guest::builder()
+        .disk(Disk::new("vda", 32 * MIB).iothread())
+        .disk(Disk::new("vdb", 16 * MIB).iothread());
+    let Some(guest) = plan.boot() else { return };
+    let host = Host::new();
+    guest.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync 2>/dev/null");
+    host.backup(&guest, &[]);
+    let load = guest.start_load(&Load::default().mixed().rate(500), &["vdb"]);
+    for (turn, more) in [&[][..], &["--implicit-filter"]].into_iter().cycle().take(6).enumerate() {
+        guest.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync 2>/dev/null");
+        kill_at(turn as u64 * (4 << 20), &host, &guest, more);
+        assert_goes_on(&guest);
+        // With what the killed run left still below the disks.
+        guest.sh("dd if=/dev/zero of=/dev/vda bs=1M seek=8 count=4 conv=fsync 2>/dev/null");
+        let next = host.backup(&guest, more);
+        assert_eq!(next["kind"], "incremental", "{next}");
+        host.assert_all_clean(&guest, &["vda", "vdb"]);
+    }
+    load.stop();
+    host.assert_restic_is_content();
+}
+
+/// SIGKILL of a backup once QEMU has read so many bytes for it.
+fn kill_at(bytes: u64, host: &Host, guest: &Guest, more: &[&str]) {
+    let pid = guest.pid();
+    let mut running = spawn(host.backup_command(guest, more));
+    wait_for_export(guest, &mut running);
+    let start = bytes_read_by(pid);
+    wait_until(PATIENCE, "QEMU reads", || {
+        running.has_ended() || bytes_read_by(pid) >= start + bytes
+    });
+    signal(running.pid(), Signal::SIGKILL);
+    finish(running);
 }
 
 // ---- R16: several at once -----------------------------------------------------------------------
