@@ -77,9 +77,12 @@ impl ScriptedAgent {
         heard.iter().filter(|(name, _)| name == command).map(|(_, at)| *at).collect()
     }
 
-    /// Every freeze is followed by a thaw within the deadline, also after the run's own end.
-    fn assert_thawed(&self, case: &str) {
+    /// Every freeze is followed by a thaw within the deadline, also after the run's own end, and the
+    /// watchdog goes on until one of so many attempts is answered.
+    fn assert_thawed(&self, case: &str, thaws: usize) {
         for freeze in self.heard(FREEZE) {
+            let all = || self.heard(THAW).len() >= thaws;
+            wait_until(2 * DEADLINE, &format!("{case}: {thaws} attempts to thaw"), all);
             let thaw = || self.heard(THAW).into_iter().find(|thaw| *thaw > freeze);
             wait_until(DEADLINE, &format!("{case}: asked to thaw"), || thaw().is_some());
             let thaw = thaw().expect("it was just heard");
@@ -219,7 +222,7 @@ fn survives(script: &Script) {
     assert!(outcome.took < 3 * DEADLINE, "{case}: {outcome:?}");
     assert_goes_on(&guest);
     host.assert_all_clean(&guest, &["vda", "vdb"]);
-    agent.assert_thawed(case);
+    agent.assert_thawed(case, script.thaws.len());
     let warnings = made["warnings"].as_array().map_or(0, Vec::len);
     if script.consistent {
         assert_eq!((&made["consistency"], warnings), (&json!("filesystem"), 0), "{case}: {made}");
@@ -237,7 +240,7 @@ fn survives(script: &Script) {
     assert_goes_on(&guest);
     assert_guest_is_free(&guest, &["vda", "vdb"]);
     host.assert_nothing_left();
-    agent.assert_thawed(case);
+    agent.assert_thawed(case, script.thaws.len());
     assert_eq!(host.list().len(), 1, "{case}");
 }
 
