@@ -1,5 +1,6 @@
 //! `kvmsnap completions` and `kvmsnap man`: made from the same definitions as `--help`.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory};
@@ -10,6 +11,10 @@ use crate::error::CommandError;
 
 /// Print a completion script
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap completions bash > /usr/share/bash-completion/completions/kvmsnap
+  kvmsnap completions zsh > /usr/share/zsh/site-functions/_kvmsnap")]
 pub struct CompletionsArgs {
     /// The shell
     shell: Shell,
@@ -17,6 +22,9 @@ pub struct CompletionsArgs {
 
 /// Write the man pages into a folder
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap man /usr/share/man/man1")]
 pub struct ManArgs {
     /// The folder, which must exist
     folder: PathBuf,
@@ -25,10 +33,12 @@ pub struct ManArgs {
 /// Prints the completion script.
 ///
 /// # Errors
-/// None so far.
+/// When nobody reads it.
 pub fn completions(args: &CompletionsArgs) -> Result<(), CommandError> {
-    clap_complete::generate(args.shell, &mut Cli::command(), "kvmsnap", &mut std::io::stdout());
-    Ok(())
+    // It panics where it cannot write; memory always can.
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "kvmsnap", &mut script);
+    Ok(std::io::stdout().write_all(&script)?)
 }
 
 /// Writes one page for the program and one for each command.

@@ -13,6 +13,10 @@ use crate::store::blocking;
 
 /// Make a repository, or look at one
 #[derive(Debug, Subcommand)]
+#[command(after_help = "\
+Examples:
+  kvmsnap repository init -r /srv/backup -p /etc/kvmsnap/password
+  kvmsnap repository info")]
 pub enum RepositoryCommand {
     /// Make a repository in an empty or new folder
     #[command(after_help = "\
@@ -21,6 +25,10 @@ Examples:
   restic -r /srv/backup --password-file /etc/kvmsnap/password snapshots")]
     Init,
     /// Say what a repository holds
+    #[command(after_help = "\
+Examples:
+  kvmsnap repository info
+  kvmsnap repository info --json | jq .bytes")]
     Info,
 }
 
