@@ -24,7 +24,7 @@ use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::Pace;
 use crate::read::{Limits, ReadError, Source, Stream};
 use crate::recover;
-use crate::store::{Durable, Store, Stored};
+use crate::store::{Durable, Store};
 
 /// Why a backup stopped. Fields, not sentences: callers match on them.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +129,17 @@ struct Mapped {
     bytes_audited: u64,
 }
 
+/// A point in time that was read; the guest has nothing to do with it any more.
+struct Captured {
+    start: Instant,
+    cut: Cut,
+    quiesced: quiesce::Outcome,
+    disks: Vec<Mapped>,
+    bytes_read: Vec<u64>,
+    store: Store,
+    lock: Lock,
+}
+
 impl<H: Hypervisor> Run<'_, H> {
     /// Makes the backup. When `interrupt` is ready it ends and the guest is let go. The lock settles
     /// while the point in time is taken, and is released at the end.
@@ -144,15 +155,28 @@ impl<H: Hypervisor> Run<'_, H> {
         let names = BitmapNames::of_repository(self.target.repository.id());
         let mut recorded = self.host.journal.begin(self.undo_record(&names))?;
         let lock = tokio::task::spawn_blocking(move || lock.settle());
-        let outcome = tokio::select! {
-            outcome = self.capture_and_store(&mut recorded, lock) => outcome,
-            () = interrupt => Err(BackupError::Interrupted),
+        tokio::pin!(interrupt);
+        let captured = tokio::select! {
+            captured = self.capture(&mut recorded, lock) => captured,
+            danger = self.hypervisor.danger() => Err(danger.into()),
+            () = &mut interrupt => Err(BackupError::Interrupted),
         };
         self.progress.phase("releasing the guest");
         let released = self.hypervisor.release(&recorded).await;
-        match outcome {
+        let stored = match captured {
+            Ok(captured) => tokio::select! {
+                stored = self.store(captured, recorded.record()) => stored,
+                () = interrupt => Err(BackupError::Interrupted),
+            },
+            Err(error) => Err(error),
+        };
+        match stored {
             Ok((durable, manifest, lock)) => {
-                let id = self.record(&mut recorded, durable, lock).await?;
+                let recording = self.record(&mut recorded, durable, lock).await;
+                if let (Err(_), Err(left)) = (&recording, &released) {
+                    tracing::error!(error = %left, "the guest is not as it was; the next run mends it");
+                }
+                let id = recording?;
                 let leftover = self.advance(&mut recorded, released, &names).await.err();
                 Ok(Finished { id, manifest, leftover })
             }
@@ -179,24 +203,27 @@ impl<H: Hypervisor> Run<'_, H> {
             domain: self.plan.domain.clone(),
             uuid: self.plan.machine.uuid.clone(),
             monitor: self.host.monitor.clone(),
+            qemu: self.hypervisor.process(),
             agent: self.request.agent.clone().filter(|_| self.request.quiesce != Mode::No),
             repository_id: self.target.repository.id().to_owned(),
             phase: Phase::Capturing,
             guest_runs: self.plan.machine.runs,
             holds_guest: false,
+            pauses: self.plan.machine.runs && self.hypervisor.pauses(self.plan.disks.len()),
             nbd_server: false,
             disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),
             run,
         }
     }
 
-    async fn capture_and_store(
+    /// Takes the point in time and reads it to the end.
+    async fn capture(
         &self,
         recorded: &mut Recorded,
         lock: JoinHandle<Result<Lock, RepositoryError>>,
-    ) -> Result<(Durable, Manifest, Lock), BackupError> {
+    ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let (cut, quiesced) = self.point_in_time(recorded).await?;
+        let (cut, mut quiesced) = self.point_in_time(recorded).await?;
         self.host.journal.update(recorded, |record| {
             record.holds_guest = false;
             record.nbd_server = true;
@@ -210,15 +237,25 @@ impl<H: Hypervisor> Run<'_, H> {
             sources.push(Source::connect(export, &disk.target, disk.size, timeout).await?);
         }
         let mut disks = Vec::new();
-        let mut warnings = quiesced.warnings;
         for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, &mut warnings).await?);
+            disks.push(self.map(planned, source, &mut quiesced.warnings).await?);
         }
         // Nothing may be written before it has settled.
         let lock = lock.await.map_err(|_| RepositoryError::WriterDied)??;
-        let (stored, bytes_read) = self.read(&disks).await?;
+        let (store, bytes_read) = self.read(&disks).await?;
         self.hypervisor.confirm(recorded).await?;
+        Ok(Captured { start, cut, quiesced, disks, bytes_read, store, lock })
+    }
+
+    /// Waits until all that was read is durable; only the snapshot file is missing then.
+    async fn store(
+        &self,
+        captured: Captured,
+        record: &Record,
+    ) -> Result<(Durable, Manifest, Lock), BackupError> {
+        let Captured { start, cut, quiesced, disks, bytes_read, store, lock } = captured;
         self.progress.phase("storing");
+        let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
         let tracked = disks.iter().any(|disk| disk.decision.tracked);
         let mut contents = Vec::new();
@@ -236,7 +273,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 image: planned.disk.image.as_ref().map(|path| path.display().to_string()),
                 kind: disk.decision.kind,
                 reason: disk.decision.reason.clone(),
-                bitmap: recorded.record().disks[index].bitmap_new.clone(),
+                bitmap: record.disks[index].bitmap_new.clone(),
                 bytes_changed: disk.map.bytes_dirty(),
                 bytes_read: bytes_read[index],
                 bytes_zero: disk.map.bytes(Fate::Zero),
@@ -247,7 +284,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let manifest = Manifest {
             version: Manifest::VERSION,
             program: concat!("kvmsnap ", env!("CARGO_PKG_VERSION")).to_owned(),
-            run: recorded.record().run.clone(),
+            run: record.run.clone(),
             domain: self.plan.domain.clone(),
             uuid: self.plan.machine.uuid.clone(),
             host: self.host.name.clone(),
@@ -259,7 +296,7 @@ impl<H: Hypervisor> Run<'_, H> {
             freeze_ms: quiesced.frozen.map(millis),
             pause_ms: cut.pause.map(millis),
             duration_ms: millis(start.elapsed()),
-            warnings,
+            warnings: quiesced.warnings,
             disks: manifests,
         };
         let durable = stored.finish(manifest.clone(), contents).await?;
@@ -279,7 +316,11 @@ impl<H: Hypervisor> Run<'_, H> {
         let agent = self.request.agent.as_deref();
         let (mode, runs) = (self.request.quiesce, self.plan.machine.runs);
         let mut quiesced = quiesce(mode, agent, &self.host.monitor, runs).await?;
-        let cut = match quiesced.will_pause().await {
+        let announced = match recorded.record().pauses {
+            true => quiesced.will_pause().await,
+            false => Ok(()),
+        };
+        let cut = match announced {
             Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
             Err(error) => Err(error.into()),
         };
@@ -319,7 +360,7 @@ impl<H: Hypervisor> Run<'_, H> {
     }
 
     /// Reads all disks, one after the other, and stores what was read.
-    async fn read(&self, disks: &[Mapped]) -> Result<(Stored, Vec<u64>), BackupError> {
+    async fn read(&self, disks: &[Mapped]) -> Result<(Store, Vec<u64>), BackupError> {
         let chunk_sizes = disks.iter().map(|disk| disk.decision.chunk_size).collect();
         let index = Arc::clone(&self.target.index);
         let store = Store::start(&self.target.repository, index, chunk_sizes)?;
@@ -330,7 +371,6 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         self.progress.reading(disks.iter().map(|disk| disk.map.bytes(Fate::Read)).sum());
         let mut bytes_read = Vec::new();
-        let mut stopped = None;
         for (index, disk) in disks.iter().enumerate() {
             let stream = Stream {
                 source: &disk.source,
@@ -343,18 +383,17 @@ impl<H: Hypervisor> Run<'_, H> {
             };
             match stream.run(&mut pace).await {
                 Ok(bytes) => bytes_read.push(bytes),
-                Err(error) => {
-                    stopped = Some(error);
-                    break;
+                // The store knows better why it stopped.
+                Err(ReadError::StoreStopped) => {
+                    return Err(match store.drain().await {
+                        Ok(_) => ReadError::StoreStopped.into(),
+                        Err(error) => error.into(),
+                    });
                 }
+                Err(error) => return Err(error.into()),
             }
         }
-        match (stopped, store.drain().await) {
-            (None, stored) => Ok((stored?, bytes_read)),
-            // The store knows better why it stopped.
-            (Some(ReadError::StoreStopped), Err(error)) => Err(error.into()),
-            (Some(error), _) => Err(error.into()),
-        }
+        Ok((store, bytes_read))
     }
 
     /// Writes the snapshot file, last of all.

@@ -180,17 +180,28 @@ impl Catalog {
                 Ok(Backup { id, file, manifest })
             }
             SnapshotName::Latest(domain) => {
-                let (backups, _) = self.backups(|file| is_of(file, domain))?;
+                let backups = self.readable(|file| is_of(file, domain))?;
                 backups.into_iter().next_back().ok_or_else(not_found)
             }
             SnapshotName::At(domain, time) => {
                 let until = parse_time(time)
                     .map_err(|source| CatalogError::Time { wanted: time.clone(), source })?;
-                let (backups, _) =
-                    self.backups(|file| is_of(file, domain) && file.time <= until)?;
+                let backups = self.readable(|file| is_of(file, domain) && file.time <= until)?;
                 backups.into_iter().next_back().ok_or_else(not_found)
             }
         }
+    }
+
+    /// The backups that can be read. What cannot be read may be what was asked for, so it is told.
+    fn readable(
+        &self,
+        wanted: impl Fn(&SnapshotFile) -> bool,
+    ) -> Result<Vec<Backup>, CatalogError> {
+        let (backups, broken) = self.backups(wanted)?;
+        for error in broken {
+            tracing::error!(%error, "a snapshot that may be newer is passed over");
+        }
+        Ok(backups)
     }
 
     /// The folder of a backup's domain; [`take_content`] finds disks in it.

@@ -278,6 +278,9 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
         HypervisorError::Host { step, .. } if step.contains("scratch") => {
             "--scratch-dir names another folder for it"
         }
+        HypervisorError::ScratchLow { .. } => {
+            "nothing was recorded and the guest goes on; --scratch-dir names a roomier place"
+        }
         HypervisorError::PointInTimeLost { .. } => "nothing was recorded; back up again",
         _ => return None,
     };

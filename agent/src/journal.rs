@@ -83,6 +83,30 @@ pub struct DiskRecord {
     pub bitmap_export: Option<String>,
 }
 
+/// A process, told from a later one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    /// When it started, in clock ticks since this host booted (`proc(5)`, field 22 of `stat`).
+    pub started: u64,
+}
+
+impl Process {
+    /// The process with this number, if there is one.
+    pub fn of(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The second field is a name in parentheses and may hold anything; the start is the 20th after.
+        let started = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
+        Some(Self { pid, started })
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+}
+
 /// What one run makes, all of it named before the first thing is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -98,6 +122,9 @@ pub struct Record {
     pub uuid: String,
     /// QEMU's monitor.
     pub monitor: PathBuf,
+    /// QEMU itself.
+    #[serde(default)]
+    pub qemu: Option<Process>,
     /// The guest agent's socket, when the run freezes the guest.
     pub agent: Option<PathBuf>,
     /// The config id of the repository it writes to.
@@ -108,6 +135,9 @@ pub struct Record {
     pub guest_runs: bool,
     /// Whether the run may have frozen or paused the guest and not yet let go.
     pub holds_guest: bool,
+    /// Whether it pauses the guest at all.
+    #[serde(default)]
+    pub pauses: bool,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
     /// What it makes on each disk.
@@ -187,27 +217,27 @@ impl Journal {
         self.sync_folder()
     }
 
-    /// All records that are left, oldest first.
+    /// All records that are left, oldest first, and those that cannot be read: they keep nobody from
+    /// the others.
     ///
     /// # Errors
-    /// [`JournalError::Io`], or [`JournalError::Damaged`] for the first that does not parse.
-    pub fn pending(&self) -> Result<Vec<Recorded>, JournalError> {
+    /// [`JournalError::Io`] when the folder cannot be listed.
+    pub fn pending(&self) -> Result<(Vec<Recorded>, Vec<JournalError>), JournalError> {
         let io = |source| JournalError::Io { path: self.folder.clone(), source };
-        let mut pending = Vec::new();
+        let (mut pending, mut damaged) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&self.folder).map_err(io)? {
             let path = entry.map_err(io)?.path();
             sweep(&path);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let text = fs::read(&path)
-                .map_err(|source| JournalError::Io { path: path.clone(), source })?;
-            let record: Record = serde_json::from_slice(&text)
-                .map_err(|source| JournalError::Damaged { path, source })?;
-            pending.push(Recorded { record });
+            match read(&path) {
+                Ok(record) => pending.push(Recorded { record }),
+                Err(error) => damaged.push(error),
+            }
         }
         pending.sort_by_key(|recorded| recorded.record.started);
-        Ok(pending)
+        Ok((pending, damaged))
     }
 
     fn path(&self, run: &RunId) -> PathBuf {
@@ -246,6 +276,13 @@ fn sweep(path: &Path) {
     }
 }
 
+fn read(path: &Path) -> Result<Record, JournalError> {
+    let text =
+        fs::read(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
+    serde_json::from_slice(&text)
+        .map_err(|source| JournalError::Damaged { path: path.to_owned(), source })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +295,8 @@ mod tests {
             domain: "web".parse().unwrap(),
             uuid: "u".into(),
             monitor: "/run/qmp".into(),
+            qemu: None,
+            pauses: false,
             agent: None,
             repository_id: "r".into(),
             phase: Phase::Capturing,
@@ -275,13 +314,13 @@ mod tests {
         let mut recorded = journal.begin(record()).unwrap();
         journal.update(&mut recorded, |record| record.phase = Phase::Recording).unwrap();
 
-        let pending = Journal::open(dir.path()).unwrap().pending().unwrap();
+        let (pending, _) = Journal::open(dir.path()).unwrap().pending().unwrap();
         assert_eq!(pending.len(), 1);
         assert_eq!(pending[0].record(), recorded.record());
         assert_eq!(pending[0].record().phase, Phase::Recording);
 
         journal.clear(&recorded).unwrap();
-        assert!(journal.pending().unwrap().is_empty());
+        assert!(journal.pending().unwrap().0.is_empty());
     }
 
     #[test]
@@ -297,20 +336,29 @@ mod tests {
         for path in [&old, &foreign] {
             File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
         }
-        assert!(journal.pending().unwrap().is_empty());
+        assert!(journal.pending().unwrap().0.is_empty());
         assert_eq!([&old, &young, &foreign].map(|path| path.exists()), [false, true, true]);
     }
 
     #[test]
-    fn a_damaged_record_is_named_and_kept() {
+    fn a_damaged_record_is_named_and_kept_and_hides_no_other() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        let recorded = journal.begin(record()).unwrap();
+        let (recorded, other) =
+            (journal.begin(record()).unwrap(), journal.begin(record()).unwrap());
         let path = journal.path(&recorded.record().run);
         fs::write(&path, b"{\"run\":").unwrap();
-        assert!(
-            matches!(journal.pending(), Err(JournalError::Damaged { path: p, .. }) if p == path)
-        );
+        let (pending, damaged) = journal.pending().unwrap();
+        assert_eq!(pending[0].record(), other.record());
+        assert!(matches!(&damaged[..], [JournalError::Damaged { path: p, .. }] if *p == path));
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_process_is_told_from_another_with_its_number() {
+        let ours = Process::of(std::process::id().cast_signed()).unwrap();
+        assert!(ours.is_alive());
+        assert!(!Process { started: ours.started + 1, ..ours }.is_alive());
+        assert_eq!(Process::of(-1), None);
     }
 }

@@ -3,13 +3,12 @@
 
 use std::path::Path;
 
-use serde_json::json;
-
 use crate::capture;
 use crate::hypervisor::HypervisorError;
-use crate::hypervisor::monitor::{Monitor, Step};
+use crate::hypervisor::monitor::Monitor;
 use crate::hypervisor::qmp;
 use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
+use crate::names::BitmapNames;
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
 
 /// Why something could not be undone. Its record stays.
@@ -40,6 +39,10 @@ pub async fn undo(
     run_dir: &Path,
 ) -> Result<(), RecoverError> {
     let record = recorded.record();
+    if record.qemu.is_some() && record.qemu != monitor.process() {
+        // Another QEMU serves that socket by now.
+        return forget(journal, recorded, run_dir);
+    }
     tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
     let undone = async {
         if record.holds_guest {
@@ -68,11 +71,13 @@ pub fn forget(journal: &Journal, recorded: &Recorded, run_dir: &Path) -> Result<
 
 /// The bitmaps that a run leaves behind and nobody needs, each a node and a name.
 pub fn obsolete_bitmaps(record: &Record) -> Vec<(String, String)> {
+    let names = BitmapNames::of_repository(&record.repository_id);
     let bitmaps = record.disks.iter().filter_map(|disk| {
         let name = match record.phase {
             Phase::Capturing => disk.bitmap_new.as_ref(),
             Phase::Recording => None,
-            Phase::Recorded => disk.bitmap_old.as_ref(),
+            // A copy of the repository may have been continued by a bitmap of the original's chain.
+            Phase::Recorded => disk.bitmap_old.as_ref().filter(|name| names.owns(name)),
         };
         Some((disk.format.clone(), name?.clone()))
     });
@@ -81,8 +86,8 @@ pub fn obsolete_bitmaps(record: &Record) -> Vec<(String, String)> {
 
 /// Thaws the guest and lets it go on. The watchdog has done so already unless it was killed too.
 async fn let_go(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
-    if record.guest_runs && !monitor.guest_runs().await? {
-        monitor.run(Step::new("let the guest go on", "cont", json!({}))).await?;
+    if record.pauses {
+        monitor.let_go_on().await?;
     }
     if let Some(agent) = &record.agent
         && let Err(error) = guest_agent::thaw(agent, None, FREEZE_TIMEOUT).await

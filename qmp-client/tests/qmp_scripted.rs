@@ -233,6 +233,23 @@ async fn at_most_eight_commands_are_with_qemu_and_out_of_band_ones_pass_them() {
 }
 
 #[tokio::test]
+async fn p2_a_list_longer_than_the_limit_goes_out_whole() {
+    let stage = Stage::new();
+    let (qmp, mut peer) = stage.monitor(options(), false).await;
+    let list = (0..20).map(|n| command(&format!("c{n}"))).collect();
+    let (results, ()) = tokio::join!(qmp.execute_all(list), async {
+        let mut heard = Vec::new();
+        for _ in 0..20 {
+            heard.push(peer.hear().await);
+        }
+        for asked in heard {
+            peer.say(&json!({"return": {}, "id": asked["id"]})).await;
+        }
+    });
+    assert!(results.iter().all(Result::is_ok));
+}
+
+#[tokio::test]
 async fn without_the_offer_out_of_band_is_sent_in_band() {
     let stage = Stage::new();
     let (qmp, mut peer) = stage.monitor(options(), false).await;

@@ -4,7 +4,6 @@
 //! `on-cbw-error: break-snapshot` makes a full or slow scratch the backup's problem, never the guest's.
 //! The filter is built without its `bitmap` option, which would forbid reading beside the dirty parts.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,8 +12,8 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
-    add_export_bitmaps, add_exports, add_file_node, add_new_bitmaps, remove_export_bitmaps,
-    remove_exports, remove_nodes, scratch_file, scratch_folder,
+    Scratch, add_export_bitmaps, add_exports, add_file_node, add_new_bitmaps,
+    remove_export_bitmaps, remove_exports, remove_nodes, scratch_file, scratch_folder,
 };
 use crate::hypervisor::monitor::{Monitor, Step};
 use crate::hypervisor::{Care, Cut, Disk, Exports, HypervisorError};
@@ -25,7 +24,7 @@ use crate::journal::{DiskRecord, Recorded};
 const WRITE_TIMEOUT_S: u32 = 1;
 
 /// Adds scratch and filter of each disk, beside the guest's path to it, and begins the new bitmaps.
-/// Returns the scratch files.
+/// Returns the scratch of each.
 ///
 /// # Errors
 /// The first step that failed; `release` takes away what was made.
@@ -34,15 +33,18 @@ pub async fn prepare(
     recorded: &Recorded,
     disks: &[Disk],
     scratch_dir: Option<&Path>,
-) -> Result<Vec<Arc<File>>, HypervisorError> {
+) -> Result<Vec<Scratch>, HypervisorError> {
     let record = recorded.record();
-    let mut files = Vec::new();
+    let mut scratch = Vec::new();
     for (names, disk) in record.disks.iter().zip(disks) {
         let file = scratch_file(&scratch_folder(scratch_dir, disk), disk, disk.size)?;
         let step = || format!("keep the scratch file of `{}`", disk.target);
         let kept = file.try_clone();
         let kept = kept.map_err(|source| HypervisorError::Host { step: step(), source })?;
-        files.push(Arc::new(kept));
+        scratch.push(Scratch { disk: disk.target.clone(), file: Arc::new(kept) });
+        if let Some(low) = scratch.last().and_then(Scratch::low) {
+            return Err(low);
+        }
         add_file_node(monitor, record, &names.scratch, file).await?;
         let arguments = json!({
             "driver": "copy-before-write", "node-name": names.filter,
@@ -55,7 +57,7 @@ pub async fn prepare(
         monitor.run(Step::new(what, "blockdev-add", arguments)).await?;
     }
     add_new_bitmaps(monitor, record).await?;
-    Ok(files)
+    Ok(scratch)
 }
 
 /// Puts all filters below their devices in one instant.
@@ -68,21 +70,20 @@ pub async fn prepare(
 /// The first step that failed; `release` takes the filters out again.
 pub async fn cut(monitor: &Monitor, recorded: &Recorded) -> Result<Cut, HypervisorError> {
     let record = recorded.record();
-    let pause = record.guest_runs && record.disks.len() > 1;
     let mut steps = Vec::new();
-    if pause {
+    if record.pauses {
         steps.push(Step::new("pause the guest", "stop", json!({})));
     }
     for disk in &record.disks {
         steps.push(set_drive(disk, &disk.filter));
     }
-    if pause {
+    if record.pauses {
         steps.push(Step::new("let the guest go on", "cont", json!({})));
     }
     let start = Instant::now();
     let time = Timestamp::now();
     monitor.run_all(steps).await?;
-    Ok(Cut { time, pause: pause.then(|| start.elapsed()) })
+    Ok(Cut { time, pause: record.pauses.then(|| start.elapsed()) })
 }
 
 /// Adds the nodes that show the point in time, and exports them.

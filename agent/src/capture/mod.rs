@@ -12,16 +12,44 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::sys::statvfs::fstatvfs;
 use serde_json::json;
 
 use crate::hypervisor::monitor::{Monitor, Step};
 use crate::hypervisor::{Care, Disk, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Record, Recorded};
-use crate::names::RunId;
+use crate::names::{DiskName, RunId};
 
 /// Prefix of every node, export and job that a run makes; QEMU allows 31 bytes for a node-name.
 pub fn node_name(run: &RunId, role: char, index: usize) -> String {
     format!("kvmsnap-{run}-{role}{index}")
+}
+
+/// The part of a file system that the scratch never takes, for the guest's own images on it.
+const KEPT_FRACTION: u64 = 20;
+const KEPT_MIN: u64 = 64 << 20;
+const KEPT_FRACTION_MAX: u64 = 4;
+
+/// The scratch of one disk, and the room around it.
+#[derive(Debug)]
+pub struct Scratch {
+    /// The disk.
+    pub disk: DiskName,
+    /// Its file.
+    pub file: Arc<File>,
+}
+
+impl Scratch {
+    /// Says when so little room is left that the guest's own image could not grow.
+    pub fn low(&self) -> Option<HypervisorError> {
+        // A file system that does not tell has no bounds that we could keep.
+        let stat = fstatvfs(&self.file).ok()?;
+        let (free, size) = (stat.blocks_available(), stat.blocks());
+        let (free, size) = (free * stat.fragment_size(), size * stat.fragment_size());
+        let kept = (size / KEPT_FRACTION).max(KEPT_MIN).min(size / KEPT_FRACTION_MAX);
+        let disk = self.disk.clone();
+        (free < kept).then_some(HypervisorError::ScratchLow { disk, free, kept })
+    }
 }
 
 /// A scratch file without a name: it can neither be left behind nor be opened by anybody else.
@@ -147,7 +175,11 @@ async fn add_exports(
             "type": "nbd", "id": name, "node-name": name, "name": name, "writable": writable,
         });
         if let Some(bitmap) = &disk.bitmap_export {
-            arguments["bitmaps"] = json!([{"node": disk.format, "name": bitmap}]);
+            // QEMU before 7.1 takes the name alone, and looks for it down the backing chain.
+            arguments["bitmaps"] = match disk.job {
+                Some(_) => json!([bitmap]),
+                None => json!([{"node": disk.format, "name": bitmap}]),
+            };
         }
         let what = format!("export disk `{}`", disk.disk);
         monitor.run(Step::new(what, "block-export-add", arguments)).await?;
@@ -218,8 +250,14 @@ async fn remove_exports(
         monitor.wait_export_gone(id).await?;
     }
     let folder = socket_folder(run_dir, &record.run);
-    // Whoever answers at our socket is our server; QEMU has only one.
-    if record.nbd_server && UnixStream::connect(folder.join(SOCKET)).is_ok() {
+    if record.nbd_server {
+        // Consumed by the server, unless it did not start.
+        close(descriptor_name(&record.run)).await?;
+    }
+    // With that descriptor closed nobody but our server can answer at our socket, and a server with
+    // our exports is ours also where the socket's folder is lost. QEMU has only one.
+    let answers = || UnixStream::connect(folder.join(SOCKET)).is_ok();
+    if record.nbd_server && (!exports.is_empty() || answers()) {
         // QEMU 7.2 waits, and its guest with it, in `nbd-server-stop` for clients that have not said
         // yet which export they want (tried). So its main loop first notices who has gone.
         for _ in 0..SETTLE_ROUNDS {
@@ -230,8 +268,6 @@ async fn remove_exports(
             Ok(_) | Err(HypervisorError::Refused { .. }) => {}
             Err(error) => return Err(error),
         }
-        // QEMU consumed the descriptor unless the run ended between the two commands.
-        close(descriptor_name(&record.run)).await?;
     }
     remove_socket(run_dir, &record.run)
 }

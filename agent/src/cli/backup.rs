@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -13,6 +13,7 @@ use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::error::CommandError;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::qmp::BareQemu;
+use crate::journal::Journal;
 use crate::lock::DomainLock;
 use crate::names::{DiskName, DomainName};
 use crate::plan::{self, Plan, Wanted};
@@ -87,13 +88,9 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     let ((qemu, before), open) = context.until_interrupted(both).await?;
     let journal = context.journal()?;
     if !args.dry_run {
-        for recorded in journal.pending()? {
-            if recorded.record().monitor == monitor {
-                recover::undo(qemu.monitor(), &journal, &recorded, run_dir).await?;
-            }
-        }
+        context.until_interrupted(recover_earlier(&qemu, &journal, &monitor, run_dir)).await?;
     }
-    let machine = qemu.discover().await?;
+    let machine = context.until_interrupted(async { Ok(qemu.discover().await?) }).await?;
     let domain = match args.name {
         Some(name) => name,
         None => {
@@ -134,6 +131,25 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         None => Ok(()),
         Some(error) => Err(CommandError::Leftover(error)),
     }
+}
+
+/// Undoes what earlier runs left in this QEMU. What cannot be read may be of another one.
+async fn recover_earlier(
+    qemu: &BareQemu,
+    journal: &Journal,
+    monitor: &Path,
+    run_dir: &Path,
+) -> Result<(), CommandError> {
+    let (pending, damaged) = journal.pending()?;
+    for error in damaged {
+        tracing::error!(%error, "an undo record is passed over");
+    }
+    for recorded in pending {
+        if recorded.record().monitor == monitor {
+            recover::undo(qemu.monitor(), journal, &recorded, run_dir).await?;
+        }
+    }
+    Ok(())
 }
 
 fn print_reasons(plan: &Plan, context: &Context) {

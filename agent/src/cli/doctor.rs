@@ -10,7 +10,7 @@ use super::Context;
 use crate::error::CommandError;
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::monitor::Monitor;
-use crate::journal::{Journal, Recorded};
+use crate::journal::{Journal, Process, Recorded};
 use crate::lock::{DomainLock, LockError};
 use crate::recover;
 
@@ -42,15 +42,26 @@ struct Finding<'a> {
 /// [`CommandError::Leftovers`] when something is left at the end.
 pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError> {
     let journal = context.journal()?;
-    let mut left = 0;
+    let (pending, damaged) = journal.pending()?;
     let mut out = std::io::stdout().lock();
-    let pending = journal.pending()?;
-    if pending.is_empty() && !context.global.json {
+    if pending.is_empty() && damaged.is_empty() && !context.global.json {
         writeln!(out, "nothing is left of earlier runs")?;
+    }
+    let mut left = damaged.len();
+    for error in &damaged {
+        tracing::error!("{error}: it tells what a run made in a guest");
     }
     for recorded in pending {
         let record = recorded.record();
-        let (state, mended) = examine(&journal, &recorded, args.repair, context).await?;
+        let (state, mended) = match examine(&journal, &recorded, args.repair, context).await {
+            Ok(found) => found,
+            // One guest that cannot be helped keeps nobody from the others.
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(error, domain = %record.domain, "cannot mend it");
+                ("its run ended without letting go of the guest, which cannot be reached", false)
+            }
+        };
         let finding = Finding {
             run: record.run.as_str(),
             domain: record.domain.as_str(),
@@ -91,7 +102,10 @@ async fn examine(
         lock => lock?,
     };
     match Monitor::connect(&record.monitor).await {
-        Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. }) => {
+        // A socket can be moved; a process that ended has ended.
+        Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
+            if !record.qemu.is_some_and(Process::is_alive) =>
+        {
             let state = "QEMU has ended, and with it all that the run had made in it";
             if repair {
                 recover::forget(journal, recorded, run_dir)?;

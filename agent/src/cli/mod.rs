@@ -133,7 +133,7 @@ impl Cli {
     /// How much is logged, in `tracing`'s words.
     pub fn log_filter(&self) -> &'static str {
         match (self.global.quiet, self.global.verbose) {
-            (true, _) => "off",
+            (true, _) => "error",
             (_, 0) => "warn,progress=info",
             (_, 1) => "kvmsnap=info,warn,progress=info",
             (_, _) => "debug",

@@ -50,7 +50,10 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
     .await?;
     context.progress.finish();
     let concerns = |problem: &&Problem| {
-        wanted.is_empty() || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
+        // What affects nobody that is known may affect anybody.
+        wanted.is_empty()
+            || problem.affected.is_empty()
+            || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
     };
     let problems: Vec<&Problem> = report.problems.iter().filter(concerns).collect();
     print(&report, &problems, context)?;

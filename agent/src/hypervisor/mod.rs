@@ -18,7 +18,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use qmp_client::QmpError;
 
-use crate::journal::{DiskRecord, Recorded};
+use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::{DiskName, NameError, RunId};
 
 /// Why QEMU could not be asked or changed.
@@ -62,6 +62,16 @@ pub enum HypervisorError {
         disk: DiskName,
         /// What is no longer as it was made.
         what: String,
+    },
+    /// The guest needs the room that the scratch takes.
+    #[error("{} MiB are left where the scratch of disk `{disk}` is, {} are kept for the guest", free >> 20, kept >> 20)]
+    ScratchLow {
+        /// The disk.
+        disk: DiskName,
+        /// Bytes left on its file system.
+        free: u64,
+        /// Bytes that are never used.
+        kept: u64,
     },
     /// Two devices would be stored under one name.
     #[error("two devices are called `{disk}`")]
@@ -243,6 +253,15 @@ pub trait Hypervisor {
 
     /// The names of what a run will make on a disk, for its undo record.
     fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord;
+
+    /// The process that the machine runs in, where it can be told.
+    fn process(&self) -> Option<Process>;
+
+    /// Whether the guest's processors will stand still for a point in time over so many disks.
+    fn pauses(&self, disks: usize) -> bool;
+
+    /// Ready when the point in time must be given up for the guest's sake.
+    async fn danger(&self) -> HypervisorError;
 
     /// Makes all that the point in time needs, without touching the guest's path to its disks.
     async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError>;

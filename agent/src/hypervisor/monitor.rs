@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::HypervisorError;
 use super::graph::{Graph, RawGraph};
 use crate::effect;
+use crate::journal::Process;
 
 /// How long QEMU may take to greet and to answer; it answers within milliseconds unless it hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ struct Export {
 #[derive(Deserialize)]
 struct Status {
     running: bool,
+    #[serde(default)]
+    status: String,
 }
 
 #[derive(Deserialize)]
@@ -83,6 +86,11 @@ impl Monitor {
             .await
             .map_err(|source| HypervisorError::Monitor { socket: socket.to_owned(), source })?;
         Ok(Self { qmp, socket: socket.to_owned() })
+    }
+
+    /// The process that serves this monitor.
+    pub fn process(&self) -> Option<Process> {
+        self.qmp.peer_pid().and_then(Process::of)
     }
 
     /// QEMU's version, for messages only: what it can do is asked of its schema.
@@ -121,8 +129,9 @@ impl Monitor {
         self.qmp.execute(command).await.map_err(|source| self.failed(what, source))
     }
 
-    /// Hands over all steps in one write: QEMU carries them out to the last even if this process ends
-    /// or stands still right after. A later step runs though an earlier one failed.
+    /// Hands over all steps in one write: QEMU carries them out to the last even if this process stands
+    /// still right after; if it ends, QEMU may forget those it has not begun. A later step runs though
+    /// an earlier one failed.
     ///
     /// # Errors
     /// The first step that failed; all of them have been answered then.
@@ -196,6 +205,18 @@ impl Monitor {
     /// As [`Monitor::query`].
     pub async fn guest_runs(&self) -> Result<bool, HypervisorError> {
         Ok(self.query::<Status>("query-status", json!({})).await?.running)
+    }
+
+    /// Lets a paused guest go on. One that stands still for any other reason is left alone.
+    ///
+    /// # Errors
+    /// As [`Monitor::query`] and [`Monitor::run`].
+    pub async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        let status: Status = self.query("query-status", json!({})).await?;
+        if status.status == "paused" {
+            self.run(Step::new("let the guest go on", "cont", json!({}))).await?;
+        }
+        Ok(())
     }
 
     /// The ids of all block exports.

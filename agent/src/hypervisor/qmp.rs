@@ -1,6 +1,5 @@
 //! QEMU that nobody manages, through its monitor.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -11,14 +10,17 @@ use serde_json::{Value, json};
 use super::graph::{self, BlockDevice};
 use super::monitor::Monitor;
 use super::{Care, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
-use crate::capture::{self, filter, job, node_name};
-use crate::journal::{DiskRecord, Recorded};
+use crate::capture::{self, Scratch, filter, job, node_name};
+use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::RunId;
 
 /// The first QEMU whose block layer has no lock for each I/O thread.
 const THREADS_WITHOUT_LOCK: u32 = 9;
 /// The first QEMU whose `snapshot-access` answers any request right; see [`Care::Clusters`].
 const MIXED_REQUESTS_RIGHT: u32 = 8;
+
+/// How often the room beside the scratch is looked at.
+const ROOM_POLL: Duration = Duration::from_millis(50);
 
 /// How a point in time is taken, by what QEMU can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +38,8 @@ pub struct BareQemu {
     recipe: Recipe,
     run_dir: PathBuf,
     scratch_dir: Option<PathBuf>,
-    /// The scratch files of the run, by disk.
-    scratch: OnceLock<Vec<Arc<File>>>,
+    /// The scratch of each disk of the run, in their order.
+    scratch: OnceLock<Vec<Scratch>>,
 }
 
 #[derive(Deserialize)]
@@ -114,7 +116,7 @@ impl BareQemu {
     fn care(&self, index: usize) -> Care {
         let scratch = self.scratch.get().and_then(|files| files.get(index));
         match scratch.filter(|_| self.monitor.major_version() < MIXED_REQUESTS_RIGHT) {
-            Some(scratch) => Care::Clusters { scratch: Arc::clone(scratch) },
+            Some(scratch) => Care::Clusters { scratch: Arc::clone(&scratch.file) },
             None => Care::None,
         }
     }
@@ -196,12 +198,30 @@ impl Hypervisor for BareQemu {
         }
     }
 
+    fn process(&self) -> Option<Process> {
+        self.monitor.process()
+    }
+
+    fn pauses(&self, disks: usize) -> bool {
+        self.recipe == Recipe::Filter && disks > 1
+    }
+
+    async fn danger(&self) -> HypervisorError {
+        loop {
+            let low = self.scratch.get().into_iter().flatten().find_map(Scratch::low);
+            match low {
+                Some(low) => return low,
+                None => tokio::time::sleep(ROOM_POLL).await,
+            }
+        }
+    }
+
     async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
         let scratch_dir = self.scratch_dir.as_deref();
         match self.recipe {
             Recipe::Filter => {
-                let files = filter::prepare(&self.monitor, recorded, disks, scratch_dir).await?;
-                self.scratch.set(files).expect("one connection makes one backup");
+                let scratch = filter::prepare(&self.monitor, recorded, disks, scratch_dir).await?;
+                self.scratch.set(scratch).expect("one connection makes one backup");
                 Ok(())
             }
             Recipe::Job => job::prepare(&self.monitor, recorded, disks, scratch_dir).await,

@@ -12,18 +12,19 @@ use std::time::{Duration, Instant};
 
 use qmp_client::{Qga, QgaError};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinHandle;
 
 use super::{FREEZE_TIMEOUT, guest_agent};
-use crate::hypervisor::monitor::{Monitor, Step};
+use crate::hypervisor::HypervisorError;
+use crate::hypervisor::monitor::Monitor;
 
 /// Name of the hidden subcommand that this process runs as.
 pub const SUBCOMMAND: &str = "quiesce-watchdog";
-/// How long the watchdog goes on trying to thaw a guest whose agent hangs.
-const THAW_PATIENCE: Duration = Duration::from_secs(600);
+/// How long the watchdog goes on trying to let a guest go whose agent or monitor does not answer.
+const PATIENCE: Duration = Duration::from_secs(600);
+const PAUSE: Duration = Duration::from_millis(200);
 /// What the run allows beyond the watchdog's own deadline, before it takes the watchdog for dead.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -332,7 +333,7 @@ impl Guard {
         self.deadline = None;
         if let (Some(socket), None) = (self.agent.clone(), &self.thawing) {
             let connected = self.frozen.take().map(|(agent, _)| agent);
-            let thaw = async move { guest_agent::thaw(&socket, connected, THAW_PATIENCE).await };
+            let thaw = async move { guest_agent::thaw(&socket, connected, PATIENCE).await };
             self.thawing = Some(tokio::spawn(thaw));
         }
     }
@@ -357,11 +358,15 @@ fn tell_syslog(what: &str) {
     let _ = UnixDatagram::unbound().and_then(|log| log.send_to(line.as_bytes(), "/dev/log"));
 }
 
-/// Lets a guest go on that the run had paused; one that runs is left alone.
-async fn let_go_on(monitor: &Path) -> Result<(), crate::hypervisor::HypervisorError> {
-    let monitor = Monitor::connect(monitor).await?;
-    if !monitor.guest_runs().await? {
-        monitor.run(Step::new("let the guest go on", "cont", json!({}))).await?;
+/// Lets a guest go on that the run had paused; one that runs is left alone. Somebody may hold the
+/// monitor: then again and again.
+async fn let_go_on(monitor: &Path) -> Result<(), HypervisorError> {
+    let start = Instant::now();
+    loop {
+        let attempt = async { Monitor::connect(monitor).await?.let_go_on().await };
+        match attempt.await {
+            Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+            outcome => return outcome,
+        }
     }
-    Ok(())
 }

@@ -5,12 +5,13 @@ mod qcow2;
 mod raw;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
 
@@ -68,17 +69,25 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
-    /// The disk does not fit.
-    #[error("{} has {free} bytes left, disk `{disk}` needs up to {needed}", .folder.display())]
+    /// The disks do not fit.
+    #[error("{} has {free} bytes left, up to {needed} are needed", .folder.display())]
     NoRoom {
         /// The folder.
         folder: PathBuf,
         /// Bytes left in it.
         free: u64,
-        /// The disk.
-        disk: DiskName,
-        /// Bytes of its data.
+        /// Bytes of the disks' data.
         needed: u64,
+    },
+    /// A whole disk cannot be given its final name.
+    #[error("the restored {} cannot be renamed to {}", .from.display(), .to.display())]
+    Rename {
+        /// The whole disk; it stays.
+        from: PathBuf,
+        /// Its final name.
+        to: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The snapshot has no such disk.
     #[error("the snapshot has no disk `{disk}`")]
@@ -187,7 +196,12 @@ impl Restore<'_> {
             }
             plan.push((disk, path));
         }
-        Ok(plan)
+        // Another disk of the same backup may have been restored here before.
+        let path = self.folder.join(MANIFEST);
+        match fs::read(&path) {
+            Ok(existing) if existing != self.manifest() => Err(RestoreError::Exists { path }),
+            _ => Ok(plan),
+        }
     }
 
     /// Restores. Files of disks that are done stay when a later one fails.
@@ -212,9 +226,9 @@ impl Restore<'_> {
                 path: disk_file(&disk.target),
             })?;
             let reader = DiskReader::new(Arc::clone(&reader), content, disk.size)?;
-            self.check_room(disk, &reader)?;
             disks.push((disk, path, reader));
         }
+        self.check_room(disks.iter().map(|(_, _, reader)| data_len(reader)).sum())?;
         self.progress.bytes("restoring", disks.iter().map(|(_, _, d)| data_len(d)).sum());
         let mut restored = Vec::new();
         for (disk, path, reader) in disks {
@@ -225,19 +239,19 @@ impl Restore<'_> {
         Ok(restored)
     }
 
-    fn check_room(&self, disk: &DiskManifest, reader: &DiskReader) -> Result<(), RestoreError> {
-        let needed = data_len(reader);
+    fn check_room(&self, needed: u64) -> Result<(), RestoreError> {
+        // A file system that does not tell shows when it is full.
         let Ok(stat) = nix::sys::statvfs::statvfs(self.folder) else { return Ok(()) };
         let free = stat.blocks_available() * stat.fragment_size();
         match free < needed {
-            true => Err(RestoreError::NoRoom {
-                folder: self.folder.to_owned(),
-                free,
-                disk: disk.target.clone(),
-                needed,
-            }),
+            true => Err(RestoreError::NoRoom { folder: self.folder.to_owned(), free, needed }),
             false => Ok(()),
         }
+    }
+
+    /// The record of the backup as it is written beside the disks.
+    fn manifest(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(&self.backup.manifest).expect("only string keys")
     }
 
     fn restore_disk(&self, path: &Path, reader: DiskReader) -> Result<(), RestoreError> {
@@ -265,21 +279,16 @@ impl Restore<'_> {
 
     fn write_manifest(&self) -> Result<(), RestoreError> {
         let path = self.folder.join(MANIFEST);
-        let text = serde_json::to_vec_pretty(&self.backup.manifest).expect("only string keys");
-        // Another disk of the same backup may have been restored here before.
-        if fs::read(&path).is_ok_and(|existing| existing == text) {
+        if path.exists() {
             return Ok(());
         }
         let write = |source| RestoreError::Write { path: path.clone(), source };
-        let mut options = fs::OpenOptions::new();
-        let mut file = match options.write(true).create_new(true).open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(RestoreError::Exists { path });
-            }
-            file => file.map_err(write)?,
-        };
-        io::Write::write_all(&mut file, &text).and_then(|()| file.sync_all()).map_err(write)?;
-        sync_folder(self.folder)
+        effect::about_to("restore: manifest").map_err(write)?;
+        let mut partial = tempfile::NamedTempFile::new_in(self.folder).map_err(write)?;
+        partial.write_all(&self.manifest()).map_err(write)?;
+        partial.as_file().sync_all().map_err(write)?;
+        let (_, partial) = partial.keep().map_err(|error| write(error.error))?;
+        rename_new(&partial, &path)
     }
 }
 
@@ -292,16 +301,24 @@ fn data_len(reader: &DiskReader) -> u64 {
 /// Gives a file its final name, unless that is taken; then the file goes.
 fn rename_new(from: &Path, to: &Path) -> Result<(), RestoreError> {
     let renamed = renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE);
-    if let Err(errno) = renamed {
-        // The renaming failed: what is left has no use.
-        let _ = fs::remove_file(from);
-        let path = to.to_owned();
-        return Err(match errno {
-            nix::errno::Errno::EEXIST => RestoreError::Exists { path },
-            errno => RestoreError::Write { path, source: errno.into() },
-        });
+    let renamed = match renamed {
+        // NFS and others do not know the flag; a second name and the end of the first do the same.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            fs::hard_link(from, to).and_then(|()| fs::remove_file(from))
+        }
+        renamed => renamed.map_err(io::Error::from),
+    };
+    match renamed {
+        Ok(()) => sync_folder(to.parent().unwrap_or(Path::new("."))),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            // Somebody else's file has the name: this one has no use.
+            let _ = fs::remove_file(from);
+            Err(RestoreError::Exists { path: to.to_owned() })
+        }
+        Err(source) => {
+            Err(RestoreError::Rename { from: from.to_owned(), to: to.to_owned(), source })
+        }
     }
-    sync_folder(to.parent().unwrap_or(Path::new(".")))
 }
 
 fn sync_folder(folder: &Path) -> Result<(), RestoreError> {

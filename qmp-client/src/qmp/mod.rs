@@ -79,8 +79,8 @@ pub struct Event {
 /// QEMU in the order in which they were handed over. A future may be dropped at any time: what it
 /// handed over is still written, whole, and only the reply is discarded.
 ///
-/// At most eight commands are with QEMU at once: beyond that it stops reading, and would not see an
-/// out-of-band command either (`docs/interop/qmp-spec`, "Out-of-band execution"). Others wait here.
+/// At most eight commands are with QEMU at once, but for a longer list of [`Qmp::execute_all`]: beyond
+/// that it stops reading, and would not see an out-of-band command either (`docs/interop/qmp-spec`, "Out-of-band execution"). Others wait here.
 #[derive(Debug, Clone)]
 pub struct Qmp {
     shared: Arc<Shared>,
@@ -96,6 +96,7 @@ struct Shared {
     urgent: mpsc::Sender<Handover>,
     events: broadcast::WeakSender<Event>,
     ending: watch::Receiver<Option<Ending>>,
+    peer_pid: Option<i32>,
 }
 
 /// The way a reply comes back to the future that waits for it.
@@ -116,6 +117,7 @@ impl Qmp {
     pub async fn connect(socket: &Path, options: Options) -> Result<Self, QmpError> {
         let peer = handshake::open(socket, options).await?;
         debug!(socket = %socket.display(), version = %peer.greeting.version, oob = peer.oob, "monitor");
+        let peer_pid = peer.stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (in_band, in_band_queue) = mpsc::channel(CALLS_WAITING_MAX);
         let (urgent, urgent_queue) = mpsc::channel(owner::PENDING_MAX);
         let (events, _) = broadcast::channel(EVENTS_KEPT);
@@ -129,6 +131,7 @@ impl Qmp {
             urgent,
             events: events.downgrade(),
             ending,
+            peer_pid,
         };
         let owner = Owner::new(peer.stream, peer.framer, in_band_queue, urgent_queue, events);
         tokio::spawn(owner.run(ending_sender, options.timeout));
@@ -171,8 +174,7 @@ impl Qmp {
     /// QEMU from running those after it.
     ///
     /// All go out in one write, so QEMU has the last as soon as it has the first. A list is split into
-    /// several writes only where it has more than eight commands, QEMU's limit, or more than one file
-    /// descriptor. Nothing is handed over unless all of it is.
+    /// several writes only where it has more than one file descriptor. Nothing is handed over unless all of it is.
     ///
     /// That alone does not make a list survive this process: QEMU forgets what it has not begun when
     /// its client goes away (`CHR_EVENT_CLOSED` in `monitor/qmp.c`; tried with 7.2: of `stop`, a slow
@@ -190,6 +192,12 @@ impl Qmp {
             results.push(self.claim(ticket).await);
         }
         results
+    }
+
+    /// The process that listens on the monitor's socket, where the system tells: QEMU, unless it was
+    /// handed the socket by another.
+    pub fn peer_pid(&self) -> Option<i32> {
+        self.shared.peer_pid
     }
 
     /// Events from now on. A receiver that lags more than 1024 events behind is told so; the

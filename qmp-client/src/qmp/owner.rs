@@ -36,7 +36,7 @@ pub(super) struct Entry {
     pub(super) reply: oneshot::Sender<Reply>,
 }
 
-/// Commands that go out in one write: at most `PENDING_MAX`, at most one file descriptor.
+/// Commands that go out in one write: with at most one file descriptor.
 pub(super) type Batch = Vec<Entry>;
 
 /// What one caller hands over: batches that follow each other, with nothing in between.
@@ -48,7 +48,7 @@ pub(super) fn split(entries: Vec<Entry>) -> Handover {
     for entry in entries {
         let fits = |batch: &&mut Batch| {
             let two_fds = entry.fd.is_some() && batch.iter().any(|other| other.fd.is_some());
-            batch.len() < PENDING_MAX && !two_fds
+            !two_fds
         };
         match batches.back_mut().filter(fits) {
             Some(batch) => batch.push(entry),
@@ -158,7 +158,8 @@ impl Owner {
         let queued = self.pending.values().filter(|p| !p.urgent).count();
         let with_fd = batch.iter().any(|entry| entry.fd.is_some());
         let fd_in_use = self.pending.values().any(|p| p.with_fd);
-        queued + batch.len() <= PENDING_MAX && !(with_fd && fd_in_use)
+        // A list longer than the limit goes out alone: QEMU reads its rest as it gets along.
+        (queued == 0 || queued + batch.len() <= PENDING_MAX) && !(with_fd && fd_in_use)
     }
 
     fn enqueue(&mut self, batch: Batch) {
