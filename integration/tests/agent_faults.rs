@@ -18,6 +18,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
+/// Held by tests that measure how long a guest stood still, and by the one that needs the whole machine.
+static MACHINE: Mutex<()> = Mutex::new(());
 /// The watchdog's deadline, and what a busy machine may add to it.
 const DEADLINE: Duration = Duration::from_secs(10);
 const SLACK: Duration = Duration::from_secs(2);
@@ -198,6 +200,7 @@ fn snapshot(case: &str, outcome: &Outcome) -> Value {
 
 #[test]
 fn r15_whatever_the_agent_does_the_backup_goes_on_and_the_guest_is_let_go() {
+    let _alone = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !vm_fixtures::qemu_available() {
         return;
     }
@@ -388,6 +391,7 @@ fn act_while_frozen(
 
 #[test]
 fn r15_a_frozen_guest_is_let_go_whoever_dies_or_hangs() {
+    let _alone = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let plan = Guest::builder()
         .disk(Disk::new("vda", 64 * MIB).mounted(FileSystem::Ext4))
         .disk(Disk::new("vdb", 16 * MIB));
@@ -481,6 +485,7 @@ fn both_killed(host: &Host, guest: &Guest, act: impl Fn(u32) + Send + Sync + 'st
 
 #[test]
 fn r15_a_stopped_agent_costs_consistency_and_nothing_else() {
+    let _alone = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let plan = Guest::builder().disk(Disk::new("vda", 64 * MIB).mounted(FileSystem::Ext4));
     let Some(guest) = plan.boot() else { return };
     let host = Host::new();
