@@ -134,6 +134,35 @@ fn r08_scratch_full_never_hurts_the_guest() {
     host.assert_restic_is_content();
 }
 
+/// A file system that has room for the guest's image as it will be, but not for a scratch as well.
+#[test]
+fn r08_a_scratch_beside_the_image_leaves_the_guest_its_room() {
+    let host = Host::new();
+    let small = SmallDisk::mount(&host.folder().join("images"), 100 * MIB);
+    let image = small.folder().join("vda.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2"], &image, &["80M"]);
+    let disk = Disk::existing("vda", &image, Format::Qcow2);
+    let Some(guest) = Guest::without_os().disk(disk).boot() else { return };
+    let mut contents = Contents::new(&["vda"], 80 * MIB);
+    contents.write_noise(&guest, "vda", 0, 40 << 20, 1);
+    let mut running = spawn(host.backup_command(&guest, &["--limit-read", "1MiB"]));
+    wait_for_export(&guest, &mut running);
+
+    // What is there is written over, from the end, and the image grows to its full size.
+    for piece in (0..40).rev() {
+        contents.write(&guest, "vda", piece << 20, 1 << 20, 0x55);
+        contents.write(&guest, "vda", (40 + piece) << 20, 1 << 20, 0x66);
+    }
+
+    let outcome = finish(running);
+    assert_says(&outcome, 1, "scratch");
+    assert!(host.list().is_empty());
+    host.assert_nothing_left();
+    assert_guest_is_free(&guest, &["vda"]);
+    let roomy = host.folder().to_str().expect("a plain path").to_owned();
+    host.backup_and_compare(&guest, &contents, &["--scratch-dir", &roomy]);
+}
+
 #[test]
 fn r08_a_scratch_folder_that_cannot_be_used_is_named() {
     let Some((guest, mut contents)) = machine(4 * MIB) else { return };

@@ -20,7 +20,7 @@ const THREADS_WITHOUT_LOCK: u32 = 9;
 const MIXED_REQUESTS_RIGHT: u32 = 8;
 
 /// How often the room beside the scratch is looked at.
-const ROOM_POLL: Duration = Duration::from_millis(50);
+const ROOM_POLL: Duration = Duration::from_millis(10);
 
 /// How a point in time is taken, by what QEMU can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,10 +208,13 @@ impl Hypervisor for BareQemu {
 
     async fn danger(&self) -> HypervisorError {
         loop {
-            let low = self.scratch.get().into_iter().flatten().find_map(Scratch::low);
-            match low {
-                Some(low) => return low,
+            let scratch = || self.scratch.get().into_iter().flatten();
+            match scratch().find_map(Scratch::low) {
                 None => tokio::time::sleep(ROOM_POLL).await,
+                Some(low) => {
+                    scratch().for_each(Scratch::give_up);
+                    return low;
+                }
             }
         }
     }
