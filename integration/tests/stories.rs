@@ -68,7 +68,7 @@ fn p1_full_then_incremental_backups_of_a_working_guest_are_instants_over_all_its
         .name("web")
         .disk(Disk::new("vda", 128 * MIB).mounted(FileSystem::Ext4))
         .disk(Disk::new("vdb", XFS_SIZE_MIN).mounted(FileSystem::Xfs))
-        .disk(Disk::new("vdc", 16 * MIB))
+        .disk(Disk::new("vdc", 16 * MIB).iothread())
         .disk(Disk::new("sda", 8 * MIB).scsi());
     let Some(guest) = plan.boot() else { return };
     let host = Host::new();
