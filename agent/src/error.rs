@@ -104,9 +104,11 @@ pub enum CommandError {
         /// What is needed.
         needed: u64,
     },
-    /// The process may not use the memory it needs.
-    #[error("only {limit} bytes of address space are allowed, at least {needed} are needed")]
-    TooLittleAddressSpace {
+    /// The process may not use the memory it needs (`RLIMIT_AS`, `RLIMIT_DATA`).
+    #[error(
+        "only {limit} bytes of memory or address space are allowed, at least {needed} are needed"
+    )]
+    TooLittleMemory {
         /// What is allowed.
         limit: u64,
         /// What is needed.
@@ -182,7 +184,7 @@ impl CommandError {
             Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",
             Self::NoPasswordGiven => "give --password-file or set KVMSNAP_PASSWORD_FILE",
             Self::TooFewFiles { .. } => "`ulimit -n`, or LimitNOFILE= of the unit, allows more",
-            Self::TooLittleAddressSpace { .. } => {
+            Self::TooLittleMemory { .. } => {
                 "`ulimit -v` allows more; MemoryMax= of the unit limits what is really used"
             }
             Self::Leftover(_) => "`kvmsnap doctor --repair` or the next backup mends it",

@@ -37,6 +37,9 @@ use tracing_subscriber::EnvFilter;
 const FILES_MIN: u64 = 64;
 /// Bytes of address space that it needs at least; most of them are never touched.
 const ADDRESS_SPACE_MIN: u64 = 512 << 20;
+/// Bytes of memory that it needs at least: a process that runs out of them in the middle of a run may
+/// not even be able to say so.
+const DATA_MIN: u64 = 256 << 20;
 /// Ctrl-C ends the program within a second.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -76,13 +79,16 @@ fn check_limits() -> Result<(), error::CommandError> {
             return Err(error::CommandError::TooFewFiles { limit, needed });
         }
     }
-    match getrlimit(Resource::RLIMIT_AS) {
-        Ok((limit, _)) if limit < ADDRESS_SPACE_MIN => {
-            let needed = ADDRESS_SPACE_MIN;
-            Err(error::CommandError::TooLittleAddressSpace { limit, needed })
+    let memory = [(Resource::RLIMIT_AS, ADDRESS_SPACE_MIN), (Resource::RLIMIT_DATA, DATA_MIN)];
+    for (resource, needed) in memory {
+        match getrlimit(resource) {
+            Ok((limit, _)) if limit < needed => {
+                return Err(error::CommandError::TooLittleMemory { limit, needed });
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 fn fail(error: &error::CommandError) -> ExitCode {
