@@ -14,8 +14,9 @@ demo:
 	$(CARGO) build --release --workspace
 	scripts/demo
 
-test: check
+test:
 	scripts/packages test
+	$(MAKE) check
 	$(CARGO) build --workspace --bins
 	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --test '*'
 	$(CARGO) test --workspace --doc
