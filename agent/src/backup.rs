@@ -5,7 +5,6 @@
 //! ```
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +18,7 @@ use crate::manifest::{DiskManifest, Kind, Manifest, Method};
 use crate::names::{BitmapNames, DomainName, RunId};
 use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
+use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::{self, Mode, QuiesceError, quiesce};
 use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::Pace;
@@ -63,8 +63,8 @@ pub enum BackupError {
 pub struct Request {
     /// Whether the guest is frozen.
     pub quiesce: Mode,
-    /// The guest agent's socket.
-    pub agent: Option<PathBuf>,
+    /// The guest agent, where one may be there.
+    pub agent: Option<AgentAddress>,
     /// What the user allows.
     pub limits: Limits,
     /// Longest time without an answer of QEMU's export.
@@ -87,8 +87,6 @@ pub struct Host {
     pub name: String,
     /// What must be undone.
     pub journal: Journal,
-    /// QEMU's monitor.
-    pub monitor: PathBuf,
 }
 
 /// A backup that exists, and whether the guest was left as it was found.
@@ -202,7 +200,7 @@ impl<H: Hypervisor> Run<'_, H> {
             started: Timestamp::now(),
             domain: self.plan.domain.clone(),
             uuid: self.plan.machine.uuid.clone(),
-            monitor: self.host.monitor.clone(),
+            reach: self.hypervisor.reach(),
             qemu: self.hypervisor.process(),
             agent: self.request.agent.clone().filter(|_| self.request.quiesce != Mode::No),
             repository_id: self.target.repository.id().to_owned(),
@@ -211,6 +209,7 @@ impl<H: Hypervisor> Run<'_, H> {
             holds_guest: false,
             pauses: self.plan.machine.runs && self.hypervisor.pauses(self.plan.disks.len()),
             nbd_server: false,
+            socket: self.hypervisor.listens_at(&run),
             disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),
             run,
         }
@@ -313,9 +312,9 @@ impl<H: Hypervisor> Run<'_, H> {
         self.hypervisor.prepare(recorded, &disks).await?;
         self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
         self.progress.phase("taking the point in time");
-        let agent = self.request.agent.as_deref();
+        let agent = self.request.agent.as_ref();
         let (mode, runs) = (self.request.quiesce, self.plan.machine.runs);
-        let mut quiesced = quiesce(mode, agent, &self.host.monitor, runs).await?;
+        let mut quiesced = quiesce(mode, agent, &self.hypervisor.reach(), runs).await?;
         let announced = match recorded.record().pauses {
             true => quiesced.will_pause().await,
             false => Ok(()),

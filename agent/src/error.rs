@@ -9,7 +9,7 @@ use repository::{BackendError, RepositoryError};
 
 use crate::backup::BackupError;
 use crate::catalog::CatalogError;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{HypervisorError, Reach};
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::names::NameError;
@@ -23,10 +23,12 @@ use crate::restore::RestoreError;
 pub const DONE: u8 = 0;
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
+const SOME_FAILED: u8 = 3;
 const NO_REPOSITORY: u8 = 10;
 const LOCKED: u8 = 11;
 const WRONG_PASSWORD: u8 = 12;
-const INTERRUPTED: u8 = 130;
+/// Ended by the user or the system.
+pub const INTERRUPTED: u8 = 130;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -71,10 +73,26 @@ pub enum CommandError {
     #[error("the domain cannot be called so")]
     Name(#[from] NameError),
     /// QEMU was started without a name.
-    #[error("QEMU at {} has no name", .monitor.display())]
+    #[error("the guest at {reach} has no name")]
     NoName {
-        /// Its monitor.
-        monitor: PathBuf,
+        /// How it is reached.
+        reach: Reach,
+    },
+    /// No domain is called so.
+    #[error("libvirt has no domain `{wanted}`")]
+    NoDomain {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// Of several domains some could not be backed up.
+    #[error("{failed} of {count} domains failed")]
+    SomeFailed {
+        /// How many; the error of each was printed.
+        failed: usize,
+        /// How many there are.
+        count: usize,
     },
     /// No repository was named.
     #[error("no repository was given")]
@@ -148,12 +166,14 @@ impl CommandError {
         match self {
             Self::Name(_)
             | Self::NoName { .. }
+            | Self::NoDomain { .. }
             | Self::NoRepositoryGiven
             | Self::NoPasswordGiven
             | Self::Plan(PlanError::UnknownDisk { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
+            Self::SomeFailed { .. } => SOME_FAILED,
             Self::Lock(LockError::Held { .. }) => LOCKED,
             Self::Store { source, .. } if source.is_not_found() => NO_REPOSITORY,
             error => error.repository().map_or(FAILED, repository_code),
@@ -174,6 +194,12 @@ impl CommandError {
             Self::Plan(PlanError::UnknownDisk { known, .. }) => {
                 let known: Vec<_> = known.iter().map(ToString::to_string).collect();
                 return Some(format!("it has {}", known.join(", ")));
+            }
+            Self::NoDomain { known, .. } => {
+                return Some(match known.is_empty() {
+                    true => "it has none at all: --connect names another libvirt".to_owned(),
+                    false => format!("it has {}", known.join(", ")),
+                });
             }
             Self::Restore(error) => error.hint()?,
             Self::Store { source, .. } if source.is_not_found() => {
@@ -276,6 +302,9 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
         }
         HypervisorError::Monitor { source: QmpError::Connect { .. }, .. } => {
             "is QEMU running, and may this user use its socket?"
+        }
+        HypervisorError::Connect { .. } => {
+            "is libvirtd running, and may this user use it? --connect names another libvirt"
         }
         HypervisorError::Host { step, .. } if step.contains("scratch") => {
             "--scratch-dir names another folder for it"

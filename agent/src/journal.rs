@@ -14,7 +14,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::effect;
+use crate::hypervisor::Reach;
 use crate::names::{DiskName, DomainName, RunId};
+use crate::quiesce::guest_agent::AgentAddress;
 
 /// How the names of records begin that are not yet written.
 const PARTIAL: &str = ".partial-";
@@ -67,7 +69,7 @@ pub struct DiskRecord {
     pub root: String,
     /// The node that carries the dirty bitmaps.
     pub format: String,
-    /// The scratch node.
+    /// The scratch node; for a domain of libvirt the scratch file.
     pub scratch: String,
     /// The copy-before-write filter.
     pub filter: String,
@@ -120,13 +122,13 @@ pub struct Record {
     pub domain: DomainName,
     /// Its uuid.
     pub uuid: String,
-    /// QEMU's monitor.
-    pub monitor: PathBuf,
+    /// How it is reached.
+    pub reach: Reach,
     /// QEMU itself.
     #[serde(default)]
     pub qemu: Option<Process>,
-    /// The guest agent's socket, when the run freezes the guest.
-    pub agent: Option<PathBuf>,
+    /// The guest agent, when the run freezes the guest.
+    pub agent: Option<AgentAddress>,
     /// The config id of the repository it writes to.
     pub repository_id: String,
     /// How far it came.
@@ -140,6 +142,9 @@ pub struct Record {
     pub pauses: bool,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
+    /// Where QEMU listens, where that is outside the run's folder.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
     /// What it makes on each disk.
     pub disks: Vec<DiskRecord>,
 }
@@ -294,7 +299,7 @@ mod tests {
             started: Timestamp::now(),
             domain: "web".parse().unwrap(),
             uuid: "u".into(),
-            monitor: "/run/qmp".into(),
+            reach: Reach::Monitor("/run/qmp".into()),
             qemu: None,
             pauses: false,
             agent: None,
@@ -303,6 +308,7 @@ mod tests {
             guest_runs: true,
             holds_guest: false,
             nbd_server: false,
+            socket: None,
             disks: Vec::new(),
         }
     }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::hypervisor::Reach;
 use crate::names::DomainName;
 
 /// How often, and how far apart, a lock is looked at for the name of its holder.
@@ -41,13 +42,16 @@ pub struct DomainLock {
 }
 
 impl DomainLock {
-    /// Locks a monitor by the canonical path of its socket.
+    /// Locks the way to a machine: a monitor by the canonical path of its socket, a domain by its uuid.
     ///
     /// # Errors
     /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
-    pub fn on_monitor(run_dir: &Path, socket: &Path) -> Result<Self, LockError> {
-        let key = format!("monitor-{}", digest(socket.as_os_str().as_encoded_bytes()));
-        Self::take(run_dir, &key, format!("the monitor {}", socket.display()))
+    pub fn on_reach(run_dir: &Path, reach: &Reach) -> Result<Self, LockError> {
+        let key = match reach {
+            Reach::Monitor(socket) => digest(socket.as_os_str().as_encoded_bytes()),
+            Reach::Domain(domain) => digest(domain.uuid.as_bytes()),
+        };
+        Self::take(run_dir, &format!("reach-{key}"), reach.to_string())
     }
 
     /// Locks a domain, whichever of its monitors is used.

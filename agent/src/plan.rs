@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use repository::{BlobId, FileId, Index, Tree};
 
 use crate::catalog::{Backup, Catalog, CatalogError, is_of, take_content};
-use crate::hypervisor::{BitmapHealth, Disk, Machine, Tracking};
+use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
 use crate::names::{BitmapNames, DiskName, DomainName};
 
@@ -114,6 +114,43 @@ pub struct Decision {
     pub parent_size: Option<u64>,
 }
 
+/// The earlier backups of a machine, oldest first.
+///
+/// # Errors
+/// [`CatalogError`] when they cannot be listed; one that cannot be read is passed over.
+pub fn earlier(
+    catalog: &Catalog,
+    domain: &DomainName,
+    uuid: &str,
+) -> Result<Vec<Backup>, CatalogError> {
+    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
+    for error in broken {
+        tracing::warn!(%error, "an earlier backup is passed over");
+    }
+    backups.retain(|backup| backup.manifest.uuid == uuid);
+    Ok(backups)
+}
+
+/// The dirty bitmaps that the machine's disks should have, by the last backup of each.
+pub fn claims(machine: &Machine, backups: &[Backup]) -> Vec<Claim> {
+    let mut claims: Vec<Claim> = Vec::new();
+    for disk in &machine.disks {
+        let last = backups.iter().rev().find_map(|backup| {
+            let disk = backup.manifest.disks.iter().find(|known| known.target == disk.target)?;
+            Some((backup.manifest.time, disk.bitmap.as_ref()))
+        });
+        let Some((time, Some(bitmap))) = last else { continue };
+        match claims.iter_mut().find(|claim| &claim.bitmap == bitmap) {
+            Some(claim) => claim.disks.push(disk.target.clone()),
+            None => {
+                let (bitmap, disks) = (bitmap.clone(), vec![disk.target.clone()]);
+                claims.push(Claim { bitmap, time, disks });
+            }
+        }
+    }
+    claims
+}
+
 /// Decides what a backup of a machine would do. Changes nothing.
 ///
 /// # Errors
@@ -121,6 +158,7 @@ pub struct Decision {
 pub fn plan(
     machine: Machine,
     domain: DomainName,
+    backups: &[Backup],
     catalog: &Catalog,
     index: &Index,
     wanted: &Wanted,
@@ -140,16 +178,11 @@ pub fn plan(
     if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
         return Err(PlanError::TooLarge { disk: disk.target.clone(), size: disk.size });
     }
-    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
-    for error in broken {
-        tracing::warn!(%error, "an earlier backup is passed over");
-    }
-    backups.retain(|backup| backup.manifest.uuid == machine.uuid);
     let mut folders = HashMap::new();
     let mut parent: Option<&Backup> = None;
     let mut planned = Vec::new();
     for disk in disks {
-        let earlier = find_parent(&disk, &backups);
+        let earlier = find_parent(&disk, backups);
         parent =
             earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
         planned.push(plan_disk(disk, earlier, catalog, index, wanted, &mut folders));
@@ -254,6 +287,10 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
             BitmapHealth::Inconsistent => {
                 "the dirty bitmap is inconsistent: QEMU ended without closing the image".into()
             }
+            BitmapHealth::Broken => {
+                "the dirty bitmap is missing or inconsistent: QEMU ended without closing the image"
+                    .into()
+            }
             BitmapHealth::NotRecording => "the dirty bitmap was switched off".into(),
             BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
             BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
@@ -275,8 +312,8 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
 
 /// Dirty bitmaps of this repository on a disk that no backup needs any more.
 pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames) -> Vec<String> {
-    let Tracking::Bitmaps(bitmaps) = &disk.tracking else { return Vec::new() };
-    let names = bitmaps.iter().map(|bitmap| &bitmap.name).filter(|name| names.owns(name));
+    let names =
+        disk.tracking.bitmaps().iter().map(|bitmap| &bitmap.name).filter(|name| names.owns(name));
     names.cloned().collect()
 }
 

@@ -3,10 +3,8 @@
 
 use std::path::Path;
 
-use crate::capture;
-use crate::hypervisor::HypervisorError;
-use crate::hypervisor::monitor::Monitor;
-use crate::hypervisor::qmp;
+use crate::capture::{self, libvirt_job};
+use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
 use crate::names::BitmapNames;
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
@@ -28,28 +26,28 @@ pub enum RecoverError {
     Journal(#[from] JournalError),
 }
 
-/// Undoes a record of a QEMU that is reached through `monitor`, then clears it.
+/// Undoes a record of a machine, then clears it.
 ///
 /// # Errors
 /// [`RecoverError`]; calling it again goes on from there.
 pub async fn undo(
-    monitor: &Monitor,
+    hypervisor: &impl Hypervisor,
     journal: &Journal,
     recorded: &Recorded,
     run_dir: &Path,
 ) -> Result<(), RecoverError> {
     let record = recorded.record();
-    if record.qemu.is_some() && record.qemu != monitor.process() {
-        // Another QEMU serves that socket by now.
+    if record.qemu.is_some() && record.qemu != hypervisor.process() {
+        // Another QEMU is reached that way by now.
         return forget(journal, recorded, run_dir);
     }
     tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
     let undone = async {
         if record.holds_guest {
-            let_go(monitor, record).await?;
+            let_go(hypervisor, record).await?;
         }
-        qmp::release(monitor, recorded, run_dir).await?;
-        capture::remove_bitmaps(monitor, &obsolete_bitmaps(record)).await
+        hypervisor.release(recorded).await?;
+        hypervisor.drop_bitmaps(&obsolete_bitmaps(record)).await
     };
     undone
         .await
@@ -65,6 +63,10 @@ pub async fn undo(
 pub fn forget(journal: &Journal, recorded: &Recorded, run_dir: &Path) -> Result<(), RecoverError> {
     let record = recorded.record();
     capture::remove_socket(run_dir, &record.run)
+        .and_then(|()| match record.reach {
+            Reach::Monitor(_) => Ok(()),
+            Reach::Domain(_) => libvirt_job::remove_files(record),
+        })
         .map_err(|source| RecoverError::Hypervisor { record: Box::new(record.clone()), source })?;
     Ok(journal.clear(recorded)?)
 }
@@ -85,9 +87,9 @@ pub fn obsolete_bitmaps(record: &Record) -> Vec<(String, String)> {
 }
 
 /// Thaws the guest and lets it go on. The watchdog has done so already unless it was killed too.
-async fn let_go(monitor: &Monitor, record: &Record) -> Result<(), HypervisorError> {
+async fn let_go(hypervisor: &impl Hypervisor, record: &Record) -> Result<(), HypervisorError> {
     if record.pauses {
-        monitor.let_go_on().await?;
+        hypervisor.let_go_on().await?;
     }
     if let Some(agent) = &record.agent
         && let Err(error) = guest_agent::thaw(agent, None, FREEZE_TIMEOUT).await

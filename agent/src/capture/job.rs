@@ -47,7 +47,7 @@ pub async fn prepare(
     for (names, disk) in record.disks.iter().zip(disks) {
         let folder = scratch_folder(scratch_dir, disk);
         let file = scratch_file(&folder, disk, 0)?;
-        reserve(&file, disk, &folder)?;
+        reserve(&file, disk, &folder, scratch_len(disk.size))?;
         add_file_node(monitor, record, &names.filter, file).await?;
         create_qcow2(monitor, names, disk.size).await?;
         let arguments = json!({
@@ -132,8 +132,16 @@ fn job_id(disk: &DiskRecord) -> &str {
     disk.job.as_deref().unwrap_or(&disk.snapshot)
 }
 
-fn reserve(file: &File, disk: &Disk, folder: &Path) -> Result<(), HypervisorError> {
-    let len = disk.size + disk.size / TABLES_FRACTION + TABLES_LEN;
+/// The most that the scratch of a disk of `size` bytes can come to hold, in bytes.
+pub fn scratch_len(size: u64) -> u64 {
+    size.saturating_add(size / TABLES_FRACTION + TABLES_LEN)
+}
+
+/// Reserves `len` bytes for the scratch of a disk.
+///
+/// # Errors
+/// [`HypervisorError::Host`] when the file system has no such room.
+pub fn reserve(file: &File, disk: &Disk, folder: &Path, len: u64) -> Result<(), HypervisorError> {
     let step = || {
         let (target, folder) = (&disk.target, folder.display());
         format!("reserve {} MiB for the scratch of `{target}` in {folder}", len >> 20)

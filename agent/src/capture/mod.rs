@@ -3,6 +3,7 @@
 
 pub mod filter;
 pub mod job;
+pub mod libvirt_job;
 
 use std::fs::{self, File};
 use std::io;

@@ -10,35 +10,47 @@ use clap::Args;
 use super::Context;
 use super::list::BackupLine;
 use crate::backup::{Finished, Host, Request, Run, Target};
-use crate::error::CommandError;
-use crate::hypervisor::Hypervisor;
+use crate::error::{CommandError, INTERRUPTED};
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::qmp::BareQemu;
+use crate::hypervisor::{DomainAddress, Hypervisor, HypervisorError, Machine, Reach, Skipped};
 use crate::journal::Journal;
 use crate::lock::DomainLock;
 use crate::names::{DiskName, DomainName};
-use crate::plan::{self, Plan, Wanted};
+use crate::plan::{self, Plan, PlanError, Wanted};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
+use crate::quiesce::guest_agent::AgentAddress;
 use crate::read::Limits;
 use crate::recover;
 
-/// Back up a running guest: all of it the first time, then what changed
+/// Back up running guests: all of each the first time, then what changed
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  kvmsnap backup --qmp /run/vm/web.qmp --qga /run/vm/web.qga --name web
-  kvmsnap backup --qmp /run/vm/web.qmp --disk vda --dry-run
+  kvmsnap backup web db
+  kvmsnap backup 'web-*' --exclude-disk web-1/vdb
+  kvmsnap backup --all
+  kvmsnap backup --qmp /run/vm/web.qmp --qga /run/vm/web.qga --name web --dry-run
 
-QEMU needs a monitor for kvmsnap alone: -qmp unix:/run/vm/web.qmp,server=on,wait=off")]
+Without --qmp the guests are domains of libvirt. A QEMU that nothing manages needs a monitor for
+kvmsnap alone: -qmp unix:/run/vm/web.qmp,server=on,wait=off")]
 pub struct BackupArgs {
+    /// Domains of libvirt: names, patterns of names, or uuids
+    #[arg(value_name = "DOMAIN", required_unless_present_any = ["all", "qmp"], conflicts_with = "qmp")]
+    domains: Vec<String>,
+    /// All running domains of libvirt
+    #[arg(long, conflicts_with_all = ["domains", "qmp"])]
+    all: bool,
     /// The monitor socket of a QEMU that nothing else manages
     #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
+    qmp: Option<PathBuf>,
     /// The socket of its guest agent, to freeze file systems for the point in time
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", requires = "qmp")]
     qga: Option<PathBuf>,
     /// What the backup is called; QEMU's own name where it has one
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", requires = "qmp")]
     name: Option<DomainName>,
     /// Read everything, whatever the dirty bitmaps say
     #[arg(long)]
@@ -49,12 +61,18 @@ pub struct BackupArgs {
     /// Only this disk (can be repeated)
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskName>,
+    /// Not this disk, of all domains or of one (can be repeated)
+    #[arg(long, value_name = "[DOMAIN/]DISK")]
+    exclude_disk: Vec<String>,
     /// Read at most so many bytes a second, like 100MiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     limit_read: Option<u64>,
     /// Where old blocks are saved while they are read; beside each image unless given
     #[arg(long, value_name = "FOLDER", env = "KVMSNAP_SCRATCH_DIR")]
     scratch_dir: Option<PathBuf>,
+    /// Where libvirt's QEMU listens for us; a folder of libvirt's own unless given
+    #[arg(long, value_name = "FOLDER", env = "KVMSNAP_SOCKET_DIR", conflicts_with = "qmp")]
+    socket_dir: Option<PathBuf>,
     /// How long QEMU's export may keep silent, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "30", env = "KVMSNAP_TIMEOUT",
           value_parser = clap::value_parser!(u64).range(1..))]
@@ -63,59 +81,139 @@ pub struct BackupArgs {
     #[arg(long)]
     dry_run: bool,
     /// Use the filter of a backup job, as for QEMU before 7.1
-    #[arg(long, hide_short_help = true)]
+    #[arg(long, hide_short_help = true, requires = "qmp")]
     implicit_filter: bool,
 }
 
 /// Runs it.
 ///
 /// # Errors
-/// Whatever the backup says.
+/// Whatever the backup says; of several domains, how many failed.
 pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError> {
+    if let Some(socket) = &args.qmp {
+        // One socket has one undo record and one lock, under whatever name it is given.
+        let monitor = fs::canonicalize(socket).unwrap_or_else(|_| socket.clone());
+        let (run_dir, scratch_dir) = (&context.global.run_dir, args.scratch_dir.as_deref());
+        let connect = BareQemu::connect(&monitor, run_dir, scratch_dir, args.implicit_filter);
+        let agent = args.qga.clone().map(AgentAddress::Socket);
+        return back_up(Reach::Monitor(monitor.clone()), connect, |_| agent, &args, context).await;
+    }
+    let uri = &context.global.connect;
+    let libvirt = context.until_interrupted(async { Ok(Libvirt::connect(uri).await?) }).await?;
+    let chosen = async {
+        let known = libvirt::domains(&libvirt).await?;
+        choose(&known, &args.domains).map(|chosen| (chosen.len(), chosen))
+    };
+    let (count, chosen) = context.until_interrupted(chosen).await?;
+    let mut failed = 0;
+    for known in chosen {
+        if args.all && !known.is_active {
+            continue;
+        }
+        let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
+        let domain = LibvirtDomain::new(&libvirt, &known.uuid, Places { scratch, sockets });
+        let connect = async { Ok(domain) };
+        let reach = Reach::Domain(DomainAddress { uri: uri.clone(), uuid: known.uuid });
+        match back_up(reach, connect, LibvirtDomain::agent, &args, context).await {
+            Ok(()) => {}
+            Err(error) if count == 1 => return Err(error),
+            Err(error) if error.code() == INTERRUPTED => return Err(error),
+            Err(error) => {
+                // One domain that cannot be backed up keeps nobody from the others.
+                let text = crate::error::describe(&error);
+                tracing::error!("domain `{}`: {}", known.name, text.trim_end());
+                failed += 1;
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        failed => Err(CommandError::SomeFailed { failed, count }),
+    }
+}
+
+/// The domains that are asked for, each once; all where nothing is.
+fn choose(known: &[KnownDomain], wanted: &[String]) -> Result<Vec<KnownDomain>, CommandError> {
+    if wanted.is_empty() {
+        return Ok(known.to_vec());
+    }
+    let mut chosen: Vec<KnownDomain> = Vec::new();
+    for wanted in wanted {
+        // A name may look like a pattern.
+        let exact = |domain: &&KnownDomain| domain.name == *wanted || domain.uuid == *wanted;
+        let mut found: Vec<_> = known.iter().filter(exact).collect();
+        if let (true, Ok(pattern)) = (found.is_empty(), glob::Pattern::new(wanted)) {
+            found = known.iter().filter(|domain| pattern.matches(&domain.name)).collect();
+        }
+        if found.is_empty() {
+            let known = known.iter().map(|domain| domain.name.clone()).collect();
+            return Err(CommandError::NoDomain { wanted: wanted.clone(), known });
+        }
+        let new = found.into_iter().filter(|found| !chosen.contains(found)).cloned();
+        let new: Vec<_> = new.collect();
+        chosen.extend(new);
+    }
+    Ok(chosen)
+}
+
+/// Backs up one guest.
+async fn back_up<H: Hypervisor>(
+    reach: Reach,
+    connect: impl Future<Output = Result<H, HypervisorError>>,
+    agent: impl FnOnce(&H) -> Option<AgentAddress>,
+    args: &BackupArgs,
+    context: &Context,
+) -> Result<(), CommandError> {
     let run_dir = &context.global.run_dir;
-    // One socket has one undo record and one lock, under whatever name it is given.
-    let monitor = fs::canonicalize(&args.qmp).unwrap_or_else(|_| args.qmp.clone());
-    let _monitor_lock = DomainLock::on_monitor(run_dir, &monitor)?;
+    let _reach_lock = DomainLock::on_reach(run_dir, &reach)?;
     context.progress.phase("connecting");
-    let scratch_dir = args.scratch_dir.as_deref();
     // Opening the repository takes its time; meanwhile the guest shows what it does without us.
     let connect = async {
-        let qemu = BareQemu::connect(&monitor, run_dir, scratch_dir, args.implicit_filter).await?;
-        let before = qemu.guest_io().await?;
-        Ok::<_, CommandError>((qemu, before))
+        let hypervisor = connect.await?;
+        let before = hypervisor.guest_io().await?;
+        Ok::<_, CommandError>((hypervisor, before))
     };
     let both = async { tokio::try_join!(connect, context.open_to_write()) };
-    let ((qemu, before), open) = context.until_interrupted(both).await?;
+    let ((hypervisor, before), open) = context.until_interrupted(both).await?;
     let journal = context.journal()?;
     if !args.dry_run {
-        context.until_interrupted(recover_earlier(&qemu, &journal, &monitor, run_dir)).await?;
+        context.until_interrupted(recover_earlier(&hypervisor, &journal, run_dir)).await?;
     }
-    let machine = context.until_interrupted(async { Ok(qemu.discover().await?) }).await?;
-    let domain = match args.name {
-        Some(name) => name,
+    let discover = async { Ok(hypervisor.discover().await?) };
+    let mut machine = context.until_interrupted(discover).await?;
+    let domain = match &args.name {
+        Some(name) => name.clone(),
         None => {
             let name = machine.name.clone();
-            name.ok_or_else(|| CommandError::NoName { monitor: monitor.clone() })?.parse()?
+            name.ok_or_else(|| CommandError::NoName { reach: reach.clone() })?.parse()?
         }
     };
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
+    let catalog = open.catalog();
+    let earlier = plan::earlier(&catalog, &domain, &machine.uuid).map_err(PlanError::from)?;
+    if !args.dry_run {
+        let claims = plan::claims(&machine, &earlier);
+        let reclaim = async { Ok(hypervisor.reclaim(&mut machine, &claims).await?) };
+        context.until_interrupted(reclaim).await?;
+    }
     let request = Request {
         quiesce: args.quiesce,
-        agent: args.qga,
+        agent: agent(&hypervisor),
         limits: Limits { bytes_per_second: args.limit_read },
         timeout: Duration::from_secs(args.timeout),
     };
-    let wanted = Wanted { full: args.full, disks: args.disk };
-    let plan = plan::plan(machine, domain, &open.catalog(), &open.index, &wanted)?;
+    exclude(&mut machine, &domain, &args.exclude_disk)?;
+    let wanted = Wanted { full: args.full, disks: args.disk.clone() };
+    let plan = plan::plan(machine, domain, &earlier, &catalog, &open.index, &wanted)?;
     if args.dry_run {
         return print_plan(&plan, context);
     }
     print_reasons(&plan, context);
     let target = Target { repository: open.repository, index: open.index };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
-    let host = Host { name, journal, monitor };
+    let host = Host { name, journal };
     let run = Run {
-        hypervisor: &qemu,
+        hypervisor: &hypervisor,
         plan: &plan,
         before,
         target: &target,
@@ -133,21 +231,41 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     }
 }
 
-/// Undoes what earlier runs left in this QEMU. What cannot be read may be of another one.
+/// Leaves out the disks that the user does not want.
+fn exclude(
+    machine: &mut Machine,
+    domain: &DomainName,
+    excluded: &[String],
+) -> Result<(), CommandError> {
+    for excluded in excluded {
+        let target = match excluded.rsplit_once('/') {
+            Some((of, _)) if of != domain.as_str() => continue,
+            Some((_, target)) => target,
+            None => excluded,
+        };
+        let target: DiskName = target.parse()?;
+        if machine.disks.iter().any(|disk| disk.target == target) {
+            machine.disks.retain(|disk| disk.target != target);
+            let reason = "excluded with --exclude-disk".to_owned();
+            machine.skipped.push(Skipped { device: target.to_string(), reason });
+        }
+    }
+    Ok(())
+}
+
+/// Undoes what earlier runs left in this machine. What cannot be read may be of another one.
 async fn recover_earlier(
-    qemu: &BareQemu,
+    hypervisor: &impl Hypervisor,
     journal: &Journal,
-    monitor: &Path,
     run_dir: &Path,
 ) -> Result<(), CommandError> {
     let (pending, damaged) = journal.pending()?;
     for error in damaged {
         tracing::error!(%error, "an undo record is passed over");
     }
-    for recorded in pending {
-        if recorded.record().monitor == monitor {
-            recover::undo(qemu.monitor(), journal, &recorded, run_dir).await?;
-        }
+    let reach = hypervisor.reach();
+    for recorded in pending.iter().filter(|recorded| recorded.record().reach == reach) {
+        recover::undo(hypervisor, journal, recorded, run_dir).await?;
     }
     Ok(())
 }

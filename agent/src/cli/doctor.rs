@@ -1,6 +1,7 @@
 //! `kvmsnap doctor`
 
 use std::io::Write;
+use std::path::Path;
 
 use clap::Args;
 use qmp_client::QmpError;
@@ -8,9 +9,11 @@ use serde::Serialize;
 
 use super::Context;
 use crate::error::CommandError;
-use crate::hypervisor::HypervisorError;
-use crate::hypervisor::monitor::Monitor;
-use crate::journal::{Journal, Process, Recorded};
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::qmp::BareQemu;
+use crate::hypervisor::{HypervisorError, Reach};
+use crate::journal::{Journal, Process, Record, Recorded};
 use crate::lock::{DomainLock, LockError};
 use crate::recover;
 
@@ -30,7 +33,7 @@ pub struct DoctorArgs {
 struct Finding<'a> {
     run: &'a str,
     domain: &'a str,
-    monitor: String,
+    reach: String,
     started: jiff::Timestamp,
     state: &'static str,
     mended: bool,
@@ -65,7 +68,7 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
         let finding = Finding {
             run: record.run.as_str(),
             domain: record.domain.as_str(),
-            monitor: record.monitor.display().to_string(),
+            reach: record.reach.to_string(),
             started: record.started,
             state,
             mended,
@@ -97,27 +100,58 @@ async fn examine(
 ) -> Result<(&'static str, bool), CommandError> {
     let record = recorded.record();
     let run_dir = &context.global.run_dir;
-    let _lock = match DomainLock::on_monitor(run_dir, &record.monitor) {
+    let _lock = match DomainLock::on_reach(run_dir, &record.reach) {
         Err(LockError::Held { .. }) => return Ok((RUNNING, false)),
         lock => lock?,
     };
-    match Monitor::connect(&record.monitor).await {
-        // A socket can be moved; a process that ended has ended.
-        Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
-            if !record.qemu.is_some_and(Process::is_alive) =>
-        {
-            let state = "QEMU has ended, and with it all that the run had made in it";
-            if repair {
-                recover::forget(journal, recorded, run_dir)?;
-            }
-            Ok((state, repair))
+    let left = "its run ended without letting go of the guest";
+    let gone = match reach_machine(record, run_dir).await? {
+        Some(Machine::Bare(qemu)) if repair => {
+            recover::undo(&qemu, journal, recorded, run_dir).await?;
+            false
         }
-        Err(error) => Err(error.into()),
-        Ok(monitor) => {
-            if repair {
-                recover::undo(&monitor, journal, recorded, run_dir).await?;
+        Some(Machine::Libvirt(domain)) if repair => {
+            recover::undo(&domain, journal, recorded, run_dir).await?;
+            false
+        }
+        Some(_) => false,
+        None => true,
+    };
+    if gone && repair {
+        recover::forget(journal, recorded, run_dir)?;
+    }
+    let ended = "QEMU has ended, and with it all that the run had made in it";
+    Ok((if gone { ended } else { left }, repair))
+}
+
+enum Machine {
+    Bare(BareQemu),
+    Libvirt(LibvirtDomain),
+}
+
+/// Reaches the machine of a record; `None` where it has ended.
+async fn reach_machine(record: &Record, run_dir: &Path) -> Result<Option<Machine>, CommandError> {
+    match &record.reach {
+        Reach::Monitor(socket) => {
+            match BareQemu::connect(socket, run_dir, None, false).await {
+                // A socket can be moved; a process that ended has ended.
+                Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
+                    if !record.qemu.is_some_and(Process::is_alive) =>
+                {
+                    Ok(None)
+                }
+                connected => Ok(Some(Machine::Bare(connected?))),
             }
-            Ok(("its run ended without letting go of the guest", repair))
+        }
+        Reach::Domain(address) => {
+            let libvirt = Libvirt::connect(&address.uri).await?;
+            let known = libvirt::domains(&libvirt).await?;
+            let active = |domain: &KnownDomain| domain.uuid == address.uuid && domain.is_active;
+            let domain = known
+                .iter()
+                .any(active)
+                .then(|| LibvirtDomain::new(&libvirt, &address.uuid, Places::default()));
+            Ok(domain.map(Machine::Libvirt))
         }
     }
 }

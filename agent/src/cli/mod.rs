@@ -21,9 +21,11 @@ use tokio::sync::watch;
 
 use crate::catalog::Catalog;
 use crate::error::CommandError;
+use crate::hypervisor::Reach;
 use crate::journal::Journal;
 use crate::location;
 use crate::progress::{Progress, When};
+use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::watchdog;
 use crate::store::blocking;
 
@@ -45,12 +47,12 @@ const EXAMPLES: &str = "\
 Examples:
   export KVMSNAP_REPOSITORY=/srv/backup KVMSNAP_PASSWORD_FILE=/etc/kvmsnap/password
   kvmsnap repository init
-  kvmsnap backup --qmp /run/vm/web.qmp --qga /run/vm/web.qga --name web
+  kvmsnap backup web
   kvmsnap list
   kvmsnap restore latest:web --to /srv/restored
 
 Exit codes:
-  0 done, 1 failed, 2 usage, 10 no repository, 11 locked, 12 wrong password, 130 interrupted";
+  0 done, 1 failed, 2 usage, 3 some domains failed, 10 no repository, 11 locked, 12 wrong password, 130 interrupted";
 
 /// Options of every command.
 #[derive(Debug, Args)]
@@ -61,6 +63,15 @@ pub struct GlobalArgs {
     /// A file whose first line is the repository's password
     #[arg(long, short, global = true, value_name = "FILE", env = "KVMSNAP_PASSWORD_FILE")]
     password_file: Option<PathBuf>,
+    /// The libvirt whose domains are meant
+    #[arg(
+        long,
+        global = true,
+        value_name = "URI",
+        env = "KVMSNAP_CONNECT",
+        default_value = "qemu:///system"
+    )]
+    connect: String,
     /// Where undo records are kept; must survive a restart
     #[arg(
         long,
@@ -114,10 +125,10 @@ enum Command {
     /// The process that thaws a guest whatever happens to the run
     #[command(name = watchdog::SUBCOMMAND, hide = true)]
     QuiesceWatchdog {
-        #[arg(long)]
-        agent: Option<PathBuf>,
-        #[arg(long)]
-        monitor: PathBuf,
+        #[arg(long, value_parser = parse_json::<AgentAddress>)]
+        agent: Option<AgentAddress>,
+        #[arg(long, value_parser = parse_json::<Reach>)]
+        reach: Reach,
     },
 }
 
@@ -160,8 +171,8 @@ impl Cli {
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
-            Command::QuiesceWatchdog { agent, monitor } => {
-                watchdog::run(agent, monitor).await;
+            Command::QuiesceWatchdog { agent, reach } => {
+                watchdog::run(agent, reach).await;
                 Ok(())
             }
         };
@@ -270,6 +281,10 @@ impl Context {
         serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
         Ok(writeln!(out)?)
     }
+}
+
+fn parse_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, serde_json::Error> {
+    serde_json::from_str(text)
 }
 
 fn lock_to_read(repository: &Repository) -> Result<Option<Lock>, RepositoryError> {

@@ -5,9 +5,11 @@
 //! its undo record is durable.
 
 pub mod graph;
+pub mod libvirt;
 pub mod monitor;
 pub mod qmp;
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,6 +19,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use qmp_client::QmpError;
+use serde::{Deserialize, Serialize};
 
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::{DiskName, NameError, RunId};
@@ -90,6 +93,39 @@ pub enum HypervisorError {
         /// Why.
         source: io::Error,
     },
+    /// libvirt cannot be reached.
+    #[error("cannot connect to libvirt at {uri}")]
+    Connect {
+        /// Where it should be.
+        uri: String,
+        /// Why not.
+        source: virt::error::Error,
+    },
+    /// libvirt refused one step.
+    #[error("libvirt refused to {step}")]
+    Libvirt {
+        /// The step, to be read after "refused to".
+        step: String,
+        /// libvirt's words.
+        source: virt::error::Error,
+    },
+    /// libvirt hangs.
+    #[error("libvirt did not {step} within {} s", .waited.as_secs())]
+    Silent {
+        /// The step, to be read after "did not".
+        step: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// libvirt's description of something is no XML.
+    #[error("libvirt's answer cannot be understood")]
+    Xml(#[source] xmltree::ParseError),
+    /// The domain is shut off.
+    #[error("domain `{domain}` is not running")]
+    NotRunning {
+        /// Its name.
+        domain: String,
+    },
     /// Something that was to go away still stands.
     #[error("{what} is still in use after {} s", .waited.as_secs())]
     StillInUse {
@@ -105,9 +141,49 @@ impl HypervisorError {
     pub fn is_gone(&self) -> bool {
         match self {
             Self::Monitor { source, .. } | Self::Refused { source, .. } => source.is_gone(),
+            Self::NotRunning { .. } => true,
             _ => false,
         }
     }
+}
+
+/// How a machine is reached; undo records keep it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reach {
+    /// The monitor's socket of a QEMU that nobody manages.
+    Monitor(PathBuf),
+    /// A domain of libvirt.
+    Domain(DomainAddress),
+}
+
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Monitor(socket) => write!(f, "the monitor {}", socket.display()),
+            Self::Domain(DomainAddress { uri, uuid }) => write!(f, "the domain {uuid} at {uri}"),
+        }
+    }
+}
+
+/// A domain of libvirt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainAddress {
+    /// Where libvirt is.
+    pub uri: String,
+    /// The domain's uuid.
+    pub uuid: String,
+}
+
+/// A dirty bitmap that must be there, by what an earlier backup says.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// Its name.
+    pub bitmap: String,
+    /// When it began.
+    pub time: Timestamp,
+    /// The disks that it was begun on.
+    pub disks: Vec<DiskName>,
 }
 
 /// A machine as it is now.
@@ -126,7 +202,7 @@ pub struct Machine {
 }
 
 /// A device that is not backed up.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
     /// The device, as QEMU calls it.
     pub device: String,
@@ -164,6 +240,16 @@ pub enum Tracking {
     Unsupported(String),
 }
 
+impl Tracking {
+    /// The dirty bitmaps that there are.
+    pub fn bitmaps(&self) -> &[Bitmap] {
+        match self {
+            Self::Bitmaps(bitmaps) => bitmaps,
+            Self::Unsupported(_) => &[],
+        }
+    }
+}
+
 /// A dirty bitmap on a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bitmap {
@@ -180,6 +266,8 @@ pub enum BitmapHealth {
     Good,
     /// QEMU ended without closing the image: it cannot be trusted.
     Inconsistent,
+    /// It is inconsistent or not there at all, which libvirt does not tell apart.
+    Broken,
     /// It was switched off for a while.
     NotRecording,
     /// It goes away with QEMU, so somebody else made it.
@@ -248,11 +336,21 @@ pub trait Hypervisor {
     /// Looks at the machine. Changes nothing.
     async fn discover(&self) -> Result<Machine, HypervisorError>;
 
+    /// Finds dirty bitmaps again that the way to QEMU, not QEMU itself, has lost.
+    async fn reclaim(&self, machine: &mut Machine, claims: &[Claim])
+    -> Result<(), HypervisorError>;
+
+    /// How the machine is reached.
+    fn reach(&self) -> Reach;
+
     /// Counts what the guest did on its disks so far. Changes nothing.
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError>;
 
     /// The names of what a run will make on a disk, for its undo record.
     fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord;
+
+    /// Where QEMU will listen for a run, where that has a name of its own.
+    fn listens_at(&self, run: &RunId) -> Option<PathBuf>;
 
     /// The process that the machine runs in, where it can be told.
     fn process(&self) -> Option<Process>;
@@ -278,6 +376,9 @@ pub trait Hypervisor {
     /// Gives the guest its disks back as they were, whatever of the record exists. Idempotent.
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
 
-    /// Removes these dirty bitmaps, where they exist. Idempotent.
+    /// Lets a guest go on that a run has paused; one that runs is left alone.
+    async fn let_go_on(&self) -> Result<(), HypervisorError>;
+
+    /// Removes these dirty bitmaps, each a node and a name, where they exist. Idempotent.
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError>;
 }

@@ -88,6 +88,11 @@ impl Monitor {
         Ok(Self { qmp, socket: socket.to_owned() })
     }
 
+    /// Its socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// The process that serves this monitor.
     pub fn process(&self) -> Option<Process> {
         self.qmp.peer_pid().and_then(Process::of)

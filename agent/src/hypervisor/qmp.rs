@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::graph::{self, BlockDevice};
 use super::monitor::Monitor;
-use super::{Care, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine};
+use super::{
+    Care, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, Reach,
+};
 use crate::capture::{self, Scratch, filter, job, node_name};
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::RunId;
@@ -120,11 +122,6 @@ impl BareQemu {
             None => Care::None,
         }
     }
-
-    /// The connection.
-    pub fn monitor(&self) -> &Monitor {
-        &self.monitor
-    }
 }
 
 /// Whether an own filter may end QEMU: with a busy I/O thread, `blockdev-add` of a node above a disk in
@@ -170,6 +167,15 @@ impl Hypervisor for BareQemu {
         graph::read_machine(name.name, uuid.uuid, runs, &devices, &graph)
     }
 
+    async fn reclaim(&self, _: &mut Machine, _: &[Claim]) -> Result<(), HypervisorError> {
+        // QEMU names every bitmap that it has.
+        Ok(())
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Monitor(self.monitor.socket().to_owned())
+    }
+
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {
         let devices: Vec<DeviceStats> = self.monitor.query("query-blockstats", json!({})).await?;
         let mut io = GuestIo::default();
@@ -196,6 +202,11 @@ impl Hypervisor for BareQemu {
             bitmap_old: None,
             bitmap_export: None,
         }
+    }
+
+    fn listens_at(&self, _: &RunId) -> Option<PathBuf> {
+        // Its socket lies in the run's folder.
+        None
     }
 
     fn process(&self) -> Option<Process> {
@@ -256,26 +267,19 @@ impl Hypervisor for BareQemu {
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
-        release(&self.monitor, recorded, &self.run_dir).await
+        // By the recipe that the record was made with.
+        match recorded.record().disks.iter().any(|disk| disk.job.is_some()) {
+            true => job::release(&self.monitor, recorded, &self.run_dir).await,
+            false => filter::release(&self.monitor, recorded, &self.run_dir).await,
+        }
+    }
+
+    async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        self.monitor.let_go_on().await
     }
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
         capture::remove_bitmaps(&self.monitor, bitmaps).await
-    }
-}
-
-/// Gives the guest its disks back, by the recipe that the record was made with.
-///
-/// # Errors
-/// The first step that failed. Calling it again goes on from there.
-pub async fn release(
-    monitor: &Monitor,
-    recorded: &Recorded,
-    run_dir: &Path,
-) -> Result<(), HypervisorError> {
-    match recorded.record().disks.iter().any(|disk| disk.job.is_some()) {
-        true => job::release(monitor, recorded, run_dir).await,
-        false => filter::release(monitor, recorded, run_dir).await,
     }
 }
 

@@ -1,12 +1,18 @@
 //! The guest agent's part in quiescing: freeze and thaw file systems.
 
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use qmp_client::{Options, Qga, QgaError};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::FREEZE_TIMEOUT;
 use crate::effect;
+use crate::hypervisor::libvirt::connection::DomainHandle;
+use crate::hypervisor::libvirt::sys;
+use crate::hypervisor::{DomainAddress, HypervisorError};
 
 /// How long an agent may take to show that it is there.
 const PRESENCE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -14,22 +20,117 @@ const PRESENCE_TIMEOUT: Duration = Duration::from_secs(2);
 const THAW_TIMEOUT: Duration = Duration::from_secs(5);
 const THAW_PAUSE: Duration = Duration::from_millis(200);
 
-/// Connects to the agent.
-///
-/// # Errors
-/// As [`Qga::connect`]; an agent that does not answer shows within two seconds.
-pub async fn connect(socket: &Path) -> Result<Qga, QgaError> {
-    Qga::connect(socket, Options { timeout: PRESENCE_TIMEOUT, ..Options::default() }).await
+/// How a guest agent is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentAddress {
+    /// Through its socket.
+    Socket(PathBuf),
+    /// Through libvirt, which holds the socket.
+    Domain(DomainAddress),
 }
 
-/// Freezes all mounted file systems and returns how many.
-///
-/// # Errors
-/// As [`Qga::execute`]. A timeout says nothing about whether the guest froze, or will: thaw it.
-pub async fn freeze(agent: &Qga, timeout: Duration) -> Result<u64, QgaError> {
-    announce("agent: freeze")?;
-    let reply = agent.execute("guest-fsfreeze-freeze", json!({}), timeout).await?;
-    Ok(count(&reply))
+/// Why an agent did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The agent cannot be reached, or refuses.
+    #[error(transparent)]
+    Agent(#[from] QgaError),
+    /// libvirt cannot be reached, or the agent refuses. libvirt's words are the ones that tell.
+    #[error("{}", innermost(.0))]
+    Libvirt(#[from] HypervisorError),
+    /// No answer came.
+    #[error("the guest agent did not answer within {} s", .waited.as_secs())]
+    Silent {
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+fn innermost(error: &HypervisorError) -> &dyn fmt::Display {
+    match error {
+        HypervisorError::Libvirt { source, .. } => source,
+        error => error,
+    }
+}
+
+/// A guest agent that was reached.
+#[derive(Debug)]
+pub enum Agent {
+    /// Through its socket.
+    Socket(Qga),
+    /// Through libvirt.
+    Domain(DomainHandle),
+}
+
+impl Agent {
+    /// Connects. An agent with a socket that does not answer shows within two seconds; libvirt tells
+    /// with the first command.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn connect(address: &AgentAddress) -> Result<Self, AgentError> {
+        match address {
+            AgentAddress::Socket(socket) => Ok(Self::Socket(connect(socket).await?)),
+            AgentAddress::Domain(domain) => Ok(Self::Domain(DomainHandle::connect(domain).await?)),
+        }
+    }
+
+    /// Freezes all mounted file systems and returns how many.
+    ///
+    /// # Errors
+    /// [`AgentError`]. One that is late says nothing about whether the guest froze, or will: thaw it.
+    pub async fn freeze(&self, timeout: Duration) -> Result<u64, AgentError> {
+        match self {
+            Self::Socket(agent) => {
+                announce("agent: freeze")?;
+                let reply = agent.execute("guest-fsfreeze-freeze", json!({}), timeout).await?;
+                Ok(count(&reply))
+            }
+            Self::Domain(domain) => {
+                // Otherwise libvirt waits for an agent that hangs, and lets nobody else reach it.
+                let seconds = timeout.as_secs().try_into().ok();
+                let limit = move |domain: &_| sys::agent_timeout(domain, seconds);
+                domain.ask("limit its wait for the guest agent", limit).await?;
+                within(timeout, domain.change("freeze the guest", sys::fs_freeze)).await
+            }
+        }
+    }
+
+    async fn thaw(&self) -> Result<u64, AgentError> {
+        match self {
+            Self::Socket(agent) => {
+                announce("agent: thaw")?;
+                let reply = agent.execute("guest-fsfreeze-thaw", json!({}), THAW_TIMEOUT).await?;
+                Ok(count(&reply))
+            }
+            Self::Domain(domain) => {
+                // It may wait for a freeze that hangs; that one has a limit.
+                let timeout = FREEZE_TIMEOUT + THAW_TIMEOUT;
+                let thawed = within(timeout, domain.change("thaw the guest", sys::fs_thaw)).await?;
+                let unlimited = |domain: &_| sys::agent_timeout(domain, None);
+                if let Err(error) = domain.ask("wait for the guest agent", unlimited).await {
+                    tracing::warn!(%error, "libvirt goes on limiting its wait for the guest agent");
+                }
+                Ok(thawed)
+            }
+        }
+    }
+}
+
+async fn within(
+    waited: Duration,
+    call: impl Future<Output = Result<u64, HypervisorError>>,
+) -> Result<u64, AgentError> {
+    match tokio::time::timeout(waited, call).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(AgentError::Silent { waited }),
+    }
+}
+
+async fn connect(socket: &Path) -> Result<Qga, QgaError> {
+    Qga::connect(socket, Options { timeout: PRESENCE_TIMEOUT, ..Options::default() }).await
 }
 
 /// Thaws until the agent says that it did, or `timeout` is over; first over the connection that is
@@ -38,22 +139,21 @@ pub async fn freeze(agent: &Qga, timeout: Duration) -> Result<u64, QgaError> {
 /// # Errors
 /// What the last attempt said.
 pub async fn thaw(
-    socket: &Path,
-    mut connected: Option<Qga>,
+    address: &AgentAddress,
+    mut connected: Option<Agent>,
     timeout: Duration,
-) -> Result<u64, QgaError> {
+) -> Result<u64, AgentError> {
     let start = Instant::now();
     loop {
         let attempt = async {
             let agent = match connected.take() {
                 Some(agent) => agent,
-                None => connect(socket).await?,
+                None => Agent::connect(address).await?,
             };
-            announce("agent: thaw")?;
-            agent.execute("guest-fsfreeze-thaw", json!({}), THAW_TIMEOUT).await
+            agent.thaw().await
         };
         match attempt.await {
-            Ok(reply) => return Ok(count(&reply)),
+            Ok(filesystems) => return Ok(filesystems),
             Err(error) if start.elapsed() > timeout => return Err(error),
             Err(error) => tracing::debug!(%error, "thaw again"),
         }

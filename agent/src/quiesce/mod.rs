@@ -6,10 +6,11 @@
 pub mod guest_agent;
 pub mod watchdog;
 
-use std::path::Path;
 use std::time::Duration;
 
+use crate::hypervisor::Reach;
 use crate::manifest::Consistency;
+use guest_agent::AgentAddress;
 use watchdog::{Freeze, Thaw, Watchdog, WatchdogError};
 
 /// How long a guest may stay frozen, from the freeze command to the thaw.
@@ -46,7 +47,7 @@ pub enum QuiesceError {
 #[must_use = "the guest stays frozen until it is thawed"]
 pub struct Quiesced {
     watchdog: Option<Watchdog>,
-    agent: Option<std::path::PathBuf>,
+    agent: Option<AgentAddress>,
     frozen: bool,
     mode: Mode,
     warnings: Vec<String>,
@@ -69,14 +70,14 @@ pub struct Outcome {
 /// [`QuiesceError::Required`] when `mode` asks for it, [`QuiesceError::Watchdog`].
 pub async fn quiesce(
     mode: Mode,
-    agent: Option<&Path>,
-    monitor: &Path,
+    agent: Option<&AgentAddress>,
+    reach: &Reach,
     guest_runs: bool,
 ) -> Result<Quiesced, QuiesceError> {
     let agent = agent.filter(|_| mode != Mode::No);
     let mut quiesced = Quiesced {
         watchdog: None,
-        agent: agent.map(Path::to_owned),
+        agent: agent.cloned(),
         frozen: false,
         mode,
         warnings: Vec::new(),
@@ -85,10 +86,10 @@ pub async fn quiesce(
         // A paused guest holds still already, but what it has not written is not on its disks.
         return quiesced.without("the guest is paused");
     }
-    quiesced.watchdog = Some(Watchdog::start(agent, monitor)?);
+    quiesced.watchdog = Some(Watchdog::start(agent, reach)?);
     if agent.is_none() {
         return match mode {
-            Mode::Require => quiesced.without("no guest agent socket was given"),
+            Mode::Require => quiesced.without("there is no way to a guest agent"),
             _ => Ok(quiesced),
         };
     }

@@ -6,19 +6,18 @@
 //! paused, and ends.
 
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use qmp_client::{Qga, QgaError};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinHandle;
 
+use super::guest_agent::{Agent, AgentAddress, AgentError};
 use super::{FREEZE_TIMEOUT, guest_agent};
-use crate::hypervisor::HypervisorError;
 use crate::hypervisor::monitor::Monitor;
+use crate::hypervisor::{HypervisorError, Reach};
 
 /// Name of the hidden subcommand that this process runs as.
 pub const SUBCOMMAND: &str = "quiesce-watchdog";
@@ -111,13 +110,14 @@ impl Watchdog {
     ///
     /// # Errors
     /// [`WatchdogError::Start`].
-    pub fn start(agent: Option<&Path>, monitor: &Path) -> Result<Self, WatchdogError> {
+    pub fn start(agent: Option<&AgentAddress>, reach: &Reach) -> Result<Self, WatchdogError> {
         crate::effect::about_to("watchdog: start").map_err(WatchdogError::Start)?;
         // This very program, even when its file was replaced by an update.
         let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.arg(SUBCOMMAND).arg("--monitor").arg(monitor);
+        let json = |value: Result<String, serde_json::Error>| value.expect("addresses are plain");
+        command.arg(SUBCOMMAND).arg("--reach").arg(json(serde_json::to_string(reach)));
         if let Some(agent) = agent {
-            command.arg("--agent").arg(agent);
+            command.arg("--agent").arg(json(serde_json::to_string(agent)));
         }
         // Its effects are its own: a run that is ended at its n-th must not end its watchdog there.
         for variable in ["KVMSNAP_CRASH_AT", "KVMSNAP_FAIL_AT", "KVMSNAP_EFFECTS"] {
@@ -187,7 +187,7 @@ impl Watchdog {
 }
 
 /// The watchdog process itself. Returns when nothing is left to guard.
-pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
+pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
     let mut guard = Guard {
         agent,
         frozen: None,
@@ -201,7 +201,7 @@ pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
     guard.serve().await;
     // A pause stops the whole guest: it ends first.
     if guard.may_be_paused
-        && let Err(error) = let_go_on(&monitor).await
+        && let Err(error) = let_go_on(&reach).await
     {
         tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
     }
@@ -214,15 +214,15 @@ pub async fn run(agent: Option<PathBuf>, monitor: PathBuf) {
 }
 
 struct Guard {
-    agent: Option<PathBuf>,
+    agent: Option<AgentAddress>,
     /// The connection over which the guest was frozen, and how many file systems were.
-    frozen: Option<(Qga, u64)>,
+    frozen: Option<(Agent, u64)>,
     frozen_at: Option<Instant>,
     /// When the guest must be thawed at the latest; set from the freeze command on.
     deadline: Option<tokio::time::Instant>,
     /// Whether the guest was thawed before the run asked for it.
     let_go_early: bool,
-    thawing: Option<JoinHandle<Result<u64, QgaError>>>,
+    thawing: Option<JoinHandle<Result<u64, AgentError>>>,
     may_be_paused: bool,
     requests: Lines<BufReader<Stdin>>,
 }
@@ -283,16 +283,16 @@ impl Guard {
     /// Freezes, unless the run ends or the deadline passes first; then what the guest may still do is
     /// undone by the thaw that follows.
     async fn freeze(&mut self) -> Freeze {
-        let Some(socket) = self.agent.clone() else {
-            return Freeze::Failed { reason: "no guest agent socket was given".into() };
+        let Some(address) = self.agent.clone() else {
+            return Freeze::Failed { reason: "there is no way to a guest agent".into() };
         };
-        let agent = match guest_agent::connect(&socket).await {
+        let agent = match Agent::connect(&address).await {
             Ok(agent) => agent,
             Err(error) => return Freeze::Failed { reason: error.to_string() },
         };
         self.deadline = Some(tokio::time::Instant::now() + FREEZE_TIMEOUT);
         let outcome = tokio::select! {
-            outcome = guest_agent::freeze(&agent, FREEZE_TIMEOUT) => outcome,
+            outcome = agent.freeze(FREEZE_TIMEOUT) => outcome,
             // The run says nothing before it has this answer: this is its end.
             _ = self.requests.next_line() => {
                 return Freeze::Failed { reason: "the run ended".into() };
@@ -331,9 +331,9 @@ impl Guard {
     /// Starts to thaw, in the background, unless that is under way.
     fn begin_thaw(&mut self) {
         self.deadline = None;
-        if let (Some(socket), None) = (self.agent.clone(), &self.thawing) {
+        if let (Some(address), None) = (self.agent.clone(), &self.thawing) {
             let connected = self.frozen.take().map(|(agent, _)| agent);
-            let thaw = async move { guest_agent::thaw(&socket, connected, PATIENCE).await };
+            let thaw = async move { guest_agent::thaw(&address, connected, PATIENCE).await };
             self.thawing = Some(tokio::spawn(thaw));
         }
     }
@@ -360,7 +360,9 @@ fn tell_syslog(what: &str) {
 
 /// Lets a guest go on that the run had paused; one that runs is left alone. Somebody may hold the
 /// monitor: then again and again.
-async fn let_go_on(monitor: &Path) -> Result<(), HypervisorError> {
+async fn let_go_on(reach: &Reach) -> Result<(), HypervisorError> {
+    // Nothing of a run pauses a domain of libvirt.
+    let Reach::Monitor(monitor) = reach else { return Ok(()) };
     let start = Instant::now();
     loop {
         let attempt = async { Monitor::connect(monitor).await?.let_go_on().await };

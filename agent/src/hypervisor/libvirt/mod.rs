@@ -1,0 +1,403 @@
+//! Domains of libvirt. Everything goes through libvirt: its domains' monitors stay untouched.
+
+pub mod connection;
+pub mod sys;
+pub mod xml;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::OnceCell;
+use virt::domain::DomainState;
+
+use super::{
+    Bitmap, BitmapHealth, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
+    Reach, Tracking,
+};
+use crate::capture::libvirt_job::{self, GuardedScratch};
+use crate::journal::{DiskRecord, Process, Record, Recorded};
+use crate::names::{DiskName, RunId};
+use crate::quiesce::guest_agent::AgentAddress;
+use connection::{DomainHandle, Libvirt};
+use xml::DomainDisk;
+
+/// How often the scratch is looked at.
+const SCRATCH_POLL: Duration = Duration::from_millis(10);
+/// Where libvirt keeps what belongs to one running domain: QEMU may make sockets there, whatever
+/// confines it (libvirt's `qemuDomainSetPrivatePathsOld`, and virt-aa-helper's rule for it).
+const DOMAIN_FOLDERS: &str = "/var/lib/libvirt/qemu";
+/// Length in bytes to which libvirt cuts a domain's name in such a path.
+const SHORT_NAME_LEN: usize = 20;
+
+/// What a user allows of the host.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    /// Where old blocks are saved; beside each image where not given.
+    pub scratch: Option<PathBuf>,
+    /// Where QEMU listens; a folder of libvirt's where not given.
+    pub sockets: Option<PathBuf>,
+}
+
+/// One domain of libvirt.
+#[derive(Debug)]
+pub struct LibvirtDomain {
+    handle: DomainHandle,
+    places: Places,
+    /// The domain as it was when it was first looked at.
+    seen: OnceCell<xml::Domain>,
+    /// Size in bytes of each disk of the run.
+    sizes: Mutex<Vec<u64>>,
+    scratch: Mutex<Vec<GuardedScratch>>,
+}
+
+/// A domain that a host has.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KnownDomain {
+    /// Its name.
+    pub name: String,
+    /// Its uuid.
+    pub uuid: String,
+    /// Whether a QEMU runs for it.
+    pub is_active: bool,
+}
+
+/// The domains that a host has, by name.
+///
+/// # Errors
+/// libvirt's.
+pub async fn domains(libvirt: &Libvirt) -> Result<Vec<KnownDomain>, HypervisorError> {
+    let list = |connection: &virt::connect::Connect| {
+        let known = |domain: &virt::domain::Domain| {
+            let (name, uuid) = (domain.name()?, domain.uuid_string()?);
+            Ok(KnownDomain { name, uuid, is_active: domain.is_active()? })
+        };
+        connection.list_all_domains(0)?.iter().map(known).collect::<Result<Vec<_>, _>>()
+    };
+    let mut domains = libvirt.ask("list its domains", list).await?;
+    domains.sort();
+    Ok(domains)
+}
+
+impl LibvirtDomain {
+    /// The domain with this uuid.
+    pub fn new(libvirt: &Libvirt, uuid: &str, places: Places) -> Self {
+        Self {
+            handle: libvirt.domain(uuid),
+            places,
+            seen: OnceCell::new(),
+            sizes: Mutex::new(Vec::new()),
+            scratch: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// The way to the guest agent, where the domain has a channel for one; after `discover`.
+    pub fn agent(&self) -> Option<AgentAddress> {
+        self.seen().has_agent.then(|| AgentAddress::Domain(self.handle.address()))
+    }
+
+    /// The domain, asked for once.
+    async fn look(&self) -> Result<&xml::Domain, HypervisorError> {
+        let ask = async || {
+            let describe = |domain: &virt::domain::Domain| domain.xml_desc(0);
+            let text = self.handle.ask("describe the domain", describe).await?;
+            Ok(xml::read_domain(&xml::parse(&text).map_err(HypervisorError::Xml)?))
+        };
+        self.seen.get_or_try_init(ask).await
+    }
+
+    fn seen(&self) -> &xml::Domain {
+        self.seen.get().expect("a backup looks at the domain first")
+    }
+
+    async fn state(&self) -> Result<DomainState, HypervisorError> {
+        let state = self.handle.ask("tell its state", |domain| domain.state()).await?.0;
+        Ok(state.unwrap_or(DomainState::NoState))
+    }
+
+    /// The disks of the domain that a record does not name.
+    fn others(&self, record: &Record) -> Vec<String> {
+        let named = |target: &&String| record.disks.iter().all(|d| d.disk.as_str() != *target);
+        self.seen().targets.iter().filter(named).cloned().collect()
+    }
+
+    async fn disk(&self, disk: &DomainDisk, bitmaps: &[Bitmap]) -> Result<Disk, HypervisorError> {
+        let target: DiskName = disk.target.parse().map_err(HypervisorError::DiskName)?;
+        let name = disk.target.clone();
+        let step = format!("tell the size of `{target}`");
+        let size = self.handle.ask(&step, move |domain| sys::disk_size(domain, &name)).await?;
+        Ok(Disk {
+            device: disk.target.clone(),
+            root: disk.target.clone(),
+            format: disk.target.clone(),
+            driver: disk.format.clone(),
+            size,
+            image: disk.file.clone().or_else(|| disk.device.clone()),
+            tracking: tracking(disk, bitmaps),
+            target,
+        })
+    }
+
+    /// Removes a checkpoint and its dirty bitmaps, also where some of these are missing or broken, on a
+    /// running guest.
+    ///
+    /// libvirt deletes a checkpoint only as a whole, and refuses where a bitmap is not there. So then
+    /// each disk gets a checkpoint of its own by that name, one after the other.
+    async fn drop_checkpoint(&self, name: &str) -> Result<(), HypervisorError> {
+        let step = format!("remove the checkpoint `{name}`");
+        let delete = |metadata_only: bool| {
+            let name = name.to_owned();
+            move |domain: &virt::domain::Domain| {
+                sys::checkpoint_delete(domain, &name, metadata_only)
+            }
+        };
+        match self.handle.change(&step, delete(false)).await {
+            Err(HypervisorError::Libvirt { source, .. }) => {
+                tracing::debug!(%source, "removing a checkpoint disk by disk");
+            }
+            deleted => return deleted,
+        }
+        if !self.state().await.is_ok_and(is_active) {
+            // libvirt removes dirty bitmaps only from running domains: the next backup does it.
+            return Ok(());
+        }
+        for disk in &self.look().await?.disks {
+            self.redefine(name, None, &[&disk.target], false).await?;
+            if self.handle.change(&step, delete(false)).await.is_err() {
+                tracing::debug!(disk = disk.target, "the disk has no such bitmap");
+            }
+        }
+        self.handle.change(&step, delete(true)).await
+    }
+
+    /// Tells libvirt of a checkpoint over these disks.
+    async fn redefine(
+        &self,
+        name: &str,
+        time: Option<jiff::Timestamp>,
+        tracked: &[&str],
+        validate: bool,
+    ) -> Result<(), HypervisorError> {
+        let time = time.unwrap_or_else(jiff::Timestamp::now);
+        let others = self.look().await?.targets.iter().map(String::as_str);
+        let others: Vec<&str> = others.filter(|target| !tracked.contains(target)).collect();
+        let text = xml::write_checkpoint(name, Some(time), tracked, &others);
+        let step = format!("define the checkpoint `{name}` again");
+        let work =
+            move |domain: &virt::domain::Domain| sys::checkpoint_redefine(domain, &text, validate);
+        self.handle.change(&step, work).await
+    }
+}
+
+fn is_active(state: DomainState) -> bool {
+    use DomainState::{Blocked, PMSuspended, Paused, Running, Shutdown};
+    matches!(state, Running | Blocked | Paused | Shutdown | PMSuspended)
+}
+
+/// The folder that libvirt keeps for a running domain.
+fn domain_folder(domain: &xml::Domain) -> PathBuf {
+    let mut short = domain.name.as_str();
+    if let Some((end, _)) = short.char_indices().nth(SHORT_NAME_LEN) {
+        short = &short[..end];
+    }
+    Path::new(DOMAIN_FOLDERS).join(format!("domain-{}-{short}", domain.id.unwrap_or(0)))
+}
+
+/// Whether a disk can keep dirty bitmaps: only qcow2 from version 3 on holds them.
+fn tracking(disk: &DomainDisk, bitmaps: &[Bitmap]) -> Tracking {
+    if disk.format != "qcow2" {
+        return Tracking::Unsupported(format!("{} images keep no dirty bitmaps", disk.format));
+    }
+    let image = disk.file.as_deref().or(disk.device.as_deref());
+    match image.and_then(qcow2_version) {
+        Some(2) => Tracking::Unsupported(
+            "qcow2 version 2 keeps no dirty bitmaps; `qemu-img amend -o compat=1.1` changes that"
+                .to_owned(),
+        ),
+        _ => Tracking::Bitmaps(bitmaps.to_vec()),
+    }
+}
+
+/// The version that the header of a qcow2 image gives (bytes 4 to 7, QEMU's docs/interop/qcow2.txt),
+/// where it can be read.
+fn qcow2_version(image: &Path) -> Option<u32> {
+    let mut options = File::options();
+    options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+    let mut header = [0; 8];
+    options.open(image).ok()?.read_exact(&mut header).ok()?;
+    let (magic, version) = header.split_at(4);
+    (magic == b"QFI\xfb").then(|| u32::from_be_bytes(version.try_into().expect("four bytes")))
+}
+
+impl Hypervisor for LibvirtDomain {
+    async fn discover(&self) -> Result<Machine, HypervisorError> {
+        let seen = self.look().await?;
+        let state = self.state().await?;
+        if !is_active(state) {
+            return Err(HypervisorError::NotRunning { domain: seen.name.clone() });
+        }
+        let checkpoints = |domain: &virt::domain::Domain| sys::checkpoints(domain, true);
+        let checkpoints = self.handle.ask("describe its checkpoints", checkpoints).await?;
+        let mut bitmaps: BTreeMap<String, Vec<Bitmap>> = BTreeMap::new();
+        for (name, text) in checkpoints {
+            let document = xml::parse(&text).map_err(HypervisorError::Xml)?;
+            for (target, bitmap) in xml::read_checkpoint(&name, &document) {
+                bitmaps.entry(target).or_default().push(bitmap);
+            }
+        }
+        let mut machine = Machine {
+            name: Some(seen.name.clone()),
+            uuid: self.handle.address().uuid,
+            runs: state == DomainState::Running,
+            disks: Vec::new(),
+            skipped: seen.skipped.clone(),
+        };
+        for disk in &seen.disks {
+            let of_disk = bitmaps.get(&disk.target).map_or(&[][..], Vec::as_slice);
+            machine.disks.push(self.disk(disk, of_disk).await?);
+        }
+        Ok(machine)
+    }
+
+    async fn reclaim(
+        &self,
+        machine: &mut Machine,
+        claims: &[Claim],
+    ) -> Result<(), HypervisorError> {
+        for claim in claims {
+            let known =
+                |disk: &Disk| disk.tracking.bitmaps().iter().any(|b| b.name == claim.bitmap);
+            if machine.disks.iter().any(known) {
+                continue;
+            }
+            // libvirt takes them all or none, so the good ones are found one by one.
+            let mut good = Vec::new();
+            for disk in machine.disks.iter().filter(|disk| claim.disks.contains(&disk.target)) {
+                let target = disk.target.as_str();
+                match self.redefine(&claim.bitmap, Some(claim.time), &[target], true).await {
+                    Ok(()) => good.push(target.to_owned()),
+                    Err(HypervisorError::Libvirt { source, .. })
+                        if sys::is_inconsistent(&source) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            if good.is_empty() {
+                self.drop_checkpoint(&claim.bitmap).await?;
+                continue;
+            }
+            tracing::warn!(checkpoint = claim.bitmap, "libvirt had lost a checkpoint: it is back");
+            let targets: Vec<&str> = good.iter().map(String::as_str).collect();
+            self.redefine(&claim.bitmap, Some(claim.time), &targets, false).await?;
+            let found = |disk: &&mut Disk| good.iter().any(|good| good == disk.target.as_str());
+            for disk in machine.disks.iter_mut().filter(found) {
+                if let Tracking::Bitmaps(bitmaps) = &mut disk.tracking {
+                    let health = BitmapHealth::Good;
+                    bitmaps.push(Bitmap { name: claim.bitmap.clone(), health });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Domain(self.handle.address())
+    }
+
+    async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {
+        let stats = self.handle.ask("count what the guest does", sys::block_stats).await?;
+        Ok(GuestIo { operations: stats.operations, time: Duration::from_nanos(stats.time_ns) })
+    }
+
+    fn names(&self, run: &RunId, _index: usize, disk: &Disk) -> DiskRecord {
+        let beside = || disk.image.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let folder = self.places.scratch.clone().or_else(beside);
+        let folder = folder.unwrap_or_else(|| domain_folder(self.seen()));
+        let scratch = folder.join(format!(".kvmsnap-{run}-{}.scratch", disk.target));
+        DiskRecord {
+            disk: disk.target.clone(),
+            device: disk.device.clone(),
+            root: disk.root.clone(),
+            format: disk.format.clone(),
+            scratch: scratch.to_string_lossy().into_owned(),
+            filter: String::new(),
+            snapshot: disk.target.to_string(),
+            job: None,
+            bitmap_new: None,
+            bitmap_old: None,
+            bitmap_export: None,
+        }
+    }
+
+    fn listens_at(&self, run: &RunId) -> Option<PathBuf> {
+        let folder = self.places.sockets.clone().unwrap_or_else(|| domain_folder(self.seen()));
+        Some(folder.join(format!("kvmsnap-{run}.nbd")))
+    }
+
+    fn process(&self) -> Option<Process> {
+        None
+    }
+
+    fn pauses(&self, _disks: usize) -> bool {
+        false
+    }
+
+    async fn danger(&self) -> HypervisorError {
+        loop {
+            let low = {
+                let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+                scratch.iter_mut().find_map(|scratch| scratch.guard().err())
+            };
+            match low {
+                Some(low) => return low,
+                None => tokio::time::sleep(SCRATCH_POLL).await,
+            }
+        }
+    }
+
+    async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
+        libvirt_job::check_room(recorded.record(), disks)?;
+        let sizes = disks.iter().map(|disk| disk.size);
+        *self.sizes.lock().unwrap_or_else(PoisonError::into_inner) = sizes.collect();
+        Ok(())
+    }
+
+    async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError> {
+        libvirt_job::cut(&self.handle, recorded, &self.others(recorded.record())).await
+    }
+
+    async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {
+        let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let disks = recorded.record().disks.iter().zip(sizes);
+        let scratch = disks.map(|(names, size)| GuardedScratch::open(names, size));
+        let scratch = scratch.collect::<Result<_, _>>()?;
+        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = scratch;
+        libvirt_job::export(recorded)
+    }
+
+    async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        libvirt_job::confirm(&self.handle, recorded).await
+    }
+
+    async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        libvirt_job::release(&self.handle, recorded).await
+    }
+
+    async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        // Nothing of a run pauses a domain.
+        Ok(())
+    }
+
+    async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
+        let mut names: Vec<&str> = bitmaps.iter().map(|(_, name)| name.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            self.drop_checkpoint(name).await?;
+        }
+        Ok(())
+    }
+}

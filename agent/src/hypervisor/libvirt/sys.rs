@@ -1,0 +1,276 @@
+//! The calls of libvirt that the `virt` crate does not have, each a thin and safe function. The only
+//! unsafe code of this program.
+//!
+//! All of them block until libvirt answers. What libvirt says of an error is kept for each thread, so
+//! it is read on the thread of the call.
+
+#![allow(unsafe_code, reason = "C functions; each is called with pointers that outlive the call")]
+
+use std::ffi::{CStr, CString};
+use std::os::raw::{c_char, c_int, c_uint, c_void};
+use std::ptr;
+use std::sync::Once;
+
+use virt::domain::Domain;
+use virt::error::{Error, ErrorNumberEnum};
+use virt_sys as sys;
+
+/// What the guest did on all its disks, as libvirt counts it; times in nanoseconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlockStats {
+    /// Finished reads, writes and flushes.
+    pub operations: u64,
+    /// The time they took, added up, in nanoseconds.
+    pub time_ns: u64,
+}
+
+/// Keeps libvirt from printing errors by itself: they are returned, and printed once.
+pub fn silence() {
+    extern "C" fn ignore(_: *mut c_void, _: *mut sys::virError) {}
+    static ONCE: Once = Once::new();
+    // SAFETY: the handler is a function that lives as long as the program and touches nothing.
+    ONCE.call_once(|| unsafe { sys::virSetErrorFunc(ptr::null_mut(), Some(ignore)) });
+}
+
+/// Starts a backup job and, where one is described, a checkpoint in the same instant
+/// (`virDomainBackupBegin`).
+///
+/// # Errors
+/// libvirt's. A checkpoint may exist all the same when the export was what failed.
+pub fn backup_begin(domain: &Domain, backup: &str, checkpoint: Option<&str>) -> Result<(), Error> {
+    let (backup, checkpoint) = (text(backup)?, checkpoint.map(text).transpose()?);
+    let checkpoint = checkpoint.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+    // SAFETY: the domain is referenced by its wrapper, the texts live until the call returns.
+    check(unsafe { sys::virDomainBackupBegin(domain.as_ptr(), backup.as_ptr(), checkpoint, 0) })
+}
+
+/// The backup job that runs, as libvirt describes it; `None` where none does.
+///
+/// # Errors
+/// libvirt's.
+pub fn backup_xml(domain: &Domain) -> Result<Option<String>, Error> {
+    // SAFETY: the domain is referenced by its wrapper; the answer is ours to free.
+    match unsafe { owned(sys::virDomainBackupGetXMLDesc(domain.as_ptr(), 0)) } {
+        Err(error) if is(&error, sys::VIR_ERR_NO_DOMAIN_BACKUP) => Ok(None),
+        answer => answer.map(Some),
+    }
+}
+
+/// Ends the job that runs.
+///
+/// # Errors
+/// libvirt's.
+pub fn abort_job(domain: &Domain) -> Result<(), Error> {
+    // SAFETY: the domain is referenced by its wrapper.
+    check(unsafe { sys::virDomainAbortJob(domain.as_ptr()) })
+}
+
+/// All checkpoints: the name of each and its description without the domain's. With `size` each disk
+/// whose dirty bitmap is there and usable has an attribute of that name; the domain must run then.
+///
+/// # Errors
+/// libvirt's.
+pub fn checkpoints(domain: &Domain, size: bool) -> Result<Vec<(String, String)>, Error> {
+    let mut list: *mut sys::virDomainCheckpointPtr = ptr::null_mut();
+    // SAFETY: libvirt fills the pointer with an array that is ours to free.
+    let count = unsafe { sys::virDomainListAllCheckpoints(domain.as_ptr(), &raw mut list, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    let flags = if size { sys::VIR_DOMAIN_CHECKPOINT_XML_SIZE } else { 0 };
+    let mut checkpoints = Ok(Vec::with_capacity(count));
+    for index in 0..count {
+        // SAFETY: the array has `count` checkpoints; each is read before it is freed, and freed once.
+        unsafe {
+            let checkpoint = *list.add(index);
+            if let Ok(found) = &mut checkpoints {
+                let name = CStr::from_ptr(sys::virDomainCheckpointGetName(checkpoint));
+                let name = name.to_string_lossy().into_owned();
+                let flags = flags | sys::VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN;
+                match owned(sys::virDomainCheckpointGetXMLDesc(checkpoint, flags as c_uint)) {
+                    Ok(xml) => found.push((name, xml)),
+                    // Somebody has removed it meanwhile.
+                    Err(error) if is(&error, sys::VIR_ERR_NO_DOMAIN_CHECKPOINT) => {}
+                    Err(error) => checkpoints = Err(error),
+                }
+            }
+            sys::virDomainCheckpointFree(checkpoint);
+        }
+    }
+    // SAFETY: libvirt allocated the array with malloc.
+    unsafe { libc_free(list.cast()) };
+    checkpoints
+}
+
+/// Tells libvirt of a checkpoint whose dirty bitmaps are there already. With `validate` it refuses one
+/// of which a bitmap is missing or broken.
+///
+/// # Errors
+/// libvirt's; [`is_inconsistent`] tells a bitmap that cannot be used.
+pub fn checkpoint_redefine(domain: &Domain, xml: &str, validate: bool) -> Result<(), Error> {
+    let xml = text(xml)?;
+    let validate = if validate { sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE } else { 0 };
+    let flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | validate;
+    // SAFETY: the domain is referenced by its wrapper, the text lives until the call returns; the
+    // checkpoint that comes back is a reference of ours.
+    unsafe {
+        let checkpoint =
+            sys::virDomainCheckpointCreateXML(domain.as_ptr(), xml.as_ptr(), flags as c_uint);
+        if checkpoint.is_null() {
+            return Err(Error::last_error());
+        }
+        sys::virDomainCheckpointFree(checkpoint);
+    }
+    Ok(())
+}
+
+/// Deletes a checkpoint: its dirty bitmaps and what libvirt knows of it, or only the latter. One that
+/// does not exist is gone already.
+///
+/// # Errors
+/// libvirt's.
+pub fn checkpoint_delete(domain: &Domain, name: &str, metadata_only: bool) -> Result<(), Error> {
+    let name = text(name)?;
+    let flags = if metadata_only { sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY } else { 0 };
+    // SAFETY: as above; the reference that the look-up returns is freed after its use.
+    unsafe {
+        let checkpoint = sys::virDomainCheckpointLookupByName(domain.as_ptr(), name.as_ptr(), 0);
+        if checkpoint.is_null() {
+            let error = Error::last_error();
+            let gone = is(&error, sys::VIR_ERR_NO_DOMAIN_CHECKPOINT);
+            return if gone { Ok(()) } else { Err(error) };
+        }
+        let deleted = check(sys::virDomainCheckpointDelete(checkpoint, flags as c_uint));
+        sys::virDomainCheckpointFree(checkpoint);
+        deleted
+    }
+}
+
+/// Freezes the guest's file systems through its agent and returns how many.
+///
+/// # Errors
+/// libvirt's, or what the agent says.
+pub fn fs_freeze(domain: &Domain) -> Result<u64, Error> {
+    // SAFETY: no mount points are given, which means all.
+    count(unsafe { sys::virDomainFSFreeze(domain.as_ptr(), ptr::null_mut(), 0, 0) })
+}
+
+/// Thaws the guest's file systems and returns how many.
+///
+/// # Errors
+/// libvirt's, or what the agent says.
+pub fn fs_thaw(domain: &Domain) -> Result<u64, Error> {
+    // SAFETY: no mount points are given, which means all.
+    count(unsafe { sys::virDomainFSThaw(domain.as_ptr(), ptr::null_mut(), 0, 0) })
+}
+
+/// Sets how long libvirt waits for the agent, in seconds; `None` for as long as it takes, which is how
+/// libvirt begins.
+///
+/// # Errors
+/// libvirt's.
+pub fn agent_timeout(domain: &Domain, seconds: Option<c_int>) -> Result<(), Error> {
+    let seconds = seconds.unwrap_or(sys::VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK);
+    // SAFETY: the domain is referenced by its wrapper.
+    check(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), seconds, 0) })
+}
+
+/// Size in bytes of a disk as the guest sees it.
+///
+/// # Errors
+/// libvirt's.
+pub fn disk_size(domain: &Domain, target: &str) -> Result<u64, Error> {
+    let target = text(target)?;
+    let mut info = sys::virDomainBlockInfo { capacity: 0, allocation: 0, physical: 0 };
+    // SAFETY: libvirt fills the structure that is passed.
+    check(unsafe {
+        sys::virDomainGetBlockInfo(domain.as_ptr(), target.as_ptr(), &raw mut info, 0)
+    })?;
+    Ok(info.capacity)
+}
+
+/// Adds up what the guest did on all its disks. Looks at no job: statistics of a backup job can end
+/// libvirtd before libvirt 10.8.
+///
+/// # Errors
+/// libvirt's.
+pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
+    const ALL_DISKS: &CStr = c"";
+    let mut len: c_int = 0;
+    let ask = |params, len: &mut c_int| {
+        // SAFETY: without parameters libvirt says how many there are; with them it fills as many.
+        check(unsafe {
+            sys::virDomainBlockStatsFlags(domain.as_ptr(), ALL_DISKS.as_ptr(), params, len, 0)
+        })
+    };
+    ask(ptr::null_mut(), &mut len)?;
+    // SAFETY: a parameter is plain data, for which zeros are a value.
+    let zero: sys::virTypedParameter = unsafe { std::mem::zeroed() };
+    let mut params = vec![zero; usize::try_from(len).unwrap_or(0)];
+    ask(params.as_mut_ptr(), &mut len)?;
+    params.truncate(usize::try_from(len).unwrap_or(0));
+    let mut stats = BlockStats::default();
+    for param in &params {
+        // SAFETY: libvirt ends the name with a zero; the type says which member is set.
+        let (name, value) = unsafe {
+            let value = match c_uint::try_from(param.type_) {
+                Ok(sys::VIR_TYPED_PARAM_LLONG) => u64::try_from(param.value.l).unwrap_or(0),
+                Ok(sys::VIR_TYPED_PARAM_ULLONG) => param.value.ul,
+                _ => continue,
+            };
+            (CStr::from_ptr(param.field.as_ptr()), value)
+        };
+        match name.to_bytes() {
+            b"rd_operations" | b"wr_operations" | b"flush_operations" => stats.operations += value,
+            b"rd_total_times" | b"wr_total_times" | b"flush_total_times" => stats.time_ns += value,
+            _ => {}
+        }
+    }
+    Ok(stats)
+}
+
+/// Whether an error says that a dirty bitmap is missing or broken.
+pub fn is_inconsistent(error: &Error) -> bool {
+    is(error, sys::VIR_ERR_CHECKPOINT_INCONSISTENT)
+}
+
+/// Whether an error says that the domain does not exist.
+pub fn is_no_domain(error: &Error) -> bool {
+    is(error, sys::VIR_ERR_NO_DOMAIN)
+}
+
+fn is(error: &Error, code: sys::virErrorNumber) -> bool {
+    error.code() == ErrorNumberEnum::from_raw(code)
+}
+
+fn text(text: &str) -> Result<CString, Error> {
+    Ok(CString::new(text)?)
+}
+
+fn check(returned: c_int) -> Result<(), Error> {
+    if returned < 0 { Err(Error::last_error()) } else { Ok(()) }
+}
+
+fn count(returned: c_int) -> Result<u64, Error> {
+    u64::try_from(returned).map_err(|_| Error::last_error())
+}
+
+/// Takes over a text that libvirt allocated.
+///
+/// # Safety
+/// `returned` is null or a text that ends with a zero, allocated with malloc and used by nobody else.
+unsafe fn owned(returned: *mut c_char) -> Result<String, Error> {
+    if returned.is_null() {
+        return Err(Error::last_error());
+    }
+    // SAFETY: as the caller promises.
+    unsafe {
+        let copy = CStr::from_ptr(returned).to_string_lossy().into_owned();
+        libc_free(returned.cast());
+        Ok(copy)
+    }
+}
+
+unsafe extern "C" {
+    /// `free(3)`.
+    #[link_name = "free"]
+    unsafe fn libc_free(pointer: *mut c_void);
+}

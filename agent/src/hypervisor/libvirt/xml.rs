@@ -1,0 +1,220 @@
+//! libvirt's XML: what it says of a domain read into our terms, and what we ask for. No I/O.
+//!
+//! Sources: libvirt's "Domain XML format", "Checkpoint XML format" and "Backup XML format".
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use xmltree::{Element, ParseError, XMLNode};
+
+use crate::hypervisor::{Bitmap, BitmapHealth, Skipped};
+use crate::journal::DiskRecord;
+
+/// The part of a domain's description that is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Domain {
+    /// Its number while it runs.
+    pub id: Option<u32>,
+    /// Its name.
+    pub name: String,
+    /// The targets of all its disk devices, also of those that are left out.
+    pub targets: Vec<String>,
+    /// Its disks, in order.
+    pub disks: Vec<DomainDisk>,
+    /// What is no disk to back up, and why.
+    pub skipped: Vec<Skipped>,
+    /// Whether it has a channel for the guest agent.
+    pub has_agent: bool,
+}
+
+/// A disk of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainDisk {
+    /// Its target, such as `vda`.
+    pub target: String,
+    /// The format of its image: `qcow2`, `raw`.
+    pub format: String,
+    /// The image, where it is a file of the host.
+    pub file: Option<PathBuf>,
+    /// The image, where it is a block device of the host.
+    pub device: Option<PathBuf>,
+}
+
+/// Reads a document.
+///
+/// # Errors
+/// Where it is not well-formed.
+pub fn parse(xml: &str) -> Result<Element, ParseError> {
+    Element::parse(xml.as_bytes())
+}
+
+/// Reads a domain's description.
+pub fn read_domain(domain: &Element) -> Domain {
+    let mut read = Domain {
+        id: domain.attributes.get("id").and_then(|id| id.parse().ok()),
+        name: text(domain, "name").unwrap_or_default(),
+        targets: Vec::new(),
+        disks: Vec::new(),
+        skipped: Vec::new(),
+        has_agent: false,
+    };
+    let Some(devices) = domain.get_child("devices") else { return read };
+    for device in elements(devices) {
+        match device.name.as_str() {
+            "disk" => {
+                read.targets.extend(attribute(device, "target", "dev").map(str::to_owned));
+                match read_disk(device) {
+                    Ok(disk) => read.disks.push(disk),
+                    Err(skipped) => read.skipped.push(skipped),
+                }
+            }
+            "channel" => {
+                let name = attribute(device, "target", "name");
+                read.has_agent |= name == Some("org.qemu.guest_agent.0");
+            }
+            _ => {}
+        }
+    }
+    read
+}
+
+fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
+    let target = attribute(disk, "target", "dev").unwrap_or("?").to_owned();
+    let skip = |reason: &str| Skipped { device: target.clone(), reason: reason.to_owned() };
+    match disk.attributes.get("device").map_or("disk", String::as_str) {
+        "disk" | "lun" => {}
+        "cdrom" => return Err(skip("it is a CD-ROM")),
+        "floppy" => return Err(skip("it is a floppy disk")),
+        other => return Err(skip(&format!("it is a {other}"))),
+    }
+    if disk.get_child("readonly").is_some() {
+        return Err(skip("it is read-only"));
+    }
+    if disk.get_child("transient").is_some() {
+        return Err(skip("it is transient: it loses its changes when the domain stops"));
+    }
+    if disk.get_child("source").is_none() {
+        return Err(skip("it has no medium"));
+    }
+    let source = |name| attribute(disk, "source", name).map(PathBuf::from);
+    let format = attribute(disk, "driver", "type").unwrap_or("raw").to_owned();
+    Ok(DomainDisk { target: target.clone(), format, file: source("file"), device: source("dev") })
+}
+
+/// The dirty bitmaps of a checkpoint: each the target of its disk, and the bitmap. libvirt was asked
+/// for sizes, which it gives only for those that are there and usable.
+pub fn read_checkpoint(name: &str, checkpoint: &Element) -> Vec<(String, Bitmap)> {
+    let Some(disks) = checkpoint.get_child("disks") else { return Vec::new() };
+    let bitmap = |disk: &Element| {
+        let get = |name: &str| disk.attributes.get(name).map(String::as_str);
+        (get("checkpoint") == Some("bitmap")).then_some(())?;
+        let health = match get("size") {
+            Some(_) => BitmapHealth::Good,
+            None => BitmapHealth::Broken,
+        };
+        let name = get("bitmap").unwrap_or(name).to_owned();
+        Some((get("name")?.to_owned(), Bitmap { name, health }))
+    };
+    elements(disks).filter_map(bitmap).collect()
+}
+
+/// The socket that a backup job's server listens at.
+pub fn read_backup_socket(backup: &Element) -> Option<PathBuf> {
+    attribute(backup, "server", "socket").map(PathBuf::from)
+}
+
+/// A pull-mode backup of these disks at a socket; all others are left alone.
+pub fn write_backup(socket: &Path, disks: &[DiskRecord], others: &[String]) -> String {
+    let mut server = element("server", &[("transport", "unix")]);
+    set(&mut server, "socket", &socket.to_string_lossy());
+    let mut list = element("disks", &[]);
+    for disk in disks {
+        let mut entry = element("disk", &[("backup", "yes"), ("type", "file")]);
+        set(&mut entry, "name", disk.disk.as_str());
+        set(&mut entry, "exportname", &disk.snapshot);
+        match (&disk.bitmap_old, &disk.bitmap_export) {
+            (Some(old), Some(export)) => {
+                set(&mut entry, "backupmode", "incremental");
+                set(&mut entry, "incremental", old);
+                set(&mut entry, "exportbitmap", export);
+            }
+            _ => set(&mut entry, "backupmode", "full"),
+        }
+        add(&mut entry, element("driver", &[("type", "qcow2")]));
+        add(&mut entry, element("scratch", &[("file", &disk.scratch)]));
+        add(&mut list, entry);
+    }
+    for target in others {
+        add(&mut list, element("disk", &[("name", target), ("backup", "no")]));
+    }
+    let mut backup = element("domainbackup", &[("mode", "pull")]);
+    add(&mut backup, server);
+    add(&mut backup, list);
+    write(&backup)
+}
+
+/// A checkpoint that begins a dirty bitmap on the disks of `tracked`, and none on `others`. The time is
+/// for one that is told of again; libvirt sets it otherwise.
+pub fn write_checkpoint(
+    name: &str,
+    time: Option<Timestamp>,
+    tracked: &[&str],
+    others: &[&str],
+) -> String {
+    let mut checkpoint = element("domaincheckpoint", &[]);
+    add(&mut checkpoint, with_text("name", name));
+    if let Some(time) = time {
+        add(&mut checkpoint, with_text("creationTime", &time.as_second().to_string()));
+    }
+    let mut list = element("disks", &[]);
+    for target in tracked {
+        let mut disk = element("disk", &[("name", target), ("checkpoint", "bitmap")]);
+        set(&mut disk, "bitmap", name);
+        add(&mut list, disk);
+    }
+    for target in others {
+        add(&mut list, element("disk", &[("name", target), ("checkpoint", "no")]));
+    }
+    add(&mut checkpoint, list);
+    write(&checkpoint)
+}
+
+fn elements(parent: &Element) -> impl Iterator<Item = &Element> {
+    parent.children.iter().filter_map(XMLNode::as_element)
+}
+
+fn attribute<'a>(parent: &'a Element, child: &str, name: &str) -> Option<&'a str> {
+    parent.get_child(child)?.attributes.get(name).map(String::as_str)
+}
+
+fn text(parent: &Element, child: &str) -> Option<String> {
+    parent.get_child(child)?.get_text().map(std::borrow::Cow::into_owned)
+}
+
+fn element(name: &str, attributes: &[(&str, &str)]) -> Element {
+    let mut element = Element::new(name);
+    for (name, value) in attributes {
+        set(&mut element, name, value);
+    }
+    element
+}
+
+fn with_text(name: &str, text: &str) -> Element {
+    let mut element = Element::new(name);
+    element.children.push(XMLNode::Text(text.to_owned()));
+    element
+}
+
+fn set(element: &mut Element, name: &str, value: &str) {
+    element.attributes.insert(name.to_owned().into(), value.to_owned());
+}
+
+fn add(parent: &mut Element, child: Element) {
+    parent.children.push(XMLNode::Element(child));
+}
+
+fn write(element: &Element) -> String {
+    let mut text = Vec::new();
+    element.write(&mut text).expect("memory takes everything");
+    String::from_utf8(text).expect("XML is written as UTF-8")
+}
