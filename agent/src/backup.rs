@@ -12,9 +12,9 @@ use jiff::Timestamp;
 use repository::{AnnouncedLock, FileId, Index, Lock, Repository, RepositoryError};
 use tokio::task::JoinHandle;
 
-use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError};
+use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
-use crate::manifest::{DiskManifest, Kind, Manifest, Method};
+use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest, Method};
 use crate::names::{BitmapNames, DomainName, RunId};
 use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
@@ -134,6 +134,7 @@ struct Captured {
     quiesced: quiesce::Outcome,
     disks: Vec<Mapped>,
     bytes_read: Vec<u64>,
+    files: Vec<MachineFile>,
     store: Store,
     lock: Lock,
 }
@@ -222,7 +223,7 @@ impl<H: Hypervisor> Run<'_, H> {
         lock: JoinHandle<Result<Lock, RepositoryError>>,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let (cut, mut quiesced) = self.point_in_time(recorded).await?;
+        let (cut, mut quiesced, files) = self.point_in_time(recorded).await?;
         self.host.journal.update(recorded, |record| {
             record.holds_guest = false;
             record.nbd_server = true;
@@ -243,7 +244,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let lock = lock.await.map_err(|_| RepositoryError::WriterDied)??;
         let (store, bytes_read) = self.read(&disks).await?;
         self.hypervisor.confirm(recorded).await?;
-        Ok(Captured { start, cut, quiesced, disks, bytes_read, store, lock })
+        Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store, lock })
     }
 
     /// Waits until all that was read is durable; only the snapshot file is missing then.
@@ -252,7 +253,7 @@ impl<H: Hypervisor> Run<'_, H> {
         captured: Captured,
         record: &Record,
     ) -> Result<(Durable, Manifest, Lock), BackupError> {
-        let Captured { start, cut, quiesced, disks, bytes_read, store, lock } = captured;
+        let Captured { start, cut, quiesced, disks, bytes_read, files, store, lock } = captured;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
@@ -297,8 +298,10 @@ impl<H: Hypervisor> Run<'_, H> {
             duration_ms: millis(start.elapsed()),
             warnings: quiesced.warnings,
             disks: manifests,
+            files: files.iter().map(FileManifest::of).collect(),
         };
-        let durable = stored.finish(manifest.clone(), contents).await?;
+        let earlier = self.plan.files.clone();
+        let durable = stored.finish(manifest.clone(), contents, files, earlier).await?;
         Ok((durable, manifest, lock))
     }
 
@@ -306,9 +309,10 @@ impl<H: Hypervisor> Run<'_, H> {
     async fn point_in_time(
         &self,
         recorded: &mut Recorded,
-    ) -> Result<(Cut, quiesce::Outcome), BackupError> {
+    ) -> Result<(Cut, quiesce::Outcome, Vec<MachineFile>), BackupError> {
         self.progress.phase("preparing");
         let disks: Vec<Disk> = self.plan.disks.iter().map(|planned| planned.disk.clone()).collect();
+        let mut files = self.hypervisor.definition().await?;
         self.hypervisor.prepare(recorded, &disks).await?;
         self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
         self.progress.phase("taking the point in time");
@@ -323,8 +327,12 @@ impl<H: Hypervisor> Run<'_, H> {
             Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
             Err(error) => Err(error.into()),
         };
+        let (firmware, failed) = self.hypervisor.firmware();
         let thawed = quiesced.thaw().await;
-        Ok((cut?, thawed?))
+        let (cut, mut thawed) = (cut?, thawed?);
+        files.extend(firmware);
+        thawed.warnings.extend(failed);
+        Ok((cut, thawed, files))
     }
 
     /// Finds out what of a disk is to be read, and whether its bitmap can be believed.

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::hypervisor::{MachineFile, Role};
 use crate::names::{DiskName, DomainName, RunId};
 
 /// How a backup, or a disk within it, came about.
@@ -106,6 +107,22 @@ pub struct Manifest {
     pub warnings: Vec<String>,
     /// The disks, by name.
     pub disks: Vec<DiskManifest>,
+    /// The machine's files besides its disks.
+    #[serde(default)]
+    pub files: Vec<FileManifest>,
+}
+
+/// The record of a file beside the disks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FileManifest {
+    /// Its name in the snapshot.
+    pub name: String,
+    /// What it is.
+    pub role: Role,
+    /// Where it lay on the host, where it was a file there.
+    pub source: Option<String>,
+    /// Length in bytes.
+    pub size: u64,
 }
 
 /// The record of one disk.
@@ -137,6 +154,18 @@ pub struct DiskManifest {
     pub bytes_audited: u64,
     /// Bytes added to the repository, compressed.
     pub bytes_stored: u64,
+}
+
+impl FileManifest {
+    /// The record of a file.
+    pub fn of(file: &MachineFile) -> Self {
+        Self {
+            name: file.name.clone(),
+            role: file.role,
+            source: file.source.clone(),
+            size: file.content.len() as u64,
+        }
+    }
 }
 
 impl Manifest {

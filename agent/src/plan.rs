@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
 use jiff::Timestamp;
-use repository::{BlobId, FileId, Index, Tree};
+use repository::{BlobId, FileId, Index, Node, Tree};
 
-use crate::catalog::{Backup, Catalog, CatalogError, is_of, take_content};
+use crate::catalog::{Backup, Catalog, CatalogError, disk_file, is_of, take_content};
 use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
 use crate::names::{BitmapNames, DiskName, DomainName};
@@ -79,6 +79,8 @@ pub struct Plan {
     pub parent: Option<FileId>,
     /// For each disk, how it is read.
     pub disks: Vec<PlannedDisk>,
+    /// What else is in the parent's folder, without the content of disks.
+    pub files: Vec<Node>,
 }
 
 /// A disk about to be backed up.
@@ -187,7 +189,12 @@ pub fn plan(
             earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
         planned.push(plan_disk(disk, earlier, catalog, index, wanted, &mut folders));
     }
-    Ok(Plan { domain, machine, parent: parent.map(|parent| parent.id), disks: planned })
+    let parent = parent.map(|parent| parent.id);
+    let folder = parent.and_then(|parent| folders.remove(&parent)?.ok());
+    let is_disk = |node: &Node| planned.iter().any(|p| disk_file(&p.disk.target) == node.name);
+    let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
+    let files = files.into_iter().filter(|node| !is_disk(node)).collect();
+    Ok(Plan { domain, machine, parent, disks: planned, files })
 }
 
 /// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the

@@ -12,12 +12,16 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::catalog;
+use crate::hypervisor::MachineFile;
 use crate::manifest::Manifest;
 use crate::read::Piece;
 use crate::read::chunk_map::{ChunkMap, Fate};
 
 /// Pieces that wait for the writer, of at most 1 MiB each.
 const PIECES_MAX: usize = 8;
+
+/// Length in bytes of the chunks of a machine's files.
+const FILE_CHUNK_LEN: usize = 1 << 20;
 
 /// A store that takes pieces.
 #[derive(Debug)]
@@ -127,7 +131,8 @@ impl Stored {
     }
 
     /// Stores manifest and trees; packs and index are durable when this returns. `disks` holds the
-    /// content of each disk of the manifest, in its order, and when it last changed.
+    /// content of each disk of the manifest, in its order, and when it last changed; `files` go beside
+    /// them, and are as old as those in `earlier` that they equal.
     ///
     /// The manifest lies beside the domain's folder: so the folder of a guest that did nothing is the
     /// parent's, and its long lists of chunks are not stored again.
@@ -138,6 +143,8 @@ impl Stored {
         self,
         manifest: Manifest,
         disks: Vec<(Vec<BlobId>, Timestamp)>,
+        files: Vec<MachineFile>,
+        earlier: Vec<Node>,
     ) -> Result<Durable, RepositoryError> {
         blocking(move || {
             let Self { writer, .. } = self;
@@ -149,6 +156,9 @@ impl Stored {
             for (disk, (content, changed)) in manifest.disks.iter().zip(disks) {
                 let name = catalog::disk_file(&disk.target);
                 nodes.push(Node::file(&name, disk.size, content, changed));
+            }
+            for file in files {
+                nodes.push(save_file(&writer, file, &earlier, time)?);
             }
             let folder = writer.save_tree(&Tree::new(nodes))?;
             let domain = manifest.domain.as_str();
@@ -167,6 +177,24 @@ impl Stored {
         })
         .await
     }
+}
+
+/// Stores a file of the machine.
+fn save_file(
+    writer: &Writer,
+    file: MachineFile,
+    earlier: &[Node],
+    now: Timestamp,
+) -> Result<Node, RepositoryError> {
+    let (name, bytes) = (file.name, Bytes::from(file.content));
+    let (size, mut content) = (bytes.len() as u64, Vec::new());
+    for start in (0..bytes.len()).step_by(FILE_CHUNK_LEN) {
+        let end = (start + FILE_CHUNK_LEN).min(bytes.len());
+        content.push(writer.save_blob(bytes.slice(start..end))?);
+    }
+    let same = |node: &&Node| node.name == name && node.content() == content;
+    let changed = earlier.iter().find(same).map_or(now, |node| node.mtime);
+    Ok(Node::file(&name, size, content, changed))
 }
 
 impl Durable {

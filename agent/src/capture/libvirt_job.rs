@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nix::fcntl::{FallocateFlags, fallocate};
 use virt::domain::{
-    DomainPausedReason, DomainPausedReasonEnum, DomainStateReason, DomainStateReasonEnum,
+    Domain, DomainPausedReason, DomainPausedReasonEnum, DomainStateReason, DomainStateReasonEnum,
 };
 use virt::error::Error;
 
@@ -77,7 +77,7 @@ pub async fn cut(
     tracing::debug!(backup, checkpoint, "starting a backup job");
     let time = Timestamp::now();
     let ours = record.socket.clone();
-    let begin = move |domain: &virt::domain::Domain| {
+    let begin = move |domain: &Domain| {
         match sys::backup_begin(domain, &backup, checkpoint.as_deref()) {
             // Begun by a first attempt whose answer was lost.
             Err(_) if job_socket(domain)?.is_some_and(|socket| Some(socket) == ours) => Ok(()),
@@ -186,14 +186,14 @@ async fn is_ours(domain: &DomainHandle, record: &Record) -> Result<bool, Hypervi
     Ok(running.is_some() && running == record.socket)
 }
 
-fn job_socket(domain: &virt::domain::Domain) -> Result<Option<PathBuf>, Error> {
+fn job_socket(domain: &Domain) -> Result<Option<PathBuf>, Error> {
     let job = sys::backup_xml(domain)?;
     let job = job.and_then(|text| xml::parse(&text).ok());
     Ok(job.and_then(|job| xml::read_backup_socket(&job)))
 }
 
 async fn resume_after_io_error(domain: &DomainHandle) -> Result<(), HypervisorError> {
-    let stopped = domain.ask("tell its state", |domain| domain.state()).await;
+    let stopped = domain.ask("tell its state", Domain::state).await;
     let (_, reason) = match stopped {
         Err(HypervisorError::Libvirt { source, .. }) if sys::is_no_domain(&source) => return Ok(()),
         stopped => stopped?,
@@ -201,7 +201,7 @@ async fn resume_after_io_error(domain: &DomainHandle) -> Result<(), HypervisorEr
     let io_error = DomainPausedReasonEnum::from(DomainPausedReason::IOError);
     if reason == DomainStateReasonEnum::from(DomainStateReason::Paused(io_error)) {
         tracing::warn!("the guest had stopped for an I/O error: it goes on");
-        domain.change("let the guest go on", |domain| domain.resume()).await?;
+        domain.change("let the guest go on", Domain::resume).await?;
     }
     Ok(())
 }

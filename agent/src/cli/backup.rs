@@ -73,6 +73,9 @@ pub struct BackupArgs {
     /// Where libvirt's QEMU listens for us; a folder of libvirt's own unless given
     #[arg(long, value_name = "FOLDER", env = "KVMSNAP_SOCKET_DIR", conflicts_with = "qmp")]
     socket_dir: Option<PathBuf>,
+    /// Store the domain's description with its secrets, such as passwords of consoles
+    #[arg(long, conflicts_with = "qmp")]
+    with_secrets: bool,
     /// How long QEMU's export may keep silent, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "30", env = "KVMSNAP_TIMEOUT",
           value_parser = clap::value_parser!(u64).range(1..))]
@@ -111,7 +114,12 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
             continue;
         }
         let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
-        let domain = LibvirtDomain::new(&libvirt, &known.uuid, Places { scratch, sockets });
+        let domain = LibvirtDomain::new(
+            &libvirt,
+            &known.uuid,
+            Places { scratch, sockets },
+            args.with_secrets,
+        );
         let connect = async { Ok(domain) };
         let reach = Reach::Domain(DomainAddress { uri: uri.clone(), uuid: known.uuid });
         match back_up(reach, connect, LibvirtDomain::agent, &args, context).await {

@@ -111,7 +111,7 @@ async fn examine(
             false
         }
         Some(Machine::Libvirt(domain)) if repair => {
-            recover::undo(&domain, journal, recorded, run_dir).await?;
+            recover::undo(&*domain, journal, recorded, run_dir).await?;
             false
         }
         Some(_) => false,
@@ -126,7 +126,7 @@ async fn examine(
 
 enum Machine {
     Bare(BareQemu),
-    Libvirt(LibvirtDomain),
+    Libvirt(Box<LibvirtDomain>),
 }
 
 /// Reaches the machine of a record; `None` where it has ended.
@@ -150,8 +150,8 @@ async fn reach_machine(record: &Record, run_dir: &Path) -> Result<Option<Machine
             let domain = known
                 .iter()
                 .any(active)
-                .then(|| LibvirtDomain::new(&libvirt, &address.uuid, Places::default()));
-            Ok(domain.map(Machine::Libvirt))
+                .then(|| LibvirtDomain::new(&libvirt, &address.uuid, Places::default(), false));
+            Ok(domain.map(Box::new).map(Machine::Libvirt))
         }
     }
 }

@@ -201,6 +201,43 @@ pub struct Machine {
     pub skipped: Vec<Skipped>,
 }
 
+/// A file that belongs to a machine, besides its disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineFile {
+    /// Its name beside the disks in a snapshot.
+    pub name: String,
+    /// What it is.
+    pub role: Role,
+    /// Where it lies on the host, where it is a file there.
+    pub source: Option<String>,
+    /// Its content.
+    pub content: Vec<u8>,
+}
+
+/// What a machine's file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// libvirt's description of the machine as it will start next.
+    Domain,
+    /// libvirt's description of the machine as it ran.
+    LiveDomain,
+    /// libvirt's description of the checkpoint that began with the backup.
+    Checkpoint,
+    /// libvirt's description of a network that the machine uses.
+    Network,
+    /// libvirt's description of a storage pool that holds an image.
+    Pool,
+    /// The memory of the firmware.
+    Nvram,
+    /// A part of the state of an emulated TPM.
+    Tpm,
+    /// The kernel that is booted directly.
+    Kernel,
+    /// Its initrd.
+    Initrd,
+}
+
 /// A device that is not backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
@@ -335,6 +372,13 @@ pub enum Care {
 pub trait Hypervisor {
     /// Looks at the machine. Changes nothing.
     async fn discover(&self) -> Result<Machine, HypervisorError>;
+
+    /// The files of the machine besides its disks: those that a running guest does not change.
+    async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError>;
+
+    /// The files of the machine that its guest may change, read in the instant of the call: while it is
+    /// frozen. What cannot be read is told in words.
+    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>);
 
     /// Finds dirty bitmaps again that the way to QEMU, not QEMU itself, has lost.
     async fn reclaim(&self, machine: &mut Machine, claims: &[Claim])

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use super::graph::{self, BlockDevice};
 use super::monitor::Monitor;
 use super::{
-    Care, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, Reach,
+    Care, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
+    Reach,
 };
 use crate::capture::{self, Scratch, filter, job, node_name};
 use crate::journal::{DiskRecord, Process, Recorded};
@@ -165,6 +166,15 @@ impl Hypervisor for BareQemu {
         let graph = self.monitor.graph().await?;
         let runs = self.monitor.guest_runs().await?;
         graph::read_machine(name.name, uuid.uuid, runs, &devices, &graph)
+    }
+
+    async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError> {
+        // Who started it knows how.
+        Ok(Vec::new())
+    }
+
+    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+        (Vec::new(), Vec::new())
     }
 
     async fn reclaim(&self, _: &mut Machine, _: &[Claim]) -> Result<(), HypervisorError> {

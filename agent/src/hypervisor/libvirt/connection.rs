@@ -136,6 +136,11 @@ impl DomainHandle {
         Ok(Libvirt::connect(&address.uri).await?.domain(&address.uuid))
     }
 
+    /// The libvirt that has it.
+    pub fn libvirt(&self) -> &Libvirt {
+        &self.libvirt
+    }
+
     /// Where it is.
     pub fn address(&self) -> DomainAddress {
         DomainAddress { uri: self.libvirt.uri.clone(), uuid: self.uuid.clone() }

@@ -1,6 +1,7 @@
 //! Domains of libvirt. Everything goes through libvirt: its domains' monitors stay untouched.
 
 pub mod connection;
+mod definition;
 pub mod sys;
 pub mod xml;
 
@@ -13,11 +14,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
-use virt::domain::DomainState;
+use virt::domain::{Domain, DomainState};
 
 use super::{
     Bitmap, BitmapHealth, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
-    Reach, Tracking,
+    MachineFile, Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::journal::{DiskRecord, Process, Record, Recorded};
@@ -48,6 +49,8 @@ pub struct Places {
 pub struct LibvirtDomain {
     handle: DomainHandle,
     places: Places,
+    /// Whether its description is stored with its secrets.
+    secrets: bool,
     /// The domain as it was when it was first looked at.
     seen: OnceCell<xml::Domain>,
     /// Size in bytes of each disk of the run.
@@ -72,7 +75,7 @@ pub struct KnownDomain {
 /// libvirt's.
 pub async fn domains(libvirt: &Libvirt) -> Result<Vec<KnownDomain>, HypervisorError> {
     let list = |connection: &virt::connect::Connect| {
-        let known = |domain: &virt::domain::Domain| {
+        let known = |domain: &Domain| {
             let (name, uuid) = (domain.name()?, domain.uuid_string()?);
             Ok(KnownDomain { name, uuid, is_active: domain.is_active()? })
         };
@@ -85,10 +88,11 @@ pub async fn domains(libvirt: &Libvirt) -> Result<Vec<KnownDomain>, HypervisorEr
 
 impl LibvirtDomain {
     /// The domain with this uuid.
-    pub fn new(libvirt: &Libvirt, uuid: &str, places: Places) -> Self {
+    pub fn new(libvirt: &Libvirt, uuid: &str, places: Places, secrets: bool) -> Self {
         Self {
             handle: libvirt.domain(uuid),
             places,
+            secrets,
             seen: OnceCell::new(),
             sizes: Mutex::new(Vec::new()),
             scratch: Mutex::new(Vec::new()),
@@ -103,7 +107,7 @@ impl LibvirtDomain {
     /// The domain, asked for once.
     async fn look(&self) -> Result<&xml::Domain, HypervisorError> {
         let ask = async || {
-            let describe = |domain: &virt::domain::Domain| domain.xml_desc(0);
+            let describe = |domain: &Domain| domain.xml_desc(0);
             let text = self.handle.ask("describe the domain", describe).await?;
             Ok(xml::read_domain(&xml::parse(&text).map_err(HypervisorError::Xml)?))
         };
@@ -115,7 +119,7 @@ impl LibvirtDomain {
     }
 
     async fn state(&self) -> Result<DomainState, HypervisorError> {
-        let state = self.handle.ask("tell its state", |domain| domain.state()).await?.0;
+        let state = self.handle.ask("tell its state", Domain::state).await?.0;
         Ok(state.unwrap_or(DomainState::NoState))
     }
 
@@ -151,9 +155,7 @@ impl LibvirtDomain {
         let step = format!("remove the checkpoint `{name}`");
         let delete = |metadata_only: bool| {
             let name = name.to_owned();
-            move |domain: &virt::domain::Domain| {
-                sys::checkpoint_delete(domain, &name, metadata_only)
-            }
+            move |domain: &Domain| sys::checkpoint_delete(domain, &name, metadata_only)
         };
         match self.handle.change(&step, delete(false)).await {
             Err(HypervisorError::Libvirt { source, .. }) => {
@@ -187,8 +189,7 @@ impl LibvirtDomain {
         let others: Vec<&str> = others.filter(|target| !tracked.contains(target)).collect();
         let text = xml::write_checkpoint(name, Some(time), tracked, &others);
         let step = format!("define the checkpoint `{name}` again");
-        let work =
-            move |domain: &virt::domain::Domain| sys::checkpoint_redefine(domain, &text, validate);
+        let work = move |domain: &Domain| sys::checkpoint_redefine(domain, &text, validate);
         self.handle.change(&step, work).await
     }
 }
@@ -240,7 +241,7 @@ impl Hypervisor for LibvirtDomain {
         if !is_active(state) {
             return Err(HypervisorError::NotRunning { domain: seen.name.clone() });
         }
-        let checkpoints = |domain: &virt::domain::Domain| sys::checkpoints(domain, true);
+        let checkpoints = |domain: &Domain| sys::checkpoints(domain, true);
         let checkpoints = self.handle.ask("describe its checkpoints", checkpoints).await?;
         let mut bitmaps: BTreeMap<String, Vec<Bitmap>> = BTreeMap::new();
         for (name, text) in checkpoints {
@@ -261,6 +262,25 @@ impl Hypervisor for LibvirtDomain {
             machine.disks.push(self.disk(disk, of_disk).await?);
         }
         Ok(machine)
+    }
+
+    async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError> {
+        let (uuid, secrets) = (self.handle.address().uuid, self.secrets);
+        let describe = move |connection: &virt::connect::Connect| {
+            let domain = connection.lookup_domain_by_uuid_string(&uuid)?;
+            definition::descriptions(connection, &domain, secrets)
+        };
+        let mut files = self.handle.libvirt().ask("describe the machine", describe).await?;
+        let (kernel, failed) = definition::kernel(self.seen());
+        for what in failed {
+            tracing::warn!("{what}");
+        }
+        files.extend(kernel);
+        Ok(files)
+    }
+
+    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+        definition::firmware(self.seen(), &self.handle.address().uuid)
     }
 
     async fn reclaim(

@@ -25,6 +25,25 @@ pub struct Domain {
     pub skipped: Vec<Skipped>,
     /// Whether it has a channel for the guest agent.
     pub has_agent: bool,
+    /// Whether it has an emulated TPM.
+    pub has_tpm: bool,
+    /// The memory of its firmware, where that is a file.
+    pub nvram: Option<PathBuf>,
+    /// The kernel that it boots directly.
+    pub kernel: Option<PathBuf>,
+    /// The initrd that it boots directly.
+    pub initrd: Option<PathBuf>,
+}
+
+/// What a domain names that is described elsewhere.
+#[derive(Debug, Default)]
+pub struct Named {
+    /// Networks, by name.
+    pub networks: Vec<String>,
+    /// Storage pools, by name.
+    pub pools: Vec<String>,
+    /// Images on the host, which may lie in a pool.
+    pub images: Vec<PathBuf>,
 }
 
 /// A disk of a domain.
@@ -57,7 +76,18 @@ pub fn read_domain(domain: &Element) -> Domain {
         disks: Vec::new(),
         skipped: Vec::new(),
         has_agent: false,
+        has_tpm: false,
+        nvram: None,
+        kernel: None,
+        initrd: None,
     };
+    if let Some(os) = domain.get_child("os") {
+        read.nvram = text(os, "nvram").map(PathBuf::from);
+        // Newer descriptions may name another source than a file.
+        read.nvram = attribute(os, "nvram", "file").map(PathBuf::from).or(read.nvram);
+        read.kernel = text(os, "kernel").map(PathBuf::from);
+        read.initrd = text(os, "initrd").map(PathBuf::from);
+    }
     let Some(devices) = domain.get_child("devices") else { return read };
     for device in elements(devices) {
         match device.name.as_str() {
@@ -72,6 +102,7 @@ pub fn read_domain(domain: &Element) -> Domain {
                 let name = attribute(device, "target", "name");
                 read.has_agent |= name == Some("org.qemu.guest_agent.0");
             }
+            "tpm" => read.has_tpm |= attribute(device, "backend", "type") == Some("emulator"),
             _ => {}
         }
     }
@@ -99,6 +130,26 @@ fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
     let source = |name| attribute(disk, "source", name).map(PathBuf::from);
     let format = attribute(disk, "driver", "type").unwrap_or("raw").to_owned();
     Ok(DomainDisk { target: target.clone(), format, file: source("file"), device: source("dev") })
+}
+
+/// Reads what a domain names elsewhere.
+pub fn read_named(domain: &Element) -> Named {
+    let mut named = Named::default();
+    let Some(devices) = domain.get_child("devices") else { return named };
+    for device in elements(devices) {
+        let source = |name| attribute(device, "source", name).map(str::to_owned);
+        match device.name.as_str() {
+            "interface" => named.networks.extend(source("network")),
+            "disk" => {
+                named.pools.extend(source("pool"));
+                named.images.extend(source("file").map(PathBuf::from));
+            }
+            _ => {}
+        }
+    }
+    named.networks.sort();
+    named.networks.dedup();
+    named
 }
 
 /// The dirty bitmaps of a checkpoint: each the target of its disk, and the bitmap. libvirt was asked
@@ -188,7 +239,8 @@ fn attribute<'a>(parent: &'a Element, child: &str, name: &str) -> Option<&'a str
 }
 
 fn text(parent: &Element, child: &str) -> Option<String> {
-    parent.get_child(child)?.get_text().map(std::borrow::Cow::into_owned)
+    let text = parent.get_child(child)?.get_text()?.trim().to_owned();
+    (!text.is_empty()).then_some(text)
 }
 
 fn element(name: &str, attributes: &[(&str, &str)]) -> Element {
@@ -206,7 +258,7 @@ fn with_text(name: &str, text: &str) -> Element {
 }
 
 fn set(element: &mut Element, name: &str, value: &str) {
-    element.attributes.insert(name.to_owned().into(), value.to_owned());
+    element.attributes.insert(name.to_owned(), value.to_owned());
 }
 
 fn add(parent: &mut Element, child: Element) {

@@ -1,0 +1,140 @@
+//! What a machine is besides its disks: its description, the networks and pools that this names, its
+//! firmware's memory, its TPM, and the kernel it boots directly.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt_sys as sys;
+
+use super::xml;
+use crate::hypervisor::{MachineFile, Role};
+
+/// Where libvirt keeps the state of emulated TPMs, in a folder for each domain's uuid.
+const TPM_STATES: &str = "/var/lib/libvirt/swtpm";
+/// The longest file that is taken along: firmware memory has up to 64 MiB, kernels and initrds more.
+const FILE_LEN_MAX: u64 = 512 << 20;
+/// Most files that a TPM's state may have.
+const TPM_FILES_MAX: usize = 32;
+
+/// The descriptions of the domain, and of the networks and pools that it names. With `secrets` also
+/// what libvirt otherwise leaves out, such as the passwords of its consoles.
+///
+/// # Errors
+/// libvirt's, for the domain itself; a network or pool that is not there is left out.
+pub fn descriptions(
+    connection: &Connect,
+    domain: &Domain,
+    secrets: bool,
+) -> Result<Vec<MachineFile>, virt::error::Error> {
+    let secure = if secrets { sys::VIR_DOMAIN_XML_SECURE } else { 0 };
+    let text = |name: String, role, text: String| MachineFile {
+        name,
+        role,
+        source: None,
+        content: text.into_bytes(),
+    };
+    let inactive = domain.xml_desc(secure | sys::VIR_DOMAIN_XML_INACTIVE)?;
+    let named = xml::parse(&inactive).map(|domain| xml::read_named(&domain)).unwrap_or_default();
+    let mut files = vec![text("domain.xml".into(), Role::Domain, inactive)];
+    if domain.is_active()? {
+        files.push(text("domain-live.xml".into(), Role::LiveDomain, domain.xml_desc(secure)?));
+    }
+    for network in &named.networks {
+        let found = connection.lookup_network_by_name(network);
+        if let Ok(description) = found.and_then(|network| network.xml_desc(0)) {
+            files.push(text(file_name("network", network), Role::Network, description));
+        }
+    }
+    let mut pools = named.pools;
+    for image in &named.images {
+        let folder = image.parent().map(Path::to_string_lossy).unwrap_or_default();
+        let pool = connection.lookup_storage_pool_by_target_path(&folder);
+        pools.extend(pool.and_then(|pool| pool.name()));
+    }
+    pools.sort();
+    pools.dedup();
+    for pool in &pools {
+        let found = connection.lookup_storage_pool_by_name(pool);
+        if let Ok(description) = found.and_then(|pool| pool.xml_desc(0)) {
+            files.push(text(file_name("pool", pool), Role::Pool, description));
+        }
+    }
+    Ok(files)
+}
+
+/// The file of a network or pool; a name that cannot be part of one is replaced by what it hashes to.
+fn file_name(kind: &str, name: &str) -> String {
+    match name.parse::<crate::names::DomainName>() {
+        Ok(name) => format!("{kind}-{name}.xml"),
+        Err(_) => format!("{kind}-{}.xml", repository::BlobId::of(name.as_bytes())),
+    }
+}
+
+/// The files of a machine that its guest may change while it runs: its firmware's memory and its TPM.
+/// Read them while the guest is frozen. Also returns what could not be read, in words.
+pub fn firmware(domain: &xml::Domain, uuid: &str) -> (Vec<MachineFile>, Vec<String>) {
+    let mut files = Vec::new();
+    if let Some(path) = &domain.nvram {
+        files.push((path.clone(), "nvram".to_owned(), Role::Nvram));
+    }
+    if domain.has_tpm {
+        files.extend(tpm_files(&Path::new(TPM_STATES).join(uuid)));
+    }
+    read_all(files)
+}
+
+/// The kernel and initrd that a domain boots directly. Also returns what could not be read, in words.
+pub fn kernel(domain: &xml::Domain) -> (Vec<MachineFile>, Vec<String>) {
+    let kernel = domain.kernel.iter().map(|path| (path.clone(), "kernel".into(), Role::Kernel));
+    let initrd = domain.initrd.iter().map(|path| (path.clone(), "initrd".into(), Role::Initrd));
+    read_all(kernel.chain(initrd).collect())
+}
+
+/// The files below the folder of a TPM's state, one folder deep: `tpm2/tpm2-00.permall`.
+fn tpm_files(state: &Path) -> Vec<(PathBuf, String, Role)> {
+    let entries = |folder: &Path| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
+    };
+    let mut files = Vec::new();
+    for folder in entries(state) {
+        for path in entries(&folder).into_iter().filter(|path| path.is_file()) {
+            let part =
+                |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = format!("tpm-{}-{}", part(&folder), part(&path));
+            // Locks and sockets are of this host.
+            if !name.ends_with(".lock") && files.len() < TPM_FILES_MAX {
+                files.push((path, name, Role::Tpm));
+            }
+        }
+    }
+    files
+}
+
+fn read_all(files: Vec<(PathBuf, String, Role)>) -> (Vec<MachineFile>, Vec<String>) {
+    let (mut read, mut failed) = (Vec::new(), Vec::new());
+    for (path, name, role) in files {
+        match read_bounded(&path) {
+            Ok(content) => {
+                let source = Some(path.to_string_lossy().into_owned());
+                read.push(MachineFile { name, role, source, content });
+            }
+            Err(error) => failed.push(format!("{} is not in the backup: {error}", path.display())),
+        }
+    }
+    (read, failed)
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(path)?.take(FILE_LEN_MAX + 1).read_to_end(&mut content)?;
+    match content.len() as u64 > FILE_LEN_MAX {
+        true => Err(io::ErrorKind::FileTooLarge.into()),
+        false => Ok(content),
+    }
+}
