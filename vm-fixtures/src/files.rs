@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::guest::Guest;
+use crate::inside::Inside;
 
 const DIGEST_LEN: usize = 32;
 const CONTENT_LEN_MAX: u32 = 96 << 10;
@@ -115,7 +115,7 @@ fn content(number: u32) -> Vec<u8> {
     content
 }
 
-impl Guest {
+impl Inside {
     /// Writes numbered files into a folder of the guest, each durable before the next.
     #[track_caller]
     pub fn write_files(&self, folder: &str, numbers: Range<u32>) {

@@ -5,9 +5,10 @@ mod block_layer;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,21 +18,15 @@ use tempfile::TempDir;
 
 use crate::builder::GuestBuilder;
 use crate::disk::Disk;
-use crate::guest_agent::{GuestAgent, Output};
+use crate::inside::{Inside, lock};
 use crate::monitor::{Monitor, QmpFailure};
 use crate::process::Process;
 use crate::recipe::System;
 
 /// How long QEMU may take until its monitor answers.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the guest may take until its agent answers: many times what it takes on an idle machine.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
-/// How long a program in the guest may run unless the caller says otherwise.
-const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
-const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to write its caches back and end.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
-const CONSOLE_TAIL_LEN: usize = 4000;
 
 /// A running machine, its disks and sockets in a folder of its own.
 ///
@@ -41,10 +36,9 @@ const CONSOLE_TAIL_LEN: usize = 4000;
 pub struct Guest {
     process: Mutex<Process>,
     monitor: Mutex<Monitor>,
-    agent: Mutex<Option<GuestAgent>>,
+    inside: Inside,
     devices: Mutex<BTreeMap<String, String>>,
     plan: GuestBuilder,
-    boot_time: Mutex<Duration>,
     folder: TempDir,
 }
 
@@ -67,14 +61,17 @@ impl Guest {
         for disk in &plan.disks {
             disk.create(folder.path());
         }
+        let inside = Inside::new(folder.path());
+        for disk in &plan.disks {
+            inside.add_device(&disk.id, plan.device_name(&disk.id));
+        }
         let (process, monitor) = launch(&plan, folder.path());
         let guest = Self {
             process: Mutex::new(process),
             monitor: Mutex::new(monitor),
-            agent: Mutex::new(None),
+            inside,
             devices: Mutex::default(),
             plan,
-            boot_time: Mutex::default(),
             folder,
         };
         guest.come_up();
@@ -98,11 +95,6 @@ impl Guest {
         self.plan.os
     }
 
-    /// The folder that holds everything of this machine; files put there go with it.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
     /// The machine's name.
     pub fn name(&self) -> &str {
         &self.plan.name
@@ -118,104 +110,10 @@ impl Guest {
         lock(&self.process).id()
     }
 
-    /// How long the last boot took, from the start of QEMU to the agent's first answer.
-    pub fn boot_time(&self) -> Duration {
-        *lock(&self.boot_time)
-    }
-
     /// The image of a disk, also when an overlay is on top by now.
     #[track_caller]
     pub fn disk_path(&self, id: &str) -> PathBuf {
         self.plan.disk_named(id).path(self.folder.path())
-    }
-
-    /// The device file of a disk inside the guest, such as `/dev/vda`.
-    #[track_caller]
-    pub fn device_file(&self, id: &str) -> String {
-        format!("/dev/{}", self.plan.device_name(id))
-    }
-
-    /// What the guest has written to its serial console since its first start.
-    pub fn console(&self) -> String {
-        String::from_utf8_lossy(
-            &fs::read(self.folder.path().join("console.log")).unwrap_or_default(),
-        )
-        .into_owned()
-    }
-
-    // ---- inside the guest -----------------------------------------------------------------------
-
-    /// Runs a program in the guest to its end, also while its file systems are frozen.
-    #[track_caller]
-    pub fn exec(&self, command: &[&str]) -> Output {
-        self.exec_within(command, EXEC_TIMEOUT)
-    }
-
-    /// Runs a shell script in the guest, which must succeed, and returns its standard output.
-    #[track_caller]
-    pub fn sh(&self, script: &str) -> String {
-        let output = self.exec(&["sh", "-c", script]);
-        assert!(output.success(), "`{script}` failed in the guest: {output:?}");
-        output.stdout
-    }
-
-    /// Like [`Self::exec`] with another deadline.
-    #[track_caller]
-    pub fn exec_within(&self, command: &[&str], timeout: Duration) -> Output {
-        let deadline = Instant::now() + timeout;
-        let pid = self.spawn(command);
-        loop {
-            if let Some(output) = self.poll(pid) {
-                return output;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "`{}` still runs in the guest after {timeout:?}; console:\n{}",
-                command.join(" "),
-                self.console_tail()
-            );
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Starts a program in the guest and returns its process id for [`Self::poll`].
-    #[track_caller]
-    pub fn spawn(&self, command: &[&str]) -> i64 {
-        self.with_agent(|agent| agent.start(command))
-    }
-
-    /// What became of a program that [`Self::spawn`] started; `None` while it runs. Tells it once.
-    #[track_caller]
-    pub fn poll(&self, pid: i64) -> Option<Output> {
-        self.with_agent(|agent| agent.poll(pid))
-    }
-
-    /// Reads a file of the guest.
-    #[track_caller]
-    pub fn read_file(&self, path: &str) -> Vec<u8> {
-        self.with_agent(|agent| agent.read_file(path))
-    }
-
-    /// Writes a file in the guest, without `fsync`.
-    #[track_caller]
-    pub fn write_file(&self, path: &str, content: &[u8]) {
-        self.with_agent(|agent| agent.write_file(path, content));
-    }
-
-    /// Runs a command of the guest agent on the fixture's own agent.
-    #[track_caller]
-    pub fn agent_command(&self, command: &str, args: &Value) -> Value {
-        self.with_agent(|agent| agent.execute(command, args))
-    }
-
-    #[track_caller]
-    fn with_agent<T>(&self, act: impl FnOnce(&mut GuestAgent) -> Result<T, String>) -> T {
-        let mut agent = lock(&self.agent);
-        let agent = agent.as_mut().expect("a machine without an operating system has no agent");
-        match act(agent) {
-            Ok(value) => value,
-            Err(message) => panic!("{message}; console:\n{}", self.console_tail()),
-        }
     }
 
     // ---- QEMU's view ----------------------------------------------------------------------------
@@ -286,7 +184,7 @@ impl Guest {
         self.events();
         self.qmp_command("system_reset", &json!({}));
         self.wait_event("RESET", START_TIMEOUT);
-        *lock(&self.agent) = None;
+        self.inside.went_down();
         self.come_up();
     }
 
@@ -301,14 +199,7 @@ impl Guest {
     #[track_caller]
     pub fn shut_down(&self) -> Vec<PathBuf> {
         if self.plan.os && self.is_running() {
-            let mut agent = lock(&self.agent);
-            if let Some(agent) = agent.as_mut() {
-                // Best effort: a guest that hangs or is frozen must still be quit.
-                let _ = agent.run(
-                    &["sh", "-c", "cd /; umount /mnt/* 2>/dev/null; sync"],
-                    Instant::now() + UNMOUNT_TIMEOUT,
-                );
-            }
+            self.inside.unmount();
         }
         self.quit()
     }
@@ -339,7 +230,7 @@ impl Guest {
         if self.ended().is_none() {
             self.shut_down();
         }
-        *lock(&self.agent) = None;
+        self.inside.went_down();
         let (process, monitor) = launch(&self.plan, self.folder.path());
         *lock(&self.process) = process;
         *lock(&self.monitor) = monitor;
@@ -370,35 +261,11 @@ impl Guest {
         if !self.plan.os {
             return;
         }
-        let socket = self.folder.path().join("fixture-qga.sock");
-        let deadline = started + BOOT_TIMEOUT;
-        loop {
-            let part = deadline.min(Instant::now() + Duration::from_secs(5));
-            let agent = GuestAgent::connect(&socket, part);
-            if agent.is_some() {
-                *lock(&self.agent) = agent;
-                break;
-            }
-            let ended = lock(&self.process).ended();
-            assert!(
-                ended.is_none() && Instant::now() < deadline,
-                "the guest has no agent after {:?}; QEMU: {}; {}console:\n{}",
-                started.elapsed(),
-                lock(&self.process).describe_end(),
-                self.qemu_log(),
-                self.console_tail()
-            );
-        }
-        *lock(&self.boot_time) = started.elapsed();
-    }
-
-    fn console_tail(&self) -> String {
-        let console = self.console();
-        let mut start = console.len().saturating_sub(CONSOLE_TAIL_LEN);
-        while !console.is_char_boundary(start) {
-            start += 1;
-        }
-        console[start..].to_owned()
+        self.inside.come_up(started, || {
+            let mut process = lock(&self.process);
+            process.ended()?;
+            Some(format!("QEMU: {}; {}", process.describe_end(), self.qemu_log()))
+        });
     }
 
     fn qemu_log(&self) -> String {
@@ -406,15 +273,19 @@ impl Guest {
     }
 }
 
-/// A panic in one thread of a test says nothing about the state behind the lock.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
 fn read_log(folder: &Path) -> String {
     match fs::read_to_string(folder.join("qemu.log")) {
         Ok(log) if !log.trim().is_empty() => format!("QEMU said:\n{log}\n"),
         _ => String::new(),
+    }
+}
+
+/// What runs inside is reached on the machine itself: `guest.sh("sync")`.
+impl Deref for Guest {
+    type Target = Inside;
+
+    fn deref(&self) -> &Inside {
+        &self.inside
     }
 }
 

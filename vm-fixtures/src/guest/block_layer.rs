@@ -5,7 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Guest, lock};
+use super::Guest;
+use crate::inside::lock;
 
 impl Guest {
     /// All nodes of the block layer, as `query-named-block-nodes` tells them.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::load::Load;
 use super::log::Log;
-use crate::guest::Guest;
 use crate::guest_agent::Output;
+use crate::inside::Inside;
 
 const LOG_PORT: &str = "/dev/virtio-ports/org.kvmsnap.oracle.0";
 /// How long the writer may take to start or to end what it has in flight.
@@ -16,13 +16,13 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 #[must_use = "it runs until it is stopped"]
 pub struct RunningLoad<'a> {
-    guest: &'a Guest,
+    guest: &'a Inside,
     pid: i64,
     /// The agent tells how a program ended only once.
     ended: Option<Output>,
 }
 
-impl Guest {
+impl Inside {
     /// Starts a load in the guest on whole disks, and waits for its first operation. The disks are
     /// numbered in this order; nothing else may be on them. It goes on after what the log of this
     /// machine holds already, which must have had the same disks.
