@@ -1,5 +1,7 @@
 //! A file of a snapshot as a disk: random access, and which parts are zero.
 
+mod sweep;
+
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use crate::{BlobId, Reader, RepositoryError};

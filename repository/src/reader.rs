@@ -43,6 +43,10 @@ impl Reader {
         &self.index
     }
 
+    pub(crate) fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
     /// The content of a data blob, verified. Goes to the next copy when one is damaged.
     pub fn blob(&self, id: &BlobId) -> Result<Bytes, RepositoryError> {
         if let Some(found) = self.cache.lock().expect("no panic while locked").get(id) {

@@ -123,6 +123,12 @@ impl Index {
         entries.map(|entry| self.location(entry))
     }
 
+    /// The copy of a blob to be read first: the number of its pack, and its place there.
+    pub(crate) fn place(&self, kind: BlobKind, id: &BlobId) -> Option<(usize, PackedBlob)> {
+        let entry = self.entries(id).iter().find(|entry| entry.kind() == kind)?;
+        Some((entry.pack_number(), entry.blob()))
+    }
+
     /// The blobs of every pack, in the order they have in it.
     pub(crate) fn by_pack(&self) -> HashMap<FileId, Vec<PackedBlob>> {
         let mut packs: Vec<Vec<PackedBlob>> = vec![Vec::new(); self.packs.len()];

@@ -1,0 +1,217 @@
+//! All chunks of a disk in one sweep over the packs: each is read once, from front to back, in pieces
+//! that several threads open at once.
+//!
+//! Memory: for each thread one piece of a pack and one chunk, and 24 bytes for each wanted chunk.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use zstd::bulk::Decompressor;
+
+use super::DiskReader;
+use crate::{BlobId, BlobKind, FileId, FileKind, RepositoryError, blob, pack::PackedBlob};
+
+/// A pack is read in pieces of at most so many bytes, or one blob: they stay in a core's cache.
+const PIECE_LEN: usize = 1 << 20;
+/// Blobs that nobody wants are read along when they are not longer than this.
+const GAP_LEN_MAX: usize = 64 << 10;
+
+/// A chunk that is wanted, and where it is. Sorted by pack and offset, equal chunks are neighbours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Wanted {
+    /// Position of the pack in the order in which the disk first needs them.
+    pack: u32,
+    offset: u32,
+    len: u32,
+    chunk: usize,
+}
+
+impl DiskReader {
+    /// Hands each chunk that `wanted` accepts to `take`, verified, but for those that are known to be
+    /// zero: on `threads` threads at once, in no order to rely on.
+    ///
+    /// After a failure nothing further is begun, and the first one is returned.
+    /// [`RepositoryError::DamagedBlob`] and [`RepositoryError::MissingBlob`] mean that a chunk has no
+    /// good copy.
+    pub fn sweep<E: From<RepositoryError> + Send>(
+        &self,
+        threads: usize,
+        wanted: impl Fn(usize) -> bool,
+        take: impl Fn(usize, &[u8]) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        let (packs, wanted) = self.in_order_of_packs(wanted)?;
+        let rest = Mutex::new(Ok(wanted.as_slice()));
+        let next = || {
+            let mut rest = rest.lock().expect("no panic while locked");
+            let (piece, later) = split_piece(rest.as_ref().ok()?)?;
+            *rest = Ok(later);
+            Some(piece)
+        };
+        let fail = |error| {
+            let mut rest = rest.lock().expect("no panic while locked");
+            if rest.is_ok() {
+                *rest = Err(error);
+            }
+        };
+        let work = || {
+            let mut opener = match Opener::new() {
+                Ok(opener) => opener,
+                Err(error) => return fail(error.into()),
+            };
+            while let Some(piece) = next() {
+                if let Err(error) = self.open_piece(&packs, piece, &mut opener, &take) {
+                    fail(error);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(work);
+            }
+            work();
+        });
+        rest.into_inner().expect("no panic while locked").map(|_| ())
+    }
+
+    fn in_order_of_packs(
+        &self,
+        wanted: impl Fn(usize) -> bool,
+    ) -> Result<(Vec<FileId>, Vec<Wanted>), RepositoryError> {
+        let known = self.reader.index().packs();
+        let (mut packs, mut positions) = (Vec::new(), HashMap::new());
+        let mut chunks = Vec::new();
+        for (chunk, id) in self.content.iter().enumerate() {
+            if self.is_zero(chunk) || !wanted(chunk) {
+                continue;
+            }
+            let (number, blob) = self.place(id)?;
+            let pack = *positions.entry(number).or_insert_with(|| {
+                packs.push(known[number].id);
+                packs.len() as u32 - 1
+            });
+            chunks.push(Wanted { pack, offset: blob.offset, len: blob.len, chunk });
+        }
+        chunks.sort_unstable();
+        Ok((packs, chunks))
+    }
+
+    fn place(&self, id: &BlobId) -> Result<(usize, PackedBlob), RepositoryError> {
+        let place = self.reader.index().place(BlobKind::Data, id);
+        place.ok_or(RepositoryError::MissingBlob { id: *id })
+    }
+
+    /// Reads a piece of a pack and opens what is in it.
+    fn open_piece<E: From<RepositoryError>>(
+        &self,
+        packs: &[FileId],
+        piece: &[Wanted],
+        opener: &mut Opener,
+        take: &impl Fn(usize, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (Some(first), Some(last)) = (piece.first(), piece.last()) else { return Ok(()) };
+        let len = end(last) - first.offset as usize;
+        if opener.sealed.len() < len {
+            opener.sealed.resize(len, 0);
+        }
+        let repository = self.reader.repository();
+        let (pack, offset) = (&packs[first.pack as usize], first.offset.into());
+        let sealed = &mut opener.sealed[..len];
+        let read = repository.backend().read_range(FileKind::Pack, pack, offset, sealed).is_ok();
+        for same in piece.chunk_by(|one, other| one.offset == other.offset) {
+            let id = &self.content[same[0].chunk];
+            let (_, blob) = self.place(id)?;
+            let start = (blob.offset - first.offset) as usize;
+            let sealed = &mut sealed[start..start + blob.len as usize];
+            let Opener { plain, decompressor, .. } = opener;
+            let good =
+                read && blob::open(repository.key(), decompressor, &blob, sealed, plain).is_ok();
+            if !good {
+                // On its own, and where that fails from another pack.
+                *plain = self.reader.read(BlobKind::Data, id)?;
+            }
+            for one in same {
+                let range = self.chunk_range(one.chunk);
+                let (expected, actual) = (range.end - range.start, plain.len() as u64);
+                if expected != actual {
+                    return Err(RepositoryError::SizeMismatch { expected, actual }.into());
+                }
+                take(one.chunk, plain)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Splits off what is read at once; `None` at the end.
+fn split_piece(wanted: &[Wanted]) -> Option<(&[Wanted], &[Wanted])> {
+    let first = wanted.first()?;
+    let together = |pair: &&[Wanted]| {
+        let (one, next) = (&pair[0], &pair[1]);
+        one.pack == next.pack
+            && end(next) - first.offset as usize <= PIECE_LEN
+            && (next.offset as usize).saturating_sub(end(one)) <= GAP_LEN_MAX
+            || (one.pack, one.offset) == (next.pack, next.offset)
+    };
+    let more = wanted.windows(2).take_while(together).count();
+    Some(wanted.split_at(1 + more))
+}
+
+/// End of a sealed blob from the start of its pack, in bytes.
+fn end(wanted: &Wanted) -> usize {
+    wanted.offset as usize + wanted.len as usize
+}
+
+/// What one thread needs to open blobs.
+struct Opener {
+    sealed: Vec<u8>,
+    plain: Vec<u8>,
+    decompressor: Decompressor<'static>,
+}
+
+impl Opener {
+    fn new() -> Result<Self, RepositoryError> {
+        let decompressor = Decompressor::new()
+            .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
+        Ok(Self { sealed: Vec::new(), plain: Vec::new(), decompressor })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_ends_with_its_pack_at_a_wide_gap_and_when_it_is_long_enough() {
+        let at = |pack, offset: usize, len: usize, chunk| Wanted {
+            pack,
+            offset: offset as u32,
+            len: len as u32,
+            chunk,
+        };
+        let wanted = [
+            // Equal chunks, however long, and a narrow gap.
+            at(0, 0, 100, 3),
+            at(0, 0, 100, 7),
+            at(0, 100 + GAP_LEN_MAX, 50, 4),
+            // A gap that is too wide.
+            at(0, 151 + 2 * GAP_LEN_MAX, 50, 5),
+            // Another pack, and as much of it as is read at once.
+            at(1, 0, PIECE_LEN / 2, 0),
+            at(1, PIECE_LEN / 2, PIECE_LEN / 2, 1),
+            at(1, PIECE_LEN, 1, 2),
+            // Longer than a piece, twice.
+            at(2, 9, PIECE_LEN + 1, 8),
+            at(2, 9, PIECE_LEN + 1, 9),
+        ];
+        let mut rest = &wanted[..];
+        let mut lengths = Vec::new();
+        while let Some((piece, later)) = split_piece(rest) {
+            lengths.push(piece.len());
+            rest = later;
+        }
+        assert_eq!(lengths, [3, 1, 2, 1, 2]);
+    }
+}
