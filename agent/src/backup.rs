@@ -5,6 +5,8 @@
 //! ```
 
 use std::future::Future;
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,7 @@ use jiff::Timestamp;
 use repository::{AnnouncedLock, FileId, Index, Lock, Repository, RepositoryError};
 use tokio::task::JoinHandle;
 
+use crate::guard::Guard;
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest, Method};
@@ -45,6 +48,9 @@ pub enum BackupError {
     /// The undo record could not be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// There is no process that would undo this run if it is killed.
+    #[error("cannot run the guard that lets go of the guest if this process is killed")]
+    Guard(#[source] io::Error),
     /// QEMU ended while its guest was backed up.
     #[error("domain `{domain}` died during the backup")]
     Died {
@@ -87,6 +93,8 @@ pub struct Host {
     pub name: String,
     /// What must be undone.
     pub journal: Journal,
+    /// Where sockets and locks are.
+    pub run_dir: PathBuf,
 }
 
 /// A backup that exists, and whether the guest was left as it was found.
@@ -153,15 +161,40 @@ impl<H: Hypervisor> Run<'_, H> {
     ) -> Result<Finished, BackupError> {
         let names = BitmapNames::of_repository(self.target.repository.id());
         let mut recorded = self.host.journal.begin(self.undo_record(&names))?;
+        let guard = match self.guard(&recorded) {
+            Ok(guard) => guard,
+            Err(error) => return Err(self.roll_back(&recorded, Ok(()), error).await),
+        };
+        let outcome = self.guarded(lock, interrupt, &mut recorded, &guard).await;
+        // What could not be undone is left to it: it goes on trying.
+        if !self.host.journal.has(&recorded) {
+            guard.dismiss();
+        }
+        outcome
+    }
+
+    fn guard(&self, recorded: &Recorded) -> Result<Guard, BackupError> {
+        let run = &recorded.record().run;
+        Guard::start(&self.host.journal, &self.host.run_dir, run).map_err(BackupError::Guard)
+    }
+
+    async fn guarded(
+        &self,
+        lock: AnnouncedLock,
+        interrupt: impl Future<Output = ()>,
+        recorded: &mut Recorded,
+        guard: &Guard,
+    ) -> Result<Finished, BackupError> {
+        let names = BitmapNames::of_repository(self.target.repository.id());
         let lock = tokio::task::spawn_blocking(move || lock.settle());
         tokio::pin!(interrupt);
         let captured = tokio::select! {
-            captured = self.capture(&mut recorded, lock) => captured,
+            captured = self.capture(recorded, lock, guard) => captured,
             danger = self.hypervisor.danger() => Err(danger.into()),
             () = &mut interrupt => Err(BackupError::Interrupted),
         };
         self.progress.phase("releasing the guest");
-        let released = self.hypervisor.release(&recorded).await;
+        let released = self.hypervisor.release(recorded).await;
         let stored = match captured {
             Ok(captured) => tokio::select! {
                 stored = self.store(captured, recorded.record()) => stored,
@@ -171,15 +204,15 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         match stored {
             Ok((durable, manifest, lock)) => {
-                let recording = self.record(&mut recorded, durable, lock).await;
+                let recording = self.record(recorded, durable, lock).await;
                 if let (Err(_), Err(left)) = (&recording, &released) {
                     tracing::error!(error = %left, "the guest is not as it was; the next run mends it");
                 }
                 let id = recording?;
-                let leftover = self.advance(&mut recorded, released, &names).await.err();
+                let leftover = self.advance(recorded, released, &names).await.err();
                 Ok(Finished { id, manifest, leftover })
             }
-            Err(error) => Err(self.roll_back(&recorded, released, error).await),
+            Err(error) => Err(self.roll_back(recorded, released, error).await),
         }
     }
 
@@ -221,6 +254,7 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         recorded: &mut Recorded,
         lock: JoinHandle<Result<Lock, RepositoryError>>,
+        guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
         let (cut, mut quiesced, files) = self.point_in_time(recorded).await?;
@@ -229,6 +263,9 @@ impl<H: Hypervisor> Run<'_, H> {
             record.nbd_server = true;
         })?;
         let exports = self.hypervisor.export(recorded).await?;
+        for export in exports.disks.iter().filter(|_| exports.outlive_us) {
+            guard.hold(&export.stream).map_err(BackupError::Guard)?;
+        }
         self.progress.phase("mapping");
         // All at once: QEMU hangs up on who takes too long to say what it wants.
         let mut sources = Vec::new();

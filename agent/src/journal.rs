@@ -185,6 +185,11 @@ impl Journal {
         Ok(Self { folder })
     }
 
+    /// The state folder that it is in.
+    pub fn state_dir(&self) -> &Path {
+        self.folder.parent().unwrap_or(&self.folder)
+    }
+
     /// Writes a new record; it is durable when this returns.
     ///
     /// # Errors
@@ -220,6 +225,11 @@ impl Journal {
         effect::about_to("journal: clear").map_err(io)?;
         fs::remove_file(&path).map_err(io)?;
         self.sync_folder()
+    }
+
+    /// Whether a record is left.
+    pub fn has(&self, recorded: &Recorded) -> bool {
+        self.path(&recorded.record.run).exists()
     }
 
     /// All records that are left, oldest first, and those that cannot be read: they keep nobody from

@@ -10,6 +10,7 @@ mod catalog;
 mod cli;
 mod effect;
 mod error;
+mod guard;
 mod hypervisor;
 mod journal;
 mod location;

@@ -132,6 +132,13 @@ impl RunId {
     }
 }
 
+impl FromStr for RunId {
+    type Err = NameError;
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        check(name).map(|()| Self(name.to_owned()))
+    }
+}
+
 impl fmt::Display for RunId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -3,9 +3,14 @@
 
 use std::path::Path;
 
+use qmp_client::QmpError;
+
 use crate::capture::{self, libvirt_job};
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
-use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
+use crate::journal::{Journal, JournalError, Phase, Process, Record, Recorded};
 use crate::names::BitmapNames;
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
 
@@ -53,6 +58,60 @@ pub async fn undo(
         .await
         .map_err(|source| RecoverError::Hypervisor { record: Box::new(record.clone()), source })?;
     Ok(journal.clear(recorded)?)
+}
+
+/// Undoes a record, however its machine is reached.
+///
+/// # Errors
+/// [`RecoverError`]; calling it again goes on from there.
+pub async fn undo_wherever(
+    journal: &Journal,
+    recorded: &Recorded,
+    run_dir: &Path,
+) -> Result<(), RecoverError> {
+    let record = recorded.record();
+    let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
+    match reach(record, run_dir).await.map_err(failed)? {
+        Some(Machine::Bare(qemu)) => undo(&qemu, journal, recorded, run_dir).await,
+        Some(Machine::Libvirt(domain)) => undo(&*domain, journal, recorded, run_dir).await,
+        None => forget(journal, recorded, run_dir),
+    }
+}
+
+/// Whether the machine of a record has ended. Changes nothing.
+///
+/// # Errors
+/// [`HypervisorError`] when that cannot be told.
+pub async fn has_ended(record: &Record, run_dir: &Path) -> Result<bool, HypervisorError> {
+    Ok(reach(record, run_dir).await?.is_none())
+}
+
+enum Machine {
+    Bare(BareQemu),
+    Libvirt(Box<LibvirtDomain>),
+}
+
+/// Reaches the machine of a record; `None` where it has ended.
+async fn reach(record: &Record, run_dir: &Path) -> Result<Option<Machine>, HypervisorError> {
+    match &record.reach {
+        Reach::Monitor(socket) => match BareQemu::connect(socket, run_dir, None, false).await {
+            // A socket can be moved; a process that ended has ended.
+            Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
+                if !record.qemu.is_some_and(Process::is_alive) =>
+            {
+                Ok(None)
+            }
+            connected => Ok(Some(Machine::Bare(connected?))),
+        },
+        Reach::Domain(address) => {
+            let libvirt = Libvirt::connect(&address.uri).await?;
+            let known = libvirt::domains(&libvirt).await?;
+            let active = |domain: &KnownDomain| domain.uuid == address.uuid && domain.is_active;
+            let domain = || LibvirtDomain::new(&libvirt, &address.uuid, Places::default(), false);
+            let found = known.iter().any(active);
+            Ok(found.then(domain).map(Box::new).map(Machine::Libvirt))
+        }
+    }
 }
 
 /// Clears a record whose QEMU has ended, and with it all that the run had made in it. A dirty bitmap

@@ -108,7 +108,7 @@ pub fn export(recorded: &Recorded) -> Result<Exports, HypervisorError> {
         })
     };
     let disks = record.disks.iter().map(export).collect::<Result<_, HypervisorError>>()?;
-    Ok(Exports { disks })
+    Ok(Exports { disks, outlive_us: true })
 }
 
 /// Asks whether the very same job still runs.

@@ -195,7 +195,8 @@ async fn add_exports(
         let stream = Arc::new(connect(monitor, record, index, &socket).await?);
         disks.push(Export { name: name.clone(), dirty_context, care, stream });
     }
-    Ok(Exports { disks })
+    // QEMU itself keeps the connections.
+    Ok(Exports { disks, outlive_us: false })
 }
 
 /// QEMU's name of our end of the connection to an export.

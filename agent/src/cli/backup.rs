@@ -219,7 +219,7 @@ async fn back_up<H: Hypervisor>(
     print_reasons(&plan, context);
     let target = Target { repository: open.repository, index: open.index };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
-    let host = Host { name, journal };
+    let host = Host { name, journal, run_dir: run_dir.clone() };
     let run = Run {
         hypervisor: &hypervisor,
         plan: &plan,

@@ -1,19 +1,13 @@
 //! `kvmsnap doctor`
 
 use std::io::Write;
-use std::path::Path;
 
 use clap::Args;
-use qmp_client::QmpError;
 use serde::Serialize;
 
 use super::Context;
 use crate::error::CommandError;
-use crate::hypervisor::libvirt::connection::Libvirt;
-use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
-use crate::hypervisor::qmp::BareQemu;
-use crate::hypervisor::{HypervisorError, Reach};
-use crate::journal::{Journal, Process, Record, Recorded};
+use crate::journal::{Journal, Recorded};
 use crate::lock::{DomainLock, LockError};
 use crate::recover;
 
@@ -104,54 +98,12 @@ async fn examine(
         Err(LockError::Held { .. }) => return Ok((RUNNING, false)),
         lock => lock?,
     };
-    let left = "its run ended without letting go of the guest";
-    let gone = match reach_machine(record, run_dir).await? {
-        Some(Machine::Bare(qemu)) if repair => {
-            recover::undo(&qemu, journal, recorded, run_dir).await?;
-            false
-        }
-        Some(Machine::Libvirt(domain)) if repair => {
-            recover::undo(&*domain, journal, recorded, run_dir).await?;
-            false
-        }
-        Some(_) => false,
-        None => true,
+    let state = match recover::has_ended(record, run_dir).await? {
+        true => "QEMU has ended, and with it all that the run had made in it",
+        false => "its run ended without letting go of the guest",
     };
-    if gone && repair {
-        recover::forget(journal, recorded, run_dir)?;
+    if repair {
+        recover::undo_wherever(journal, recorded, run_dir).await?;
     }
-    let ended = "QEMU has ended, and with it all that the run had made in it";
-    Ok((if gone { ended } else { left }, repair))
-}
-
-enum Machine {
-    Bare(BareQemu),
-    Libvirt(Box<LibvirtDomain>),
-}
-
-/// Reaches the machine of a record; `None` where it has ended.
-async fn reach_machine(record: &Record, run_dir: &Path) -> Result<Option<Machine>, CommandError> {
-    match &record.reach {
-        Reach::Monitor(socket) => {
-            match BareQemu::connect(socket, run_dir, None, false).await {
-                // A socket can be moved; a process that ended has ended.
-                Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
-                    if !record.qemu.is_some_and(Process::is_alive) =>
-                {
-                    Ok(None)
-                }
-                connected => Ok(Some(Machine::Bare(connected?))),
-            }
-        }
-        Reach::Domain(address) => {
-            let libvirt = Libvirt::connect(&address.uri).await?;
-            let known = libvirt::domains(&libvirt).await?;
-            let active = |domain: &KnownDomain| domain.uuid == address.uuid && domain.is_active;
-            let domain = known
-                .iter()
-                .any(active)
-                .then(|| LibvirtDomain::new(&libvirt, &address.uuid, Places::default(), false));
-            Ok(domain.map(Box::new).map(Machine::Libvirt))
-        }
-    }
+    Ok((state, repair))
 }

@@ -21,9 +21,11 @@ use tokio::sync::watch;
 
 use crate::catalog::Catalog;
 use crate::error::CommandError;
+use crate::guard;
 use crate::hypervisor::Reach;
 use crate::journal::Journal;
 use crate::location;
+use crate::names::RunId;
 use crate::progress::{Progress, When};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::watchdog;
@@ -122,6 +124,11 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
+    /// The process that undoes a run that is killed
+    #[command(name = guard::SUBCOMMAND, hide = true)]
+    Guard {
+        run: RunId,
+    },
     /// The process that thaws a guest whatever happens to the run
     #[command(name = watchdog::SUBCOMMAND, hide = true)]
     QuiesceWatchdog {
@@ -171,6 +178,9 @@ impl Cli {
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
+            Command::Guard { run } => {
+                guard::run(&run, &context.journal()?, &context.global.run_dir).await
+            }
             Command::QuiesceWatchdog { agent, reach } => {
                 watchdog::run(agent, reach).await;
                 Ok(())

@@ -334,6 +334,8 @@ pub struct Cut {
 pub struct Exports {
     /// In the order of the record's disks.
     pub disks: Vec<Export>,
+    /// Whether their connections must outlive a run that is killed; see [`crate::guard`].
+    pub outlive_us: bool,
 }
 
 /// The export of one disk.
