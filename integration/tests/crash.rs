@@ -8,7 +8,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use integration::faults::{Contents, STILL_MAX, assert_goes_on, kinds};
+use integration::faults::{
+    Contents, STILL_MAX, assert_goes_on, kinds, wait_for_export, wait_until,
+};
 use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use vm_fixtures::{Disk, Guest, MIB};
@@ -17,6 +19,8 @@ const DISKS: [&str; 2] = ["vda", "vdb"];
 const SIZE: u64 = 4 * MIB;
 /// Machines that are tested at once: a round waits more than it works.
 const WORKERS: usize = 4;
+/// The guard waits three seconds for another run.
+const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
 const IMPLICIT: &[&str] = &["--implicit-filter"];
 
 /// A machine with two disks that has one backup, and what its disks hold.
@@ -190,6 +194,24 @@ fn r01_the_golden_list_of_effects_is_complete() {
     }
     let expected = fs::read_to_string(&golden).expect("the golden file");
     assert_eq!(found, expected, "the effects changed: see the head of this file");
+}
+
+#[test]
+fn r01_p2_a_killed_run_is_undone_by_its_guard_where_no_other_run_comes() {
+    let Some(mut scene) = Scene::new(&[]) else { return };
+    scene.contents.write_noise(&scene.guest, "vda", 0, MIB as usize, 7);
+    let slow = ["--limit-read", "64KiB"];
+    let mut running = spawn(scene.host.backup_command(&scene.guest, &slow));
+    wait_for_export(&scene.guest, &mut running);
+
+    integration::faults::signal(running.pid(), Signal::SIGKILL);
+
+    finish(running);
+    wait_until(GUARD_TIMEOUT, "the guard undoes the run", || scene.host.undo_records() == 0);
+    assert_guest_is_free(&scene.guest, &DISKS);
+    let next = scene.host.backup_and_compare(&scene.guest, &scene.contents, &[]);
+    assert_eq!(next["kind"], "incremental", "{next}");
+    scene.host.assert_all_clean(&scene.guest, &DISKS);
 }
 
 #[test]
