@@ -19,9 +19,9 @@ pub struct GuestBuilder {
     pub(crate) name: String,
     pub(crate) uuid: String,
     pub(crate) disks: Vec<Disk>,
-    memory_mib: u32,
-    processors: u32,
-    extra: Vec<OsString>,
+    pub(crate) memory_mib: u32,
+    pub(crate) processors: u32,
+    pub(crate) extra: Vec<OsString>,
 }
 
 impl GuestBuilder {
@@ -149,7 +149,7 @@ impl GuestBuilder {
         args
     }
 
-    fn kernel_command_line(&self) -> String {
+    pub(crate) fn kernel_command_line(&self) -> String {
         // Without mitigations and address randomisation an emulated kernel boots a third faster.
         let mut line = "console=ttyS0 quiet loglevel=4 mitigations=off nokaslr tsc=reliable \
                         random.trust_cpu=on"

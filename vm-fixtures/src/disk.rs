@@ -82,7 +82,7 @@ pub struct Disk {
     pub(crate) device_id: bool,
     pub(crate) file_system: Option<FileSystem>,
     pub(crate) mounted: bool,
-    iothread: bool,
+    pub(crate) iothread: bool,
     throttle: Option<String>,
     blkdebug: Option<Value>,
     create_options: Option<String>,
@@ -181,6 +181,12 @@ impl Disk {
     /// The node that holds the format, where bitmaps live.
     pub fn format_node(id: &str) -> String {
         format!("{id}-format")
+    }
+
+    /// Whether it asks for nothing but its image and its bus.
+    pub(crate) fn is_plain(&self) -> bool {
+        let properties = &self.device_properties;
+        self.throttle.is_none() && self.blkdebug.is_none() && properties.is_empty()
     }
 
     /// Where its image is, or will be in `folder`.

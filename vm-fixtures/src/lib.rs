@@ -20,9 +20,11 @@ mod guest;
 mod guest_agent;
 mod inside;
 mod latency;
+pub mod libvirt;
 mod monitor;
 pub mod oracle;
 mod process;
+mod qemu_io;
 mod recipe;
 mod tools;
 
@@ -34,5 +36,6 @@ pub use crate::guest_agent::Output;
 pub use crate::inside::Inside;
 pub use crate::latency::PacedLoad;
 pub use crate::monitor::QmpFailure;
+pub use crate::qemu_io::QemuIo;
 pub use crate::recipe::oracle_program;
 pub use crate::tools::{available, qemu_available, run};

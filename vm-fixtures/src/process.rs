@@ -1,8 +1,9 @@
 //! One QEMU process that never outlives whoever started it.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -86,6 +87,17 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The process that a pid file names, if it lives.
+pub(crate) fn pid_in(file: &Path) -> Option<Pid> {
+    let pid = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+    Some(Pid::from_raw(pid)).filter(|pid| is_alive(*pid))
+}
+
+/// Whether a process that is not our child runs: what is left of it until it is reaped has no memory.
+pub(crate) fn is_alive(pid: Pid) -> bool {
+    fs::read(format!("/proc/{pid}/maps")).is_ok_and(|maps| !maps.is_empty())
 }
 
 /// The kernel sends the signal when the *thread* that started the child ends (`man 2 prctl`), so one

@@ -40,14 +40,17 @@ pub fn available(program: &str, package: &str) -> bool {
     if !found {
         let hint = "`scripts/packages test` installs it";
         assert!(!required(), "`{program}` (package {package}) is missing: {hint}");
-        let thread = thread::current();
-        let test = thread.name().unwrap_or("a test");
-        let message =
-            format!("SKIPPED {test}: `{program}` (package {package}) is missing; {hint}\n");
-        // Nobody is left to tell when standard error is closed.
-        let _ = std::io::stderr().write_all(message.as_bytes());
+        skip(&format!("`{program}` (package {package}) is missing; {hint}"));
     }
     found
+}
+
+/// Says why a test does nothing.
+pub(crate) fn skip(why: &str) {
+    let thread = thread::current();
+    let test = thread.name().unwrap_or("a test");
+    // Nobody is left to tell when standard error is closed.
+    let _ = std::io::stderr().write_all(format!("SKIPPED {test}: {why}\n").as_bytes());
 }
 
 /// Whether a missing program fails a test instead of skipping it.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Guest;
 use crate::inside::lock;
+use crate::qemu_io::{QemuIo, must_have_worked};
 
 impl Guest {
     /// All nodes of the block layer, as `query-named-block-nodes` tells them.
@@ -54,13 +55,7 @@ impl Guest {
     /// whatever filters are on top, and returns what it printed.
     #[track_caller]
     pub fn qemu_io(&self, id: &str, command: &str) -> String {
-        let printed = self.qemu_io_unchecked(id, command);
-        // It has no exit code, only words: `write failed: …`, `Pattern verification failed …`.
-        let lower = printed.to_lowercase();
-        let bad = ["fail", "error", "invalid", "not found", "non-numeric", "cannot", "usage"];
-        let bad = bad.iter().any(|word| lower.contains(word));
-        assert!(!bad, "`{command}` on {id}: {printed}");
-        printed
+        must_have_worked(id, command, self.qemu_io_unchecked(id, command))
     }
 
     /// Like [`Self::qemu_io`], for commands that are expected to fail.
@@ -83,6 +78,16 @@ impl Guest {
     pub fn device(&self, id: &str) -> String {
         let devices = lock(&self.devices);
         devices.get(id).unwrap_or_else(|| panic!("no disk `{id}`: {devices:?}")).clone()
+    }
+}
+
+impl QemuIo for Guest {
+    fn buffers(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn run(&self, id: &str, command: &str) -> String {
+        self.qemu_io_unchecked(id, command)
     }
 }
 

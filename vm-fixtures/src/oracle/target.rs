@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 
 use super::block::BLOCK_LEN;
-use crate::guest::Guest;
+use crate::qemu_io::QemuIo;
 
 /// Something a load writes to. Offsets and lengths are multiples of [`BLOCK_LEN`].
 pub trait Target: Sync {
@@ -95,9 +95,8 @@ impl Target for FileTarget {
 }
 
 /// A disk of a running machine, written from outside through its device.
-#[derive(Debug)]
 pub struct QemuIoTarget<'a> {
-    guest: &'a Guest,
+    machine: &'a dyn QemuIo,
     id: String,
     buffers: PathBuf,
     next: AtomicU64,
@@ -105,14 +104,14 @@ pub struct QemuIoTarget<'a> {
 
 impl<'a> QemuIoTarget<'a> {
     /// The disk with this id.
-    pub fn new(guest: &'a Guest, id: &str) -> Self {
-        let buffers = guest.folder().join(format!("oracle-{id}"));
+    pub fn new(machine: &'a dyn QemuIo, id: &str) -> Self {
+        let buffers = machine.buffers().join(format!("oracle-{id}"));
         fs::create_dir_all(&buffers).expect("the fixture's folder is writable");
-        Self { guest, id: id.to_owned(), buffers, next: AtomicU64::new(0) }
+        Self { machine, id: id.to_owned(), buffers, next: AtomicU64::new(0) }
     }
 
     fn run(&self, command: &str) -> io::Result<()> {
-        let printed = self.guest.qemu_io_unchecked(&self.id, command);
+        let printed = self.machine.run(&self.id, command);
         match printed.contains("ops;") {
             true => Ok(()),
             false => Err(io::Error::other(format!("`{command}` on {}: {printed}", self.id))),
