@@ -180,7 +180,7 @@ pub fn remove_files(record: &Record) -> Result<(), HypervisorError> {
 async fn is_ours(domain: &DomainHandle, record: &Record) -> Result<bool, HypervisorError> {
     let running = match domain.ask("describe its backup job", job_socket).await {
         // Without a domain there is no job.
-        Err(HypervisorError::Libvirt { source, .. }) if sys::is_no_domain(&source) => None,
+        Err(HypervisorError::Libvirt { source, .. }) if source.is_no_domain() => None,
         running => running?,
     };
     Ok(running.is_some() && running == record.socket)
@@ -195,7 +195,7 @@ fn job_socket(domain: &Domain) -> Result<Option<PathBuf>, Error> {
 async fn resume_after_io_error(domain: &DomainHandle) -> Result<(), HypervisorError> {
     let stopped = domain.ask("tell its state", Domain::state).await;
     let (_, reason) = match stopped {
-        Err(HypervisorError::Libvirt { source, .. }) if sys::is_no_domain(&source) => return Ok(()),
+        Err(HypervisorError::Libvirt { source, .. }) if source.is_no_domain() => return Ok(()),
         stopped => stopped?,
     };
     let io_error = DomainPausedReasonEnum::from(DomainPausedReason::IOError);

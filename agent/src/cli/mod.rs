@@ -7,6 +7,7 @@ mod list;
 mod repository;
 mod restore;
 mod show;
+mod status;
 mod verify;
 
 use std::fs;
@@ -121,6 +122,7 @@ enum Command {
     Show(show::ShowArgs),
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
+    Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
@@ -175,6 +177,7 @@ impl Cli {
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
             Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
+            Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),

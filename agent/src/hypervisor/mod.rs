@@ -99,7 +99,7 @@ pub enum HypervisorError {
         /// Where it should be.
         uri: String,
         /// Why not.
-        source: virt::error::Error,
+        source: libvirt::sys::Refusal,
     },
     /// libvirt refused one step.
     #[error("libvirt refused to {step}")]
@@ -107,7 +107,7 @@ pub enum HypervisorError {
         /// The step, to be read after "refused to".
         step: String,
         /// libvirt's words.
-        source: virt::error::Error,
+        source: libvirt::sys::Refusal,
     },
     /// libvirt hangs.
     #[error("libvirt did not {step} within {} s", .waited.as_secs())]
@@ -142,6 +142,7 @@ impl HypervisorError {
         match self {
             Self::Monitor { source, .. } | Self::Refused { source, .. } => source.is_gone(),
             Self::NotRunning { .. } => true,
+            Self::Libvirt { source, .. } => source.is_no_domain() || source.is_not_running(),
             _ => false,
         }
     }

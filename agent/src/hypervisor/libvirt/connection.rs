@@ -56,11 +56,14 @@ impl Libvirt {
             Err(error) => error,
         };
         if !self.is_lost().await {
-            return Err(HypervisorError::Libvirt { step: step.to_owned(), source: failed });
+            return Err(HypervisorError::Libvirt { step: step.to_owned(), source: failed.into() });
         }
         self.reconnect().await?;
         let answer = attempt().await?;
-        answer.map_err(|source| HypervisorError::Libvirt { step: step.to_owned(), source })
+        answer.map_err(|error| HypervisorError::Libvirt {
+            step: step.to_owned(),
+            source: error.into(),
+        })
     }
 
     fn current(&self) -> Connect {
@@ -97,7 +100,7 @@ impl Libvirt {
 async fn open(uri: String) -> Result<Connect, HypervisorError> {
     let opened = uri.clone();
     let connection = on_a_thread("open a connection", move || Connect::open(Some(&opened))).await?;
-    connection.map_err(|source| HypervisorError::Connect { uri, source })
+    connection.map_err(|error| HypervisorError::Connect { uri, source: error.into() })
 }
 
 /// Runs what blocks on a thread that nobody waits for at the end of the program: a libvirtd that hangs

@@ -300,8 +300,7 @@ impl Hypervisor for LibvirtDomain {
                 let target = disk.target.as_str();
                 match self.redefine(&claim.bitmap, Some(claim.time), &[target], true).await {
                     Ok(()) => good.push(target.to_owned()),
-                    Err(HypervisorError::Libvirt { source, .. })
-                        if sys::is_inconsistent(&source) => {}
+                    Err(HypervisorError::Libvirt { source, .. }) if source.is_inconsistent() => {}
                     Err(error) => return Err(error),
                 }
             }

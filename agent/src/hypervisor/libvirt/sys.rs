@@ -227,14 +227,26 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
     Ok(stats)
 }
 
-/// Whether an error says that a dirty bitmap is missing or broken.
-pub fn is_inconsistent(error: &Error) -> bool {
-    is(error, sys::VIR_ERR_CHECKPOINT_INCONSISTENT)
-}
+/// What libvirt says of a call that it refused, in its words.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.message())]
+pub struct Refusal(#[from] Error);
 
-/// Whether an error says that the domain does not exist.
-pub fn is_no_domain(error: &Error) -> bool {
-    is(error, sys::VIR_ERR_NO_DOMAIN)
+impl Refusal {
+    /// Whether a dirty bitmap is missing or broken.
+    pub fn is_inconsistent(&self) -> bool {
+        is(&self.0, sys::VIR_ERR_CHECKPOINT_INCONSISTENT)
+    }
+
+    /// Whether the domain does not exist.
+    pub fn is_no_domain(&self) -> bool {
+        is(&self.0, sys::VIR_ERR_NO_DOMAIN)
+    }
+
+    /// Whether the domain does not run.
+    pub fn is_not_running(&self) -> bool {
+        is(&self.0, sys::VIR_ERR_OPERATION_INVALID) && self.0.message().contains("not running")
+    }
 }
 
 fn is(error: &Error, code: sys::virErrorNumber) -> bool {

@@ -1,0 +1,258 @@
+//! `kvmsnap status`
+
+use std::io::Write;
+
+use clap::Args;
+use comfy_table::{Table, presets};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::list::local_time;
+use super::{Context, OpenRepository};
+use crate::catalog::Backup;
+use crate::error::CommandError;
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach};
+use crate::journal::Recorded;
+use crate::manifest::Kind;
+use crate::names::DomainName;
+use crate::plan::{self, Plan, PlanError, Wanted};
+use crate::store::blocking;
+
+/// Show for each domain its last backup, how the next one will be taken and why, and what is left
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap status
+  kvmsnap status web --json | jq .next")]
+pub struct StatusArgs {
+    /// Only these domains
+    #[arg(value_name = "DOMAIN")]
+    domains: Vec<String>,
+}
+
+/// A domain as `--json` prints it. Fields are only ever added.
+#[derive(Debug, Serialize)]
+struct Line {
+    domain: String,
+    uuid: String,
+    /// Where it is: `running`, `shut off`, or `not here`.
+    state: &'static str,
+    last: Option<Last>,
+    next: Vec<Next>,
+    /// Why no backup can be taken.
+    problem: Option<String>,
+    /// Runs that left something behind.
+    leftovers: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Last {
+    id: String,
+    time: Timestamp,
+    kind: Kind,
+    warnings: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Next {
+    target: String,
+    kind: Kind,
+    reason: String,
+    /// Whether changes are tracked from the last backup to the next.
+    tracked: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Whatever the repository says. A host without libvirt shows what the repository knows.
+pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError> {
+    let open = context.open_to_read().await?;
+    let catalog = open.catalog();
+    let (backups, broken) = blocking(move || catalog.backups(|_| true)).await?;
+    for error in broken {
+        tracing::error!(%error, "a snapshot is passed over");
+    }
+    let (pending, damaged) = context.journal()?.pending()?;
+    for error in damaged {
+        tracing::error!(%error, "an undo record is passed over");
+    }
+    let (libvirt, known) = match here(context).await {
+        Ok((libvirt, known)) => (Some(libvirt), known),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "only what the repository knows is shown");
+            (None, Vec::new())
+        }
+    };
+    let mut lines = Vec::new();
+    for domain in &known {
+        let libvirt = libvirt.as_ref().expect("its domains came from it");
+        if is_wanted(&args, &domain.name) {
+            lines.push(line(domain, libvirt, &open, &backups, &pending).await);
+        }
+    }
+    lines.extend(elsewhere(&known, &backups, &pending).filter(|l| is_wanted(&args, &l.domain)));
+    lines.sort_by(|a, b| a.domain.cmp(&b.domain));
+    let mut out = std::io::stdout().lock();
+    if context.global.json {
+        return lines.iter().try_for_each(|line| context.print_json(&mut out, line));
+    }
+    Ok(writeln!(out, "{}", table(&lines))?)
+}
+
+fn is_wanted(args: &StatusArgs, name: &str) -> bool {
+    args.domains.is_empty() || args.domains.iter().any(|wanted| wanted == name)
+}
+
+async fn here(context: &Context) -> Result<(Libvirt, Vec<KnownDomain>), HypervisorError> {
+    let libvirt = Libvirt::connect(&context.global.connect).await?;
+    let known = libvirt::domains(&libvirt).await?;
+    Ok((libvirt, known))
+}
+
+/// What is known of a domain of this host.
+async fn line<L>(
+    known: &KnownDomain,
+    libvirt: &Libvirt,
+    open: &OpenRepository<L>,
+    backups: &[Backup],
+    pending: &[Recorded],
+) -> Line {
+    let mut line = Line {
+        domain: known.name.clone(),
+        uuid: known.uuid.clone(),
+        state: if known.is_active { "running" } else { "shut off" },
+        last: last(&known.name, &known.uuid, backups),
+        next: Vec::new(),
+        problem: None,
+        leftovers: left_by(pending, |reach| match reach {
+            Reach::Domain(address) => address.uuid == known.uuid,
+            Reach::Monitor(_) => false,
+        }),
+    };
+    let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
+    let planned = async {
+        let machine = domain.discover().await?;
+        next(machine, &known.name, open, backups)
+    };
+    match planned.await {
+        Ok(plan) => {
+            let next = plan.disks.iter().map(|planned| Next {
+                target: planned.disk.target.to_string(),
+                kind: planned.decision.kind,
+                reason: planned.decision.reason.clone(),
+                tracked: planned.decision.bitmap_old.is_some(),
+            });
+            line.next = next.collect();
+        }
+        Err(error) => line.problem = Some(error.to_string()),
+    }
+    line
+}
+
+/// How the next backup of a machine will be taken. Checkpoints that libvirt has lost are found again
+/// only by a backup.
+fn next<L>(
+    machine: Machine,
+    name: &str,
+    open: &OpenRepository<L>,
+    backups: &[Backup],
+) -> Result<Plan, CommandError> {
+    let domain: DomainName = name.parse()?;
+    let of_it =
+        |backup: &&Backup| backup.manifest.uuid == machine.uuid && backup.manifest.domain == domain;
+    let earlier: Vec<Backup> = backups.iter().filter(of_it).cloned().collect();
+    let wanted = Wanted::default();
+    let plan: Result<Plan, PlanError> =
+        plan::plan(machine, domain, &earlier, &open.catalog(), &open.index, &wanted);
+    Ok(plan?)
+}
+
+/// Machines that the repository or the journal knows and libvirt does not.
+fn elsewhere<'a>(
+    known: &'a [KnownDomain],
+    backups: &'a [Backup],
+    pending: &'a [Recorded],
+) -> impl Iterator<Item = Line> + 'a {
+    let mut seen: Vec<(&str, &str)> = Vec::new();
+    backups.iter().rev().filter_map(move |backup| {
+        let (domain, uuid) = (backup.manifest.domain.as_str(), backup.manifest.uuid.as_str());
+        if known.iter().any(|known| known.uuid == uuid) || seen.contains(&(domain, uuid)) {
+            return None;
+        }
+        seen.push((domain, uuid));
+        Some(Line {
+            domain: domain.to_owned(),
+            uuid: uuid.to_owned(),
+            state: "not here",
+            last: last(domain, uuid, backups),
+            next: Vec::new(),
+            problem: None,
+            leftovers: pending
+                .iter()
+                .map(Recorded::record)
+                .filter(|record| record.uuid == uuid && record.domain.as_str() == domain)
+                .map(|record| record.run.to_string())
+                .collect(),
+        })
+    })
+}
+
+fn left_by(pending: &[Recorded], is_it: impl Fn(&Reach) -> bool) -> Vec<String> {
+    let of_it = pending.iter().map(Recorded::record).filter(|record| is_it(&record.reach));
+    of_it.map(|record| record.run.to_string()).collect()
+}
+
+fn last(domain: &str, uuid: &str, backups: &[Backup]) -> Option<Last> {
+    let of_it = |backup: &&Backup| {
+        backup.manifest.uuid == uuid && backup.manifest.domain.as_str() == domain
+    };
+    backups.iter().rev().find(of_it).map(|backup| Last {
+        id: backup.id.to_string(),
+        time: backup.manifest.time,
+        kind: backup.manifest.kind,
+        warnings: backup.manifest.warnings.len(),
+    })
+}
+
+fn table(lines: &[Line]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["DOMAIN", "STATE", "LAST BACKUP", "ID", "NEXT", "LEFT BEHIND"]);
+    for line in lines {
+        let (time, id) = match &line.last {
+            Some(last) => (local_time(last.time), last.id.chars().take(8).collect()),
+            None => ("never".to_owned(), String::new()),
+        };
+        table.add_row([
+            line.domain.clone(),
+            line.state.to_owned(),
+            time,
+            id,
+            summary(line),
+            line.leftovers.join(" "),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+/// How the next backup will be taken, disks of one kind and reason together.
+fn summary(line: &Line) -> String {
+    if let Some(problem) = &line.problem {
+        return problem.clone();
+    }
+    let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+    for next in &line.next {
+        let what = format!("{} ({})", next.kind.as_str(), next.reason);
+        match groups.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, targets)) => targets.push(&next.target),
+            None => groups.push((what, vec![&next.target])),
+        }
+    }
+    let groups: Vec<_> =
+        groups.iter().map(|(what, targets)| format!("{}: {what}", targets.join(", "))).collect();
+    groups.join("; ")
+}
