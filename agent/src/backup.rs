@@ -327,7 +327,11 @@ impl<H: Hypervisor> Run<'_, H> {
             host: self.host.name.clone(),
             time: cut.time,
             kind,
-            method: if tracked { Method::Bitmap } else { Method::Pull },
+            method: match self.plan.machine.shut_off {
+                Some(_) => Method::Offline,
+                None if tracked => Method::Bitmap,
+                None => Method::Pull,
+            },
             consistency: quiesced.consistency,
             parent: self.plan.parent.map(|parent| parent.to_string()),
             freeze_ms: quiesced.frozen.map(millis),
@@ -354,8 +358,8 @@ impl<H: Hypervisor> Run<'_, H> {
         self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
         self.progress.phase("taking the point in time");
         let agent = self.request.agent.as_ref();
-        let (mode, runs) = (self.request.quiesce, self.plan.machine.runs);
-        let mut quiesced = quiesce(mode, agent, &self.hypervisor.reach(), runs).await?;
+        let (mode, machine) = (self.request.quiesce, &self.plan.machine);
+        let mut quiesced = quiesce(mode, agent, &self.hypervisor.reach(), machine).await?;
         let announced = match recorded.record().pauses {
             true => quiesced.will_pause().await,
             false => Ok(()),

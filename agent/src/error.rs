@@ -150,6 +150,9 @@ pub enum CommandError {
     /// Output cannot be written.
     #[error("cannot write the output")]
     Output(#[from] io::Error),
+    /// The storage daemon cannot be started.
+    #[error("cannot run `qemu-storage-daemon`")]
+    Daemon(#[source] io::Error),
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -313,6 +316,13 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
             "nothing was recorded and the guest goes on; --scratch-dir names a roomier place"
         }
         HypervisorError::PointInTimeLost { .. } => "nothing was recorded; back up again",
+        HypervisorError::Started { .. } => "nothing was recorded; back up again",
+        HypervisorError::ImageInUse { .. } => {
+            "the domain may be starting, or another one have the same disk"
+        }
+        HypervisorError::Tool { tool: "qemu-storage-daemon", .. } => {
+            "it is in the package qemu-system-common"
+        }
         _ => return None,
     };
     Some(hint.to_owned())

@@ -60,6 +60,8 @@ pub enum Method {
     Bitmap,
     /// Copy-before-write below the guest, all disks read whole.
     Pull,
+    /// The images as they lay there: the guest did not run.
+    Offline,
 }
 
 impl Method {
@@ -68,6 +70,7 @@ impl Method {
         match self {
             Self::Bitmap => "bitmap",
             Self::Pull => "pull",
+            Self::Offline => "offline",
         }
     }
 }

@@ -7,6 +7,7 @@ use qmp_client::QmpError;
 
 use crate::capture::{self, libvirt_job};
 use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
@@ -74,6 +75,7 @@ pub async fn undo_wherever(
     match reach(record, run_dir).await.map_err(failed)? {
         Some(Machine::Bare(qemu)) => undo(&qemu, journal, recorded, run_dir).await,
         Some(Machine::Libvirt(domain)) => undo(&*domain, journal, recorded, run_dir).await,
+        Some(Machine::ShutOff(domain)) => undo(&*domain, journal, recorded, run_dir).await,
         None => forget(journal, recorded, run_dir),
     }
 }
@@ -89,6 +91,7 @@ pub async fn has_ended(record: &Record, run_dir: &Path) -> Result<bool, Hypervis
 enum Machine {
     Bare(BareQemu),
     Libvirt(Box<LibvirtDomain>),
+    ShutOff(Box<ShutOffDomain>),
 }
 
 /// Reaches the machine of a record; `None` where it has ended.
@@ -106,10 +109,17 @@ async fn reach(record: &Record, run_dir: &Path) -> Result<Option<Machine>, Hyper
         Reach::Domain(address) => {
             let libvirt = Libvirt::connect(&address.uri).await?;
             let known = libvirt::domains(&libvirt).await?;
-            let active = |domain: &KnownDomain| domain.uuid == address.uuid && domain.is_active;
-            let domain = || LibvirtDomain::new(&libvirt, &address.uuid, Places::default(), false);
-            let found = known.iter().any(active);
-            Ok(found.then(domain).map(Box::new).map(Machine::Libvirt))
+            let found = known.into_iter().find(|domain| domain.uuid == address.uuid);
+            Ok(found.map(|KnownDomain { uuid, is_active, .. }| match is_active {
+                true => {
+                    let domain = LibvirtDomain::new(&libvirt, &uuid, Places::default(), false);
+                    Machine::Libvirt(Box::new(domain))
+                }
+                false => {
+                    let domain = ShutOffDomain::new(libvirt.domain(&uuid), run_dir, false);
+                    Machine::ShutOff(Box::new(domain))
+                }
+            }))
         }
     }
 }

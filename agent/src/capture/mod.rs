@@ -2,8 +2,10 @@
 //! `release` that asks what exists and removes exactly that.
 
 pub mod filter;
+pub mod image;
 pub mod job;
 pub mod libvirt_job;
+pub mod offline;
 
 use std::fs::{self, File};
 use std::io;

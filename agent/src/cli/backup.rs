@@ -12,9 +12,10 @@ use super::list::BackupLine;
 use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::qmp::BareQemu;
-use crate::hypervisor::{DomainAddress, Hypervisor, HypervisorError, Machine, Reach, Skipped};
+use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach, Skipped};
 use crate::journal::Journal;
 use crate::lock::DomainLock;
 use crate::names::{DiskName, DomainName};
@@ -25,7 +26,7 @@ use crate::quiesce::guest_agent::AgentAddress;
 use crate::read::Limits;
 use crate::recover;
 
-/// Back up running guests: all of each the first time, then what changed
+/// Back up guests, running or shut off: all of each the first time, then what changed
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -40,7 +41,7 @@ pub struct BackupArgs {
     /// Domains of libvirt: names, patterns of names, or uuids
     #[arg(value_name = "DOMAIN", required_unless_present_any = ["all", "qmp"], conflicts_with = "qmp")]
     domains: Vec<String>,
-    /// All running domains of libvirt
+    /// All domains of libvirt, running or shut off
     #[arg(long, conflicts_with_all = ["domains", "qmp"])]
     all: bool,
     /// The monitor socket of a QEMU that nothing else manages
@@ -110,19 +111,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     let (count, chosen) = context.until_interrupted(chosen).await?;
     let mut failed = 0;
     for known in chosen {
-        if args.all && !known.is_active {
-            continue;
-        }
-        let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
-        let domain = LibvirtDomain::new(
-            &libvirt,
-            &known.uuid,
-            Places { scratch, sockets },
-            args.with_secrets,
-        );
-        let connect = async { Ok(domain) };
-        let reach = Reach::Domain(DomainAddress { uri: uri.clone(), uuid: known.uuid });
-        match back_up(reach, connect, LibvirtDomain::agent, &args, context).await {
+        match back_up_domain(&libvirt, &known, &args, context).await {
             Ok(()) => {}
             Err(error) if count == 1 => return Err(error),
             Err(error) if error.code() == INTERRUPTED => return Err(error),
@@ -138,6 +127,27 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         0 => Ok(()),
         failed => Err(CommandError::SomeFailed { failed, count }),
     }
+}
+
+/// Backs up one domain of libvirt, as it is by now: running, or shut off.
+async fn back_up_domain(
+    libvirt: &Libvirt,
+    known: &KnownDomain,
+    args: &BackupArgs,
+    context: &Context,
+) -> Result<(), CommandError> {
+    let handle = libvirt.domain(&known.uuid);
+    let reach = Reach::Domain(handle.address());
+    let is_active = async { Ok(handle.is_active().await?) };
+    if context.until_interrupted(is_active).await? {
+        let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
+        let places = Places { scratch, sockets };
+        let domain = LibvirtDomain::new(libvirt, &known.uuid, places, args.with_secrets);
+        let connect = async { Ok(domain) };
+        return back_up(reach, connect, LibvirtDomain::agent, args, context).await;
+    }
+    let domain = ShutOffDomain::new(handle, &context.global.run_dir, args.with_secrets);
+    back_up(reach, async { Ok(domain) }, |_| None, args, context).await
 }
 
 /// The domains that are asked for, each once; all where nothing is.

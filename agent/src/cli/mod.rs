@@ -10,6 +10,7 @@ mod show;
 mod status;
 mod verify;
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::capture::offline;
 use crate::catalog::Catalog;
 use crate::error::CommandError;
 use crate::guard;
@@ -131,6 +133,14 @@ enum Command {
     Guard {
         run: RunId,
     },
+    /// The process that exports the images of a domain that is shut off
+    #[command(name = offline::SUBCOMMAND, hide = true)]
+    StorageDaemon {
+        #[arg(long)]
+        parent: i32,
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
     /// The process that thaws a guest whatever happens to the run
     #[command(name = watchdog::SUBCOMMAND, hide = true)]
     QuiesceWatchdog {
@@ -183,6 +193,9 @@ impl Cli {
             Command::Man(args) => generate::man(&args),
             Command::Guard { run } => {
                 guard::run(&run, &context.journal()?, &context.global.run_dir).await
+            }
+            Command::StorageDaemon { parent, arguments } => {
+                Err(CommandError::Daemon(offline::become_daemon(parent, &arguments)))
             }
             Command::QuiesceWatchdog { agent, reach } => {
                 watchdog::run(agent, reach).await;

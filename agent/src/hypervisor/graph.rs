@@ -209,7 +209,8 @@ pub fn read_machine(
     devices: &[BlockDevice],
     graph: &Graph,
 ) -> Result<Machine, HypervisorError> {
-    let mut machine = Machine { name, uuid, runs, disks: Vec::new(), skipped: Vec::new() };
+    let mut machine =
+        Machine { name, uuid, runs, shut_off: None, disks: Vec::new(), skipped: Vec::new() };
     for (index, device) in devices.iter().enumerate() {
         let fallback = format!("disk{index}");
         let label = device_name(device).map_or_else(

@@ -22,6 +22,7 @@ use qmp_client::QmpError;
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{DiskRecord, Process, Recorded};
+use crate::manifest::Consistency;
 use crate::names::{DiskName, NameError, RunId};
 
 /// Why QEMU could not be asked or changed.
@@ -126,6 +127,28 @@ pub enum HypervisorError {
         /// Its name.
         domain: String,
     },
+    /// The domain was shut off when it was chosen.
+    #[error("domain `{domain}` was started meanwhile")]
+    Started {
+        /// Its name.
+        domain: String,
+    },
+    /// An image that should lie still is used.
+    #[error("the image {} is in use by another process", .image.display())]
+    ImageInUse {
+        /// The image.
+        image: PathBuf,
+    },
+    /// A tool of QEMU failed.
+    #[error("`{tool}` could not {step}: {words}")]
+    Tool {
+        /// The tool.
+        tool: &'static str,
+        /// The step, to be read after "could not".
+        step: String,
+        /// What it said.
+        words: String,
+    },
     /// Something that was to go away still stands.
     #[error("{what} is still in use after {} s", .waited.as_secs())]
     StillInUse {
@@ -196,6 +219,8 @@ pub struct Machine {
     pub uuid: String,
     /// Whether the guest's processors run.
     pub runs: bool,
+    /// Where it is shut off: how consistent that left its disks.
+    pub shut_off: Option<Consistency>,
     /// The disks that can be backed up.
     pub disks: Vec<Disk>,
     /// What is left out, and why.

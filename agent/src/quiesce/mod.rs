@@ -8,7 +8,7 @@ pub mod watchdog;
 
 use std::time::Duration;
 
-use crate::hypervisor::Reach;
+use crate::hypervisor::{Machine, Reach};
 use crate::manifest::Consistency;
 use guest_agent::AgentAddress;
 use watchdog::{Freeze, Thaw, Watchdog, WatchdogError};
@@ -49,6 +49,8 @@ pub struct Quiesced {
     watchdog: Option<Watchdog>,
     agent: Option<AgentAddress>,
     frozen: bool,
+    /// How consistent its disks are without a freeze.
+    unfrozen: Consistency,
     mode: Mode,
     warnings: Vec<String>,
 }
@@ -72,17 +74,23 @@ pub async fn quiesce(
     mode: Mode,
     agent: Option<&AgentAddress>,
     reach: &Reach,
-    guest_runs: bool,
+    machine: &Machine,
 ) -> Result<Quiesced, QuiesceError> {
     let agent = agent.filter(|_| mode != Mode::No);
     let mut quiesced = Quiesced {
         watchdog: None,
         agent: agent.cloned(),
         frozen: false,
+        unfrozen: machine.shut_off.unwrap_or(Consistency::Crash),
         mode,
         warnings: Vec::new(),
     };
-    if !guest_runs {
+    match machine.shut_off {
+        Some(Consistency::Crash) => return quiesced.without("it was not shut down by its guest"),
+        Some(_) => return Ok(quiesced),
+        None => {}
+    }
+    if !machine.runs {
         // A paused guest holds still already, but what it has not written is not on its disks.
         return quiesced.without("the guest is paused");
     }
@@ -154,7 +162,7 @@ impl Quiesced {
         }
         let consistency = match frozen {
             Some(_) => Consistency::Filesystem,
-            None => Consistency::Crash,
+            None => self.unfrozen,
         };
         Ok(Outcome { consistency, frozen, warnings: self.warnings })
     }

@@ -8,7 +8,7 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 
-use super::sys;
+use super::{sys, xml};
 use crate::effect;
 use crate::hypervisor::{DomainAddress, HypervisorError};
 
@@ -147,6 +147,23 @@ impl DomainHandle {
     /// Where it is.
     pub fn address(&self) -> DomainAddress {
         DomainAddress { uri: self.libvirt.uri.clone(), uuid: self.uuid.clone() }
+    }
+
+    /// The domain as libvirt describes it; one that runs as it runs.
+    ///
+    /// # Errors
+    /// As [`Libvirt::ask`], [`HypervisorError::Xml`].
+    pub async fn describe(&self) -> Result<xml::Domain, HypervisorError> {
+        let text = self.ask("describe the domain", |domain| domain.xml_desc(0)).await?;
+        Ok(xml::read_domain(&xml::parse(&text).map_err(HypervisorError::Xml)?))
+    }
+
+    /// Whether a QEMU runs for the domain.
+    ///
+    /// # Errors
+    /// As [`Libvirt::ask`].
+    pub async fn is_active(&self) -> Result<bool, HypervisorError> {
+        self.ask("tell whether the domain runs", Domain::is_active).await
     }
 
     /// Asks about the domain; changes nothing.

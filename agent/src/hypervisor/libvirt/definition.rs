@@ -9,8 +9,9 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt_sys as sys;
 
+use super::connection::DomainHandle;
 use super::xml;
-use crate::hypervisor::{MachineFile, Role};
+use crate::hypervisor::{HypervisorError, MachineFile, Role};
 
 /// Where libvirt keeps the state of emulated TPMs, in a folder for each domain's uuid.
 const TPM_STATES: &str = "/var/lib/libvirt/swtpm";
@@ -19,12 +20,36 @@ const FILE_LEN_MAX: u64 = 512 << 20;
 /// Most files that a TPM's state may have.
 const TPM_FILES_MAX: usize = 32;
 
+/// The files of a machine besides its disks that its guest does not change. What cannot be read is left
+/// out, with a warning.
+///
+/// # Errors
+/// libvirt's, for the domain itself.
+pub async fn of_machine(
+    handle: &DomainHandle,
+    domain: &xml::Domain,
+    secrets: bool,
+) -> Result<Vec<MachineFile>, HypervisorError> {
+    let uuid = handle.address().uuid;
+    let describe = move |connection: &Connect| {
+        let domain = connection.lookup_domain_by_uuid_string(&uuid)?;
+        descriptions(connection, &domain, secrets)
+    };
+    let mut files = handle.libvirt().ask("describe the machine", describe).await?;
+    let (kernel, failed) = kernel(domain);
+    for what in failed {
+        tracing::warn!("{what}");
+    }
+    files.extend(kernel);
+    Ok(files)
+}
+
 /// The descriptions of the domain, and of the networks and pools that it names. With `secrets` also
 /// what libvirt otherwise leaves out, such as the passwords of its consoles.
 ///
 /// # Errors
 /// libvirt's, for the domain itself; a network or pool that is not there is left out.
-pub fn descriptions(
+fn descriptions(
     connection: &Connect,
     domain: &Domain,
     secrets: bool,
@@ -87,7 +112,7 @@ pub fn firmware(domain: &xml::Domain, uuid: &str) -> (Vec<MachineFile>, Vec<Stri
 }
 
 /// The kernel and initrd that a domain boots directly. Also returns what could not be read, in words.
-pub fn kernel(domain: &xml::Domain) -> (Vec<MachineFile>, Vec<String>) {
+fn kernel(domain: &xml::Domain) -> (Vec<MachineFile>, Vec<String>) {
     let kernel = domain.kernel.iter().map(|path| (path.clone(), "kernel".into(), Role::Kernel));
     let initrd = domain.initrd.iter().map(|path| (path.clone(), "initrd".into(), Role::Initrd));
     read_all(kernel.chain(initrd).collect())

@@ -2,6 +2,7 @@
 
 pub mod connection;
 mod definition;
+pub mod shut_off;
 pub mod sys;
 pub mod xml;
 
@@ -34,6 +35,10 @@ const SCRATCH_POLL: Duration = Duration::from_millis(10);
 const DOMAIN_FOLDERS: &str = "/var/lib/libvirt/qemu";
 /// Length in bytes to which libvirt cuts a domain's name in such a path.
 const SHORT_NAME_LEN: usize = 20;
+
+/// Why a disk keeps no dirty bitmaps.
+const OLD_QCOW2: &str =
+    "qcow2 version 2 keeps no dirty bitmaps; `qemu-img amend -o compat=1.1` changes that";
 
 /// What a user allows of the host.
 #[derive(Debug, Clone, Default)]
@@ -106,12 +111,7 @@ impl LibvirtDomain {
 
     /// The domain, asked for once.
     async fn look(&self) -> Result<&xml::Domain, HypervisorError> {
-        let ask = async || {
-            let describe = |domain: &Domain| domain.xml_desc(0);
-            let text = self.handle.ask("describe the domain", describe).await?;
-            Ok(xml::read_domain(&xml::parse(&text).map_err(HypervisorError::Xml)?))
-        };
-        self.seen.get_or_try_init(ask).await
+        self.seen.get_or_try_init(async || self.handle.describe().await).await
     }
 
     fn seen(&self) -> &xml::Domain {
@@ -161,7 +161,8 @@ impl LibvirtDomain {
             Err(HypervisorError::Libvirt { source, .. }) => {
                 tracing::debug!(%source, "removing a checkpoint disk by disk");
             }
-            deleted => return deleted,
+            Ok(false) => tracing::debug!("a bitmap may be there without its checkpoint"),
+            deleted => return deleted.map(drop),
         }
         if !self.state().await.is_ok_and(is_active) {
             // libvirt removes dirty bitmaps only from running domains: the next backup does it.
@@ -173,7 +174,7 @@ impl LibvirtDomain {
                 tracing::debug!(disk = disk.target, "the disk has no such bitmap");
             }
         }
-        self.handle.change(&step, delete(true)).await
+        self.handle.change(&step, delete(true)).await.map(drop)
     }
 
     /// Tells libvirt of a checkpoint over these disks.
@@ -215,10 +216,7 @@ fn tracking(disk: &DomainDisk, bitmaps: &[Bitmap]) -> Tracking {
     }
     let image = disk.file.as_deref().or(disk.device.as_deref());
     match image.and_then(qcow2_version) {
-        Some(2) => Tracking::Unsupported(
-            "qcow2 version 2 keeps no dirty bitmaps; `qemu-img amend -o compat=1.1` changes that"
-                .to_owned(),
-        ),
+        Some(2) => Tracking::Unsupported(OLD_QCOW2.to_owned()),
         _ => Tracking::Bitmaps(bitmaps.to_vec()),
     }
 }
@@ -254,6 +252,7 @@ impl Hypervisor for LibvirtDomain {
             name: Some(seen.name.clone()),
             uuid: self.handle.address().uuid,
             runs: state == DomainState::Running,
+            shut_off: None,
             disks: Vec::new(),
             skipped: seen.skipped.clone(),
         };
@@ -265,18 +264,7 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError> {
-        let (uuid, secrets) = (self.handle.address().uuid, self.secrets);
-        let describe = move |connection: &virt::connect::Connect| {
-            let domain = connection.lookup_domain_by_uuid_string(&uuid)?;
-            definition::descriptions(connection, &domain, secrets)
-        };
-        let mut files = self.handle.libvirt().ask("describe the machine", describe).await?;
-        let (kernel, failed) = definition::kernel(self.seen());
-        for what in failed {
-            tracing::warn!("{what}");
-        }
-        files.extend(kernel);
-        Ok(files)
+        definition::of_machine(&self.handle, self.seen(), self.secrets).await
     }
 
     fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
@@ -308,7 +296,7 @@ impl Hypervisor for LibvirtDomain {
                 self.drop_checkpoint(&claim.bitmap).await?;
                 continue;
             }
-            tracing::warn!(checkpoint = claim.bitmap, "libvirt had lost a checkpoint: it is back");
+            tracing::info!(checkpoint = claim.bitmap, "libvirt is told of a checkpoint again");
             let targets: Vec<&str> = good.iter().map(String::as_str).collect();
             self.redefine(&claim.bitmap, Some(claim.time), &targets, false).await?;
             let found = |disk: &&mut Disk| good.iter().any(|good| good == disk.target.as_str());

@@ -122,12 +122,12 @@ pub fn checkpoint_redefine(domain: &Domain, xml: &str, validate: bool) -> Result
     Ok(())
 }
 
-/// Deletes a checkpoint: its dirty bitmaps and what libvirt knows of it, or only the latter. One that
-/// does not exist is gone already.
+/// Deletes a checkpoint: its dirty bitmaps and what libvirt knows of it, or only the latter. Returns
+/// whether libvirt knew of it.
 ///
 /// # Errors
 /// libvirt's.
-pub fn checkpoint_delete(domain: &Domain, name: &str, metadata_only: bool) -> Result<(), Error> {
+pub fn checkpoint_delete(domain: &Domain, name: &str, metadata_only: bool) -> Result<bool, Error> {
     let name = text(name)?;
     let flags = if metadata_only { sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY } else { 0 };
     // SAFETY: as above; the reference that the look-up returns is freed after its use.
@@ -136,11 +136,11 @@ pub fn checkpoint_delete(domain: &Domain, name: &str, metadata_only: bool) -> Re
         if checkpoint.is_null() {
             let error = Error::last_error();
             let gone = is(&error, sys::VIR_ERR_NO_DOMAIN_CHECKPOINT);
-            return if gone { Ok(()) } else { Err(error) };
+            return if gone { Ok(false) } else { Err(error) };
         }
         let deleted = check(sys::virDomainCheckpointDelete(checkpoint, flags as c_uint));
         sys::virDomainCheckpointFree(checkpoint);
-        deleted
+        deleted.map(|()| true)
     }
 }
 

@@ -57,6 +57,30 @@ pub struct DomainDisk {
     pub file: Option<PathBuf>,
     /// The image, where it is a block device of the host.
     pub device: Option<PathBuf>,
+    /// The pool and the volume of it, where the image is named that way.
+    pub volume: Option<(String, String)>,
+    /// Whether QEMU needs a key to read the image.
+    pub is_encrypted: bool,
+    /// What lies beneath the image.
+    pub backing: Backing,
+}
+
+/// What lies beneath an image, by the domain's description.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// It does not say, so the image itself does.
+    Unsaid,
+    /// Nothing.
+    Nothing,
+    /// Another image.
+    Image {
+        /// Its format.
+        format: String,
+        /// The file or block device of the host that it is.
+        path: Option<PathBuf>,
+        /// What lies beneath it.
+        backing: Box<Backing>,
+    },
 }
 
 /// Reads a document.
@@ -129,7 +153,29 @@ fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
     }
     let source = |name| attribute(disk, "source", name).map(PathBuf::from);
     let format = attribute(disk, "driver", "type").unwrap_or("raw").to_owned();
-    Ok(DomainDisk { target: target.clone(), format, file: source("file"), device: source("dev") })
+    let part = |name| attribute(disk, "source", name).map(str::to_owned);
+    let is_encrypted = disk.get_child("encryption").is_some()
+        || disk.get_child("source").is_some_and(|source| source.get_child("encryption").is_some());
+    Ok(DomainDisk {
+        format,
+        file: source("file"),
+        device: source("dev"),
+        volume: part("pool").zip(part("volume")),
+        is_encrypted,
+        backing: read_backing(disk),
+        target,
+    })
+}
+
+fn read_backing(above: &Element) -> Backing {
+    let Some(image) = above.get_child("backingStore") else { return Backing::Unsaid };
+    let Some(format) = attribute(image, "format", "type") else { return Backing::Nothing };
+    let path = attribute(image, "source", "file").or_else(|| attribute(image, "source", "dev"));
+    Backing::Image {
+        format: format.to_owned(),
+        path: path.map(PathBuf::from),
+        backing: Box::new(read_backing(image)),
+    }
 }
 
 /// Reads what a domain names elsewhere.
