@@ -2,12 +2,14 @@
 
 pub mod chunk_map;
 pub mod pace;
+mod processors;
 mod stream;
 
 use std::fs::File;
 use std::io;
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use nbd::wire::{STATE_DIRTY, STATE_ZERO};
 use nbd::{Client, Errno, NbdError, Options};
 use nix::unistd::{Whence, lseek};
@@ -269,9 +271,27 @@ impl Source {
         Ok((bytes, None))
     }
 
-    async fn read(&self, offset: u64, len: u64) -> Result<bytes::Bytes, ReadError> {
+    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, ReadError> {
         let len = u32::try_from(len).expect("a request is at most a few MiB");
         self.client.read(offset, len).await.map_err(|source| self.failed(source))
+    }
+
+    /// Reads a range in parts, one after the other.
+    async fn read_in_parts(
+        &self,
+        offset: u64,
+        len: u64,
+        part_len: u64,
+    ) -> Result<Bytes, ReadError> {
+        if len <= part_len {
+            return self.read(offset, len).await;
+        }
+        let mut data = BytesMut::with_capacity(usize::try_from(len).unwrap_or(0));
+        while (data.len() as u64) < len {
+            let at = data.len() as u64;
+            data.extend_from_slice(&self.read(offset + at, part_len.min(len - at)).await?);
+        }
+        Ok(data.freeze())
     }
 
     /// Frees the scratch of a range and ends copy-before-write there.

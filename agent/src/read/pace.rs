@@ -1,13 +1,36 @@
-//! How many requests may be under way: as many as the guest does not feel. No I/O, no clock.
+//! How hard the guest's disks may be read: as hard as the guest does not feel. No I/O, no clock.
 
 use std::time::Duration;
 
 use crate::hypervisor::GuestIo;
 
-/// Most requests under way; more brings nothing from one QEMU thread.
-const DEPTH_MAX: usize = 8;
-/// Most of them while the guest works: its mean latency hides what its slowest operations wait.
-const DEPTH_MAX_GENTLE: usize = 2;
+/// How hard the disk is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effort {
+    /// Requests under way.
+    pub requests: usize,
+    /// Bytes of one; a chunk is the least.
+    pub request_len: u64,
+    /// Bytes of the parts that a request is read in, one after the other.
+    pub part_len: u64,
+    /// Whether each request is followed by a pause as long as it took.
+    pub rests: bool,
+}
+
+const KIB: u64 = 1 << 10;
+/// From what every guest can bear to flat out; more than that brings nothing from one QEMU thread.
+const EFFORTS: [Effort; 5] = [
+    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rests: true },
+    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rests: false },
+    Effort { requests: 1, request_len: 256 * KIB, part_len: 256 * KIB, rests: false },
+    Effort { requests: 2, request_len: 256 * KIB, part_len: 256 * KIB, rests: false },
+    Effort { requests: 8, request_len: 1024 * KIB, part_len: u64::MAX, rests: false },
+];
+/// Where it begins while the guest works, and where it falls back to once.
+const CAREFUL: usize = 1;
+/// The highest while the guest works.
+const GENTLE_MAX: usize = 3;
+const FLAT_OUT: usize = EFFORTS.len() - 1;
 /// The guest's mean latency may grow by half…
 const TOLERATED_PERCENT: u32 = 150;
 /// …and differences below this are noise.
@@ -19,13 +42,13 @@ const IDLE_OBSERVATIONS: u32 = 4;
 
 /// The pace of reading.
 ///
-/// It begins with one request, adds another while the guest's own latency stays under one and a half
-/// of what it was before the backup, and falls back to one when it does not. A guest that does nothing
-/// is read flat out.
+/// It begins with one small request, does more while the guest's own latency stays under one and a
+/// half of what it was before the backup, and less when it does not, down to resting half of the time:
+/// it always goes on. A guest that does nothing is read flat out.
 #[derive(Debug, Clone)]
 pub struct Pace {
     baseline: Option<Duration>,
-    depth: usize,
+    step: usize,
     last: GuestIo,
     idle: u32,
 }
@@ -34,8 +57,8 @@ impl Pace {
     /// A pace from what the guest did between two counts before the backup.
     pub fn new(before: GuestIo, at_start: GuestIo) -> Self {
         let baseline = mean_latency(before, at_start);
-        let depth = if baseline.is_some() { 1 } else { DEPTH_MAX };
-        Self { baseline, depth, last: at_start, idle: 0 }
+        let step = if baseline.is_some() { CAREFUL } else { FLAT_OUT };
+        Self { baseline, step, last: at_start, idle: 0 }
     }
 
     /// A pace for a guest that does not run.
@@ -43,14 +66,14 @@ impl Pace {
         Self::new(GuestIo::default(), GuestIo::default())
     }
 
-    /// Requests that may be under way.
-    pub fn depth(&self) -> usize {
-        self.depth
+    /// How hard the disk may be read now.
+    pub fn effort(&self) -> Effort {
+        EFFORTS[self.step]
     }
 
-    /// Whether the guest is at work, so that requests should be short.
+    /// Whether the guest is at work, and needs the processors too.
     pub fn is_gentle(&self) -> bool {
-        self.depth < DEPTH_MAX
+        self.step < FLAT_OUT
     }
 
     /// Takes note of what the guest did up to now.
@@ -61,7 +84,7 @@ impl Pace {
                 self.idle += 1;
                 if self.idle >= IDLE_OBSERVATIONS {
                     // It does nothing that could suffer.
-                    self.depth = (self.depth * 2).min(DEPTH_MAX);
+                    self.step = (self.step + 1).min(FLAT_OUT);
                 }
                 return;
             }
@@ -69,15 +92,21 @@ impl Pace {
         };
         self.last = now;
         self.idle = 0;
-        self.depth = match self.baseline {
-            // It woke up: what it sees now, with us at full depth, is no baseline. Step aside first.
-            None if self.depth > 1 => 1,
+        self.step = match self.baseline {
+            // It woke up: what it sees now, with us flat out, is no baseline. Step aside first.
+            None if self.step > CAREFUL => CAREFUL,
             None => {
                 self.baseline = Some(latency);
-                1
+                CAREFUL
             }
-            Some(baseline) if latency > tolerated(baseline) => 1,
-            Some(_) => (self.depth + 1).min(DEPTH_MAX_GENTLE),
+            Some(baseline) if latency > tolerated(baseline) => {
+                if self.step > CAREFUL {
+                    CAREFUL
+                } else {
+                    0
+                }
+            }
+            Some(_) => (self.step + 1).min(GENTLE_MAX),
         };
     }
 }
@@ -109,30 +138,55 @@ mod tests {
         let mut io = GuestIo::default();
         let before = io;
         let mut pace = Pace::new(before, after(&mut io, 100, 1000));
-        assert_eq!(pace.depth(), 1);
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "one small request");
         for _ in 0..5 {
             pace.observe(after(&mut io, 100, 1200));
         }
-        assert_eq!(pace.depth(), DEPTH_MAX_GENTLE);
+        assert_eq!(pace.effort(), EFFORTS[GENTLE_MAX]);
         pace.observe(after(&mut io, 100, 2000));
-        assert_eq!(pace.depth(), 1);
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL]);
+    }
+
+    #[test]
+    fn p2_a_guest_that_goes_on_suffering_makes_the_reader_rest_but_not_stop() {
+        let mut io = GuestIo::default();
+        let before = io;
+        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
+        for _ in 0..50 {
+            pace.observe(after(&mut io, 100, 90_000));
+            assert!(pace.effort().rests);
+            assert_eq!(pace.effort().requests, 1, "it goes on");
+        }
+        pace.observe(after(&mut io, 100, 1000));
+        assert!(!pace.effort().rests, "it suffers no more");
+    }
+
+    #[test]
+    fn p2_only_an_idle_guest_is_read_by_many_requests_or_large_ones() {
+        for effort in &EFFORTS[..FLAT_OUT] {
+            assert!(effort.requests as u64 * effort.request_len <= 512 * KIB);
+            assert!(effort.part_len <= effort.request_len);
+        }
+        assert!(EFFORTS[CAREFUL].requests == 1 && EFFORTS[CAREFUL].request_len == 64 * KIB);
     }
 
     #[test]
     fn an_idle_guest_is_read_flat_out_until_it_wakes_up() {
         let mut io = GuestIo::default();
         let mut pace = Pace::flat_out();
-        assert_eq!(pace.depth(), DEPTH_MAX);
+        assert!(!pace.is_gentle());
         pace.observe(after(&mut io, 50, 9000));
-        assert_eq!(pace.depth(), 1, "it steps aside");
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it steps aside");
         pace.observe(after(&mut io, 50, 500));
-        assert_eq!(pace.depth(), 1, "it learns the baseline");
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it learns the baseline");
         pace.observe(after(&mut io, 50, 9000));
-        assert_eq!(pace.depth(), 1);
-        for _ in 0..IDLE_OBSERVATIONS + 1 {
+        assert!(pace.effort().rests);
+        for _ in 0..IDLE_OBSERVATIONS + 2 {
+            assert!(pace.is_gentle());
             pace.observe(after(&mut io, 0, 0));
         }
-        assert_eq!(pace.depth(), 4, "it fell asleep again");
+        pace.observe(after(&mut io, 0, 0));
+        assert!(!pace.is_gentle(), "it fell asleep again");
     }
 
     #[test]
@@ -142,8 +196,8 @@ mod tests {
         let mut pace = Pace::new(before, after(&mut io, 100, 1000));
         for _ in 0..40 {
             pace.observe(after(&mut io, 1, 5000));
+            assert_eq!(pace.effort().requests, 1);
         }
-        assert_eq!(pace.depth(), 1);
     }
 
     #[test]
@@ -152,6 +206,6 @@ mod tests {
         let mut pace = Pace::new(high, GuestIo::default());
         pace.observe(high);
         pace.observe(GuestIo::default());
-        assert!(pace.depth() >= 1);
+        assert!(pace.effort().requests >= 1);
     }
 }

@@ -8,15 +8,14 @@ use tokio::task::JoinSet;
 
 use super::chunk_map::{ChunkMap, Chunks, Fate};
 use super::pace::Pace;
-use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block};
+use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block, processors};
 use crate::hypervisor::Hypervisor;
 use crate::progress::Progress;
 
-/// Bytes of one request while the guest sleeps, and while it works.
-const REQUEST_LEN: u64 = 1 << 20;
-const REQUEST_LEN_GENTLE: u64 = 256 << 10;
 /// How often the guest's latency is looked at.
 const OBSERVE_EVERY: Duration = Duration::from_millis(50);
+/// Longest pause after a request. A guest suffers in seconds, and the backup must come to its end.
+const REST_MAX: Duration = Duration::from_millis(20);
 
 /// What the user allows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -70,9 +69,11 @@ impl<H: Hypervisor> Stream<'_, H> {
         let mut observed = Instant::now();
         let mut under_way = JoinSet::new();
         let mut next = 0;
+        processors::give_way(pace.is_gentle());
         loop {
-            while under_way.len() < pace.depth()
-                && let Some(chunks) = next_request(map, &mut next, pace)
+            let effort = pace.effort();
+            while under_way.len() < effort.requests
+                && let Some(chunks) = next_request(map, &mut next, effort.request_len)
             {
                 if let Some(rate) = self.limits.bytes_per_second {
                     throttle(start, asked, rate).await;
@@ -81,12 +82,17 @@ impl<H: Hypervisor> Stream<'_, H> {
                     (source.clone(), map.offset(chunks.start), map.len(&chunks));
                 asked += len;
                 under_way.spawn(async move {
+                    let begun = Instant::now();
                     let outcome = async {
-                        let data = source.read(offset, len).await?;
+                        let data = source.read_in_parts(offset, len, effort.part_len).await?;
                         source.release(offset, len).await?;
                         Ok(data)
                     };
-                    (outcome.await, chunks)
+                    let outcome = outcome.await;
+                    if effort.rests {
+                        tokio::time::sleep(begun.elapsed().min(REST_MAX)).await;
+                    }
+                    (outcome, chunks)
                 });
             }
             let Some(done) = under_way.join_next().await else { break };
@@ -119,6 +125,7 @@ impl<H: Hypervisor> Stream<'_, H> {
             if observed.elapsed() >= OBSERVE_EVERY {
                 pace.observe(self.hypervisor.guest_io().await?);
                 observed = Instant::now();
+                processors::give_way(pace.is_gentle());
             }
         }
         if bad.is_empty() {
@@ -153,9 +160,8 @@ async fn release_unread(source: &Source, map: &ChunkMap) -> Result<(), ReadError
     Ok(())
 }
 
-/// The next run of chunks to read from chunk `next` on.
-fn next_request(map: &ChunkMap, next: &mut u64, pace: &Pace) -> Option<Chunks> {
-    let len = if pace.is_gentle() { REQUEST_LEN_GENTLE } else { REQUEST_LEN };
+/// The next run of chunks to read from chunk `next` on, of `len` bytes or one chunk.
+fn next_request(map: &ChunkMap, next: &mut u64, len: u64) -> Option<Chunks> {
     let chunks_max = (len / map.offset(1)).max(1);
     let start = (*next..map.chunks()).find(|&chunk| map.fate(chunk) == Fate::Read);
     let Some(start) = start else {

@@ -58,7 +58,7 @@ impl Default for WriterOptions {
             pack_len: 16 << 20,
             level: 1,
             queue_len: 32 << 20,
-            niceness: 10,
+            niceness: 19,
             stall_timeout: Duration::from_secs(120),
             index_every: Duration::from_secs(5 * 60),
         }
