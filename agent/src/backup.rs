@@ -477,7 +477,11 @@ impl<H: Hypervisor> Run<'_, H> {
         }
         bitmaps.sort_unstable();
         bitmaps.dedup();
-        self.hypervisor.drop_bitmaps(&bitmaps).await?;
+        match self.hypervisor.drop_bitmaps(&bitmaps).await {
+            // The next backup drops them.
+            Err(gone) if gone.is_gone() => {}
+            dropped => dropped?,
+        }
         Ok(self.host.journal.clear(recorded)?)
     }
 

@@ -289,7 +289,9 @@ fn backup_hint(error: &BackupError) -> Option<String> {
             "nothing was recorded and the guest goes on; where the scratch was full or slow, \
              --scratch-dir names a better place"
         }
-        BackupError::Died { .. } => "nothing was recorded; the next backup reads everything once",
+        BackupError::Died { .. } => {
+            "nothing was recorded; if QEMU was killed, the next backup reads everything once"
+        }
         _ => return None,
     };
     Some(hint.to_owned())

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::fstatvfs;
 use virt::domain::{
     Domain, DomainPausedReason, DomainPausedReasonEnum, DomainStateReason, DomainStateReasonEnum,
 };
@@ -26,7 +27,6 @@ use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::libvirt::{sys, xml};
 use crate::hypervisor::{Care, Cut, Disk, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Record, Recorded};
-use crate::names::DiskName;
 
 /// Room that the scratch of a disk has ahead of what it holds: what a guest can write in the time
 /// that it takes to end the job, many times over.
@@ -260,12 +260,13 @@ impl GuardedScratch {
                 self.reserved = wanted;
                 Ok(())
             }
-            Err(_) => Err(self.low(wanted)),
+            Err(_) => Err(self.low(AHEAD)),
         }
     }
 
-    fn low(&self, needed: u64) -> HypervisorError {
-        let disk: DiskName = self.scratch.disk.clone();
-        HypervisorError::ScratchLow { disk, free: 0, kept: needed }
+    fn low(&self, kept: u64) -> HypervisorError {
+        let free =
+            fstatvfs(&self.scratch.file).map_or(0, |s| s.blocks_available() * s.fragment_size());
+        HypervisorError::ScratchLow { disk: self.scratch.disk.clone(), free, kept }
     }
 }

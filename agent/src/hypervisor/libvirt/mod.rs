@@ -1,5 +1,6 @@
 //! Domains of libvirt. Everything goes through libvirt: its domains' monitors stay untouched.
 
+mod checkpoints;
 pub mod connection;
 mod definition;
 pub mod shut_off;
@@ -18,8 +19,8 @@ use tokio::sync::OnceCell;
 use virt::domain::{Domain, DomainState};
 
 use super::{
-    Bitmap, BitmapHealth, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
-    MachineFile, Reach, Tracking,
+    Bitmap, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
+    Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::journal::{DiskRecord, Process, Record, Recorded};
@@ -145,54 +146,6 @@ impl LibvirtDomain {
             target,
         })
     }
-
-    /// Removes a checkpoint and its dirty bitmaps, also where some of these are missing or broken, on a
-    /// running guest.
-    ///
-    /// libvirt deletes a checkpoint only as a whole, and refuses where a bitmap is not there. So then
-    /// each disk gets a checkpoint of its own by that name, one after the other.
-    async fn drop_checkpoint(&self, name: &str) -> Result<(), HypervisorError> {
-        let step = format!("remove the checkpoint `{name}`");
-        let delete = |metadata_only: bool| {
-            let name = name.to_owned();
-            move |domain: &Domain| sys::checkpoint_delete(domain, &name, metadata_only)
-        };
-        match self.handle.change(&step, delete(false)).await {
-            Err(HypervisorError::Libvirt { source, .. }) => {
-                tracing::debug!(%source, "removing a checkpoint disk by disk");
-            }
-            Ok(false) => tracing::debug!("a bitmap may be there without its checkpoint"),
-            deleted => return deleted.map(drop),
-        }
-        if !self.state().await.is_ok_and(is_active) {
-            // libvirt removes dirty bitmaps only from running domains: the next backup does it.
-            return Ok(());
-        }
-        for disk in &self.look().await?.disks {
-            self.redefine(name, None, &[&disk.target], false).await?;
-            if self.handle.change(&step, delete(false)).await.is_err() {
-                tracing::debug!(disk = disk.target, "the disk has no such bitmap");
-            }
-        }
-        self.handle.change(&step, delete(true)).await.map(drop)
-    }
-
-    /// Tells libvirt of a checkpoint over these disks.
-    async fn redefine(
-        &self,
-        name: &str,
-        time: Option<jiff::Timestamp>,
-        tracked: &[&str],
-        validate: bool,
-    ) -> Result<(), HypervisorError> {
-        let time = time.unwrap_or_else(jiff::Timestamp::now);
-        let others = self.look().await?.targets.iter().map(String::as_str);
-        let others: Vec<&str> = others.filter(|target| !tracked.contains(target)).collect();
-        let text = xml::write_checkpoint(name, Some(time), tracked, &others);
-        let step = format!("define the checkpoint `{name}` again");
-        let work = move |domain: &Domain| sys::checkpoint_redefine(domain, &text, validate);
-        self.handle.change(&step, work).await
-    }
 }
 
 fn is_active(state: DomainState) -> bool {
@@ -239,12 +192,9 @@ impl Hypervisor for LibvirtDomain {
         if !is_active(state) {
             return Err(HypervisorError::NotRunning { domain: seen.name.clone() });
         }
-        let checkpoints = |domain: &Domain| sys::checkpoints(domain, true);
-        let checkpoints = self.handle.ask("describe its checkpoints", checkpoints).await?;
         let mut bitmaps: BTreeMap<String, Vec<Bitmap>> = BTreeMap::new();
-        for (name, text) in checkpoints {
-            let document = xml::parse(&text).map_err(HypervisorError::Xml)?;
-            for (target, bitmap) in xml::read_checkpoint(&name, &document) {
+        for (_, of_disks) in self.checkpoints(true).await? {
+            for (target, bitmap) in of_disks {
                 bitmaps.entry(target).or_default().push(bitmap);
             }
         }
@@ -277,35 +227,7 @@ impl Hypervisor for LibvirtDomain {
         claims: &[Claim],
     ) -> Result<(), HypervisorError> {
         for claim in claims {
-            let known =
-                |disk: &Disk| disk.tracking.bitmaps().iter().any(|b| b.name == claim.bitmap);
-            if machine.disks.iter().any(known) {
-                continue;
-            }
-            // libvirt takes them all or none, so the good ones are found one by one.
-            let mut good = Vec::new();
-            for disk in machine.disks.iter().filter(|disk| claim.disks.contains(&disk.target)) {
-                let target = disk.target.as_str();
-                match self.redefine(&claim.bitmap, Some(claim.time), &[target], true).await {
-                    Ok(()) => good.push(target.to_owned()),
-                    Err(HypervisorError::Libvirt { source, .. }) if source.is_inconsistent() => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            if good.is_empty() {
-                self.drop_checkpoint(&claim.bitmap).await?;
-                continue;
-            }
-            tracing::info!(checkpoint = claim.bitmap, "libvirt is told of a checkpoint again");
-            let targets: Vec<&str> = good.iter().map(String::as_str).collect();
-            self.redefine(&claim.bitmap, Some(claim.time), &targets, false).await?;
-            let found = |disk: &&mut Disk| good.iter().any(|good| good == disk.target.as_str());
-            for disk in machine.disks.iter_mut().filter(found) {
-                if let Tracking::Bitmaps(bitmaps) = &mut disk.tracking {
-                    let health = BitmapHealth::Good;
-                    bitmaps.push(Bitmap { name: claim.bitmap.clone(), health });
-                }
-            }
+            self.reclaim_one(machine, claim).await?;
         }
         Ok(())
     }
@@ -399,11 +321,12 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
-        let mut names: Vec<&str> = bitmaps.iter().map(|(_, name)| name.as_str()).collect();
-        names.sort_unstable();
-        names.dedup();
-        for name in names {
-            self.drop_checkpoint(name).await?;
+        let mut checkpoints: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (target, name) in bitmaps {
+            checkpoints.entry(name).or_default().push(target);
+        }
+        for (name, targets) in checkpoints {
+            self.drop_checkpoint(name, &targets).await?;
         }
         Ok(())
     }

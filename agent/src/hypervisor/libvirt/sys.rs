@@ -230,7 +230,13 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
 /// What libvirt says of a call that it refused, in its words.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.message())]
-pub struct Refusal(#[from] Error);
+pub struct Refusal(Error);
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
 
 impl Refusal {
     /// Whether a dirty bitmap is missing or broken.
