@@ -26,7 +26,7 @@ mod tree;
 mod writer;
 
 pub use self::{
-    backend::{Backend, BackendError, FileKind, FileRef, LocalFolder},
+    backend::{Backend, BackendError, Begun, FileKind, FileRef, LocalFolder},
     check::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef},
     disk::{DiskExtent, DiskReader, ExtentKind},
     error::{Defect, RepositoryError},

@@ -1,8 +1,10 @@
 //! A repository in a folder of a mounted file system.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
+    num::NonZeroU64,
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,12 +12,16 @@ use std::{
 };
 
 use nix::{errno::Errno, sys::signal::kill, unistd::Pid};
+use rustix::fs::{Advice, fadvise};
 
 use super::{Backend, BackendError, FileKind, FileRef};
 use crate::FileId;
 
 /// Temporary files younger than this may belong to a writer on another host.
 const TEMPORARY_AGE_MIN: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// So many bytes of a file are written at once.
+const PART_LEN: usize = 1 << 20;
 
 /// A repository in a local folder. Files are 0600, folders 0700.
 #[derive(Debug, Clone)]
@@ -57,6 +63,52 @@ impl LocalFolder {
             name.len() == 2 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
         });
         Ok(named.map(|(_, entry)| entry.path()).collect())
+    }
+}
+
+/// A file that [`Backend::begin`] began. Dropped, it goes away.
+#[derive(Debug)]
+pub struct Begun(Option<NewFile>);
+
+impl Begun {
+    /// For stores where a file is durable as soon as it is written.
+    pub fn done() -> Self {
+        Self(None)
+    }
+}
+
+/// A file under its temporary name.
+#[derive(Debug)]
+struct NewFile {
+    kind: FileKind,
+    /// Kept open: if the system cannot write it out, that is told here and only once.
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// Gives it its name.
+    fn place(&self) -> Result<(), BackendError> {
+        let Self { kind, temporary, path, .. } = self;
+        let placed = match kind {
+            // Fails where there is one: two programs must not both believe they made the repository.
+            FileKind::Config => fs::hard_link(temporary, path),
+            _ => fs::rename(temporary, path),
+        };
+        placed.map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists if *kind == FileKind::Config => {
+                BackendError::Exists { file: path.display().to_string() }
+            }
+            _ => failed("write", path, source),
+        })
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        // Once it was renamed there is none. A leftover is swept later.
+        let _ = fs::remove_file(&self.temporary);
     }
 }
 
@@ -111,40 +163,46 @@ impl Backend for LocalFolder {
     }
 
     fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError> {
+        self.settle(vec![self.begin(kind, id, content)?])
+    }
+
+    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
         let path = self.path(kind, id);
         let folder = path.parent().expect("every file is in a folder");
         let random: u64 = rand::random();
         let name = if kind == FileKind::Config { "config".to_owned() } else { id.to_hex() };
         let temporary = folder.join(format!("{name}-tmp-{}-{random:016x}", std::process::id()));
-        let written = match write_new(&temporary, content) {
+        let file = match create_new(&temporary) {
             // `keys` is always there: without it the repository's file system is not mounted, and
             // folders made now would hide under it.
             Err(source)
                 if source.kind() == io::ErrorKind::NotFound && self.root.join("keys").is_dir() =>
             {
                 create_folders(folder)?;
-                write_new(&temporary, content)
+                create_new(&temporary)
             }
             other => other,
         };
-        let placed = written.and_then(|()| match kind {
-            // Fails where there is one: two programs must not both believe they made the repository.
-            FileKind::Config => {
-                fs::hard_link(&temporary, &path).and_then(|()| fs::remove_file(&temporary))
-            }
-            _ => fs::rename(&temporary, &path),
-        });
-        let durable = placed.and_then(|()| File::open(folder)?.sync_all());
-        durable.map_err(|source| {
-            // The error that is reported is the first one; a leftover is swept later.
-            let _ = fs::remove_file(&temporary);
-            match source.kind() {
-                io::ErrorKind::AlreadyExists if kind == FileKind::Config => {
-                    BackendError::Exists { file: path.display().to_string() }
-                }
-                _ => failed("write", &path, source),
-            }
-        })
+        let file = file.map_err(|source| failed("write", &path, source))?;
+        // From here on dropping it removes the temporary file.
+        let new = NewFile { kind, file, temporary, path };
+        write_out(&new.file, content).map_err(|source| failed("write", &new.path, source))?;
+        Ok(Begun(Some(new)))
+    }
+
+    fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
+        let files: Vec<NewFile> = files.into_iter().filter_map(|Begun(new)| new).collect();
+        // One kind of step after the other: then a journal commits all of it once, not each file.
+        for new in &files {
+            new.file.sync_all().map_err(|source| failed("write", &new.path, source))?;
+        }
+        files.iter().try_for_each(NewFile::place)?;
+        let folders: BTreeSet<_> = files.iter().filter_map(|new| new.path.parent()).collect();
+        for folder in folders {
+            let synced = File::open(folder).and_then(|folder| folder.sync_all());
+            synced.map_err(|source| failed("sync", folder, source))?;
+        }
+        Ok(())
     }
 
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
@@ -228,10 +286,23 @@ fn create_folders(folder: &Path) -> Result<(), BackendError> {
     synced.map_err(|source| failed("sync", parent, source))
 }
 
-fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(content)?;
-    file.sync_all()
+fn create_new(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Writes a file and sends it on its way to the disk part by part: when the file is made durable there
+/// is little left to wait for, and nobody else's writes queue behind it.
+fn write_out(mut file: &File, content: &[u8]) -> io::Result<()> {
+    let mut offset = 0;
+    for part in content.chunks(PART_LEN) {
+        file.write_all(part)?;
+        if let Some(len) = NonZeroU64::new(PART_LEN as u64).filter(|_| part.len() == PART_LEN) {
+            // On Linux this begins to write out what is dirty, and waits for nothing. A hint.
+            let _ = fadvise(file, offset, Some(len), Advice::DontNeed);
+            offset += len.get();
+        }
+    }
+    Ok(())
 }
 
 fn read_exact_at(
@@ -254,5 +325,41 @@ fn failed(operation: &'static str, path: &Path, source: io::Error) -> BackendErr
     match source.kind() {
         io::ErrorKind::NotFound => BackendError::NotFound { file },
         _ => BackendError::Io { operation, file, source: Arc::new(source) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begin(folder: &LocalFolder, content: &[u8]) -> (FileId, Begun) {
+        let id = FileId::of(content);
+        (id, folder.begin(FileKind::Pack, &id, content).unwrap())
+    }
+
+    #[test]
+    fn p1_what_was_begun_is_there_once_it_is_settled_and_not_before() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = LocalFolder::create(scratch.path()).unwrap();
+        let contents = [vec![1; 3 * PART_LEN + 5], vec![2; PART_LEN], vec![3], Vec::new()];
+        let (ids, begun): (Vec<_>, Vec<_>) =
+            contents.iter().map(|content| begin(&folder, content)).unzip();
+        assert_eq!(folder.list(FileKind::Pack).unwrap(), []);
+        folder.settle(begun).unwrap();
+        for (id, content) in ids.iter().zip(&contents) {
+            assert_eq!(&folder.read(FileKind::Pack, id).unwrap(), content);
+        }
+    }
+
+    #[test]
+    fn p3_what_was_begun_and_given_up_leaves_nothing() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = LocalFolder::create(scratch.path()).unwrap();
+        let (id, begun) = begin(&folder, b"a pack");
+        let parent = folder.path(FileKind::Pack, &id);
+        let files = || fs::read_dir(parent.parent().unwrap()).unwrap().count();
+        assert_eq!(files(), 1);
+        drop(begun);
+        assert_eq!(files(), 0);
     }
 }

@@ -4,8 +4,8 @@ mod local;
 
 use std::{fmt, io, sync::Arc};
 
-pub use self::local::LocalFolder;
 pub(crate) use self::local::is_alive;
+pub use self::local::{Begun, LocalFolder};
 use crate::FileId;
 
 /// The kinds of files a repository consists of.
@@ -166,6 +166,18 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
     /// Stores a file: all or nothing, and durable once this returns.
     fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError>;
+
+    /// Begins to store a file, which is there, and durable, only once [`Backend::settle`] returns: for
+    /// stores in which making many files durable at once costs little more than one.
+    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
+        self.write(kind, id, content).map(|()| Begun::done())
+    }
+
+    /// Ends what [`Backend::begin`] began. After an error each file is there whole or not at all.
+    fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
+        drop(files);
+        Ok(())
+    }
 
     /// Removes a file; [`BackendError::NotFound`] if there is none.
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError>;
