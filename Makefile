@@ -1,11 +1,12 @@
 # The entries of this project. Each installs the Debian packages that it needs, and says so.
 CARGO ?= cargo
 
-.PHONY: help demo test check bench
+.PHONY: help demo test test-next check bench
 
 help:
 	@echo "make demo    boot a guest, back it up twice while it writes, restore it, boot what was restored"
 	@echo "make test    everything: formatting, lints, docs, layers, unit tests, guests"
+	@echo "make test-next  the guest tests with the QEMU and libvirt of the next Debian release"
 	@echo "make check   the quick part of it, without QEMU"
 	@echo "make bench   compare with nbdcopy, qemu-img, zstd, restic; writes docs/benchmarks.md"
 
@@ -20,6 +21,10 @@ test:
 	$(CARGO) build --workspace --bins
 	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --test '*'
 	$(CARGO) test --workspace --doc
+
+test-next:
+	scripts/packages test
+	scripts/test-next
 
 check:
 	$(CARGO) fmt --all --check
