@@ -299,6 +299,9 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
                     .into()
             }
             BitmapHealth::NotRecording => "the dirty bitmap was switched off".into(),
+            BitmapHealth::Partial => {
+                "the image was put above another one since, and the dirty bitmap lies in both".into()
+            }
             BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
             BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
             BitmapHealth::Good if decision.chunk_size != parent.chunk_size => {
@@ -388,6 +391,7 @@ mod tests {
         assert_eq!(kind(bitmaps("c0", Good)), Kind::Rescan);
         assert_eq!(kind(bitmaps("c1", Inconsistent)), Kind::Rescan);
         assert_eq!(kind(bitmaps("c1", NotRecording)), Kind::Rescan);
+        assert_eq!(kind(bitmaps("c1", Partial)), Kind::Rescan);
         assert_eq!(kind(bitmaps("c1", Transient)), Kind::Rescan);
         assert_eq!(kind(Tracking::Bitmaps(Vec::new())), Kind::Rescan);
         assert_eq!(kind(Tracking::Unsupported("raw".into())), Kind::Rescan);

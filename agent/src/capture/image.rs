@@ -56,6 +56,18 @@ pub struct Header {
     pub has_data_file: bool,
 }
 
+impl Header {
+    /// An overlay that libvirt makes takes on the dirty bitmaps of the image that it goes above: each
+    /// has counted only a part of the writes.
+    fn see_beneath(&mut self, beneath: &Self) {
+        for bitmap in self.bitmaps.iter_mut().flatten() {
+            if beneath.bitmaps.iter().flatten().any(|other| other.name == bitmap.name) {
+                bitmap.health = BitmapHealth::Partial;
+            }
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Info {
@@ -298,7 +310,7 @@ pub async fn chain(
     mut images: Vec<Image>,
     goes_on: bool,
 ) -> Result<Result<Chain, Reason>, HypervisorError> {
-    let mut top = None;
+    let mut top: Option<Header> = None;
     let mut next = 0;
     while let Some(image) = images.get(next) {
         let above = image.path.display();
@@ -325,7 +337,10 @@ pub async fn chain(
             }
             images.push(Image { path, format });
         }
-        top.get_or_insert(header);
+        match &mut top {
+            None => top = Some(header),
+            Some(top) => top.see_beneath(&header),
+        }
     }
     let header = top.expect("a disk has an image");
     Ok(Ok(Chain { images, header }))
@@ -371,4 +386,80 @@ pub fn words(tool: &str, stderr: &[u8]) -> String {
     let text = text.trim();
     let text = text.strip_prefix(tool).and_then(|text| text.strip_prefix(": ")).unwrap_or(text);
     text.chars().take(LEN_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(format: &str, specific: &Value) -> Header {
+        let info = json!({
+            "virtual-size": 1 << 20, "format": format, "backing-filename": "base",
+            "full-backing-filename": "/images/base", "backing-filename-format": "raw",
+            "format-specific": {"type": format, "data": specific},
+        });
+        read_header(format, serde_json::from_value(info).unwrap())
+    }
+
+    fn qcow2(compat: &str) -> Header {
+        let bitmap = |name: &str, flags: &[&str]| json!({"name": name, "flags": flags});
+        let bitmaps =
+            [bitmap("good", &["auto"]), bitmap("broken", &["in-use", "auto"]), bitmap("off", &[])];
+        header("qcow2", &json!({"compat": compat, "bitmaps": bitmaps}))
+    }
+
+    fn health(header: &Header) -> Vec<BitmapHealth> {
+        header.bitmaps.iter().flatten().map(|bitmap| bitmap.health).collect()
+    }
+
+    #[test]
+    fn r03_the_flags_of_a_bitmap_tell_what_it_is_worth() {
+        use BitmapHealth::{Good, Inconsistent, NotRecording};
+        assert_eq!(health(&qcow2("1.1")), [Good, Inconsistent, NotRecording]);
+        assert!(qcow2("0.10").bitmaps.is_none());
+        assert!(header("vmdk", &json!({})).bitmaps.is_none());
+    }
+
+    #[test]
+    fn p1_a_bitmap_that_an_image_beneath_has_too_counts_only_a_part() {
+        use BitmapHealth::{Good, Partial};
+        let mut top = qcow2("1.1");
+        top.bitmaps.as_mut().unwrap().truncate(1);
+        top.see_beneath(&header("qcow2", &json!({"compat": "1.1"})));
+        assert_eq!(health(&top), [Good]);
+        top.see_beneath(&qcow2("1.1"));
+        assert_eq!(health(&top), [Partial]);
+    }
+
+    #[test]
+    fn nothing_of_a_chain_is_left_for_qemu_to_find_out() {
+        let image = |path: &str, format: &str| Image { path: path.into(), format: format.into() };
+        let file = |path: &str| json!({"driver": "file", "filename": path});
+        let expected = json!({
+            "driver": "qcow2", "file": file("/a,b"), "read-only": true, "force-share": true,
+            "backing": {"driver": "raw", "file": file("/c"), "read-only": true, "force-share": true},
+        });
+        assert_eq!(node(&[image("/a,b", "qcow2"), image("/c", "raw")]), expected);
+        let alone = image("/c", "qcow2").alone();
+        assert!(alone.starts_with("json:{") && alone.contains("\"backing\":null"), "{alone}");
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_is_told_from_one_that_is_not() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let image = Image { path: file.path().to_owned(), format: "raw".into() };
+        let before = image.mark(true).unwrap();
+        assert_eq!(image.mark(true).unwrap(), before);
+        file.as_file().set_len(1).unwrap();
+        assert_ne!(image.mark(true).unwrap(), before);
+        assert_eq!(image.used().unwrap(), Use::None);
+    }
+
+    #[test]
+    fn what_a_tool_says_is_taken_without_its_name() {
+        let locked = b"qemu-img: Could not open 'a': Failed to get \"write\" lock\nIs another\n";
+        let words = words("qemu-img", locked);
+        assert!(words.starts_with("Could not open") && words.ends_with("another"), "{words}");
+        assert!(is_lock(&words) && !is_lock("Failed to find a block"));
+    }
 }

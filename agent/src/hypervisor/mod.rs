@@ -333,6 +333,8 @@ pub enum BitmapHealth {
     Broken,
     /// It was switched off for a while.
     NotRecording,
+    /// It goes on in an image beneath: it counted only a part of the writes.
+    Partial,
     /// It goes away with QEMU, so somebody else made it.
     Transient,
 }

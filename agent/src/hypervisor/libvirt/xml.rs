@@ -316,3 +316,43 @@ fn write(element: &Element) -> String {
     element.write(&mut text).expect("memory takes everything");
     String::from_utf8(text).expect("XML is written as UTF-8")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(inner: &str) -> DomainDisk {
+        let xml = format!(
+            "<disk device='disk'><driver type='qcow2'/><source file='/top'/>{inner}\
+             <target dev='vda'/></disk>"
+        );
+        read_disk(&parse(&xml).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_lies_beneath_an_image_is_taken_from_the_description_only_where_it_says_so() {
+        assert_eq!(disk("").backing, Backing::Unsaid);
+        assert_eq!(disk("<backingStore/>").backing, Backing::Nothing);
+        let named = |inner: &str| {
+            let xml = format!(
+                "<backingStore type='file'><format type='raw'/><source file='/base'/>{inner}\
+                 </backingStore>"
+            );
+            disk(&xml).backing
+        };
+        let expected = |backing| Backing::Image {
+            format: "raw".into(),
+            path: Some("/base".into()),
+            backing: Box::new(backing),
+        };
+        assert_eq!(named(""), expected(Backing::Unsaid));
+        assert_eq!(named("<backingStore/>"), expected(Backing::Nothing));
+    }
+
+    #[test]
+    fn a_disk_that_needs_a_key_is_known_by_either_place_of_it() {
+        let key = "<encryption format='luks'><secret type='passphrase' uuid='u'/></encryption>";
+        assert!(disk(key).is_encrypted);
+        assert!(!disk("").is_encrypted);
+    }
+}
