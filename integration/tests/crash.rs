@@ -3,6 +3,8 @@
 //! The list of effects is a golden file, so that a new one does not come without its test. To accept a
 //! change: `KVMSNAP_BLESS=1 cargo test -p integration --test crash golden`.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 use integration::faults::{
     Contents, STILL_MAX, assert_goes_on, kinds, wait_for_export, wait_until,
 };
+use integration::restored::assert_same_bytes;
 use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use vm_fixtures::{Disk, Guest, MIB};
@@ -215,35 +218,91 @@ fn r01_p2_a_killed_run_is_undone_by_its_guard_where_no_other_run_comes() {
 }
 
 #[test]
-fn r01_p5_a_killed_restore_leaves_no_half_disk_under_a_final_name() {
+fn r01_p5_a_killed_restore_leaves_no_half_disk_under_a_final_name_and_is_taken_up() {
     let Some(scene) = Scene::new(&[]) else { return };
-    let restore = |to: &Path, format: &str| {
+    let restore = |to: &Path, format: &str, more: &[&str]| {
         let to = to.to_str().expect("a plain path");
-        scene.host.command(["restore", "latest:fixture", "--format", format, "--to", to])
+        let mut command = scene.host.command(["restore", "latest:fixture", "--format", format]);
+        command.args(["--to", to]).args(more);
+        command
     };
     for format in ["raw", "qcow2"] {
         let first = scene.host.folder().join(format!("{format}-first"));
-        let effects = scene.host.effects(restore(&first, format));
+        let effects = scene.host.effects(restore(&first, format, &[]));
+        assert!(effects.iter().filter(|effect| *effect == "restore: write").count() > 2);
         for n in 1..=effects.len() {
             let to = scene.host.folder().join(format!("{format}-{n}"));
-
-            let outcome = finish(spawn(injected(restore(&to, format), Fault::Crash, n)));
-
+            let outcome = finish(spawn(injected(restore(&to, format, &[]), Fault::Crash, n)));
             assert_eq!(outcome.code, None, "{outcome:?}");
-            for disk in DISKS.map(|disk| format!("{disk}.{format}")) {
-                let (whole, maybe) = (first.join(&disk), to.join(&disk));
-                if maybe.exists() {
-                    let mut compare = Command::new("qemu-img");
-                    compare.args(["compare", "-f", format, "-F", format]).arg(whole).arg(maybe);
-                    tool(compare);
-                }
+            let missing = |disk: &&str| !to.join(format!("{disk}.{format}")).exists();
+            let missing: Vec<&str> = DISKS.iter().copied().filter(missing).collect();
+            for disk in DISKS.iter().filter(|disk| !missing.contains(disk)) {
+                assert_same_image(format, &first, &to, disk);
             }
+
+            // The same command, but for disks that have their names already.
+            let more: Vec<&str> = missing.iter().flat_map(|disk| ["--disk", disk]).collect();
+            let all = missing.len() == DISKS.len();
+            if !missing.is_empty() {
+                let again = restore(&to, format, if all { &[] } else { &more });
+                assert_eq!(finish(spawn(again)).code, Some(0), "after effect {n}");
+            }
+
+            DISKS.iter().for_each(|disk| assert_same_image(format, &first, &to, disk));
+            assert_eq!(names(&to), names(&first), "nothing is left after effect {n}");
         }
     }
     // Breaks the lock of the last one that was killed.
     scene.host.list();
     scene.host.assert_nothing_left();
     scene.host.assert_restic_is_content();
+}
+
+/// The same bytes, and to QEMU the same disk.
+fn assert_same_image(format: &str, one: &Path, other: &Path, disk: &str) {
+    let [one, other] = [one, other].map(|folder| folder.join(format!("{disk}.{format}")));
+    let mut compare = Command::new("qemu-img");
+    compare.args(["compare", "-f", format, "-F", format]).args([&one, &other]);
+    tool(compare);
+    assert_same_bytes(&one, &other);
+}
+
+fn names(folder: &Path) -> BTreeSet<OsString> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    entries.map(|entry| entry.expect("an entry").file_name()).collect()
+}
+
+#[test]
+fn p5_a_restore_takes_up_only_what_proves_to_be_right_and_sweeps_the_rest() {
+    let Some(mut scene) = Scene::new(&[]) else { return };
+    let to = scene.host.new_folder();
+    let restore = |format: &str| {
+        let mut command = scene.host.command(["restore", "latest:fixture", "--format", format]);
+        command.arg("--to").arg(&to);
+        command
+    };
+    let begun = |format: &str| {
+        let outcome = finish(spawn(injected(restore(format), Fault::Crash, 4)));
+        assert_eq!(outcome.code, None, "{outcome:?}");
+        let left: Vec<_> = names(&to).into_iter().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+        to.join(&left[0])
+    };
+    // All of it is there, but nothing is as it was: neither data nor holes.
+    let partial = begun("raw");
+    fs::write(&partial, vec![0xee; SIZE as usize + 1]).expect("a file of ours");
+    assert_eq!(finish(spawn(restore("raw"))).code, Some(0));
+    scene.contents.assert_restored(&to);
+    fs::remove_dir_all(&to).expect("a folder of ours");
+
+    // Another format, and then another snapshot.
+    begun("raw");
+    begun("qcow2");
+    scene.contents.scribble(&scene.guest, 102);
+    scene.host.backup(&scene.guest, &[]);
+    assert_eq!(finish(spawn(restore("raw"))).code, Some(0));
+    scene.contents.assert_restored(&to);
+    assert_eq!(names(&to), ["manifest.json", "vda.raw", "vdb.raw"].map(OsString::from).into());
 }
 
 #[test]

@@ -1,20 +1,22 @@
 //! From a snapshot back to disk images: under a temporary name, checked, durable, and only then under
 //! the final one. Nothing that exists is ever written over.
 
+mod fill;
+mod partial;
 mod qcow2;
 mod raw;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
 
+use self::fill::Target;
+use self::partial::Partial;
 use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
 use crate::effect;
 use crate::manifest::DiskManifest;
@@ -95,13 +97,11 @@ pub enum RestoreError {
         /// What was asked for.
         disk: DiskName,
     },
-    /// `qemu-img` is missing or failed.
-    #[error("qemu-img could not write {}: {message}", .path.display())]
-    QemuImg {
-        /// The file.
+    /// Somebody else restores the same disk of the same snapshot to the same place.
+    #[error("another restore is writing {}", .path.display())]
+    Busy {
+        /// The file that it will be.
         path: PathBuf,
-        /// What it said.
-        message: String,
     },
     /// The user or the system asked to stop.
     #[error("interrupted")]
@@ -115,7 +115,7 @@ impl RestoreError {
             Self::Exists { .. } => Some("nothing is ever written over: choose another folder"),
             Self::NoRoom { .. } => Some("choose another folder, or one disk at a time with --disk"),
             Self::UnknownDisk { .. } => Some("`kvmsnap show` names its disks"),
-            Self::QemuImg { .. } => Some("--format raw does without qemu-img"),
+            Self::Busy { .. } => Some("wait until it is done, or choose another folder"),
             _ => None,
         }
     }
@@ -216,6 +216,8 @@ impl Restore<'_> {
             .mode(0o700)
             .create(self.folder)
             .map_err(|source| write(self.folder, source))?;
+        let extension = self.format.as_str();
+        partial::sweep(self.folder, &self.backup.id, &[extension, "json"]);
         let reader = Arc::new(Reader::new(self.repository, Arc::clone(&self.index), CACHE_LEN));
         let mut folder = self.catalog.folder(self.backup)?;
         let mut disks = Vec::new();
@@ -228,15 +230,31 @@ impl Restore<'_> {
             let reader = DiskReader::new(Arc::clone(&reader), content, disk.size)?;
             disks.push((disk, path, reader));
         }
-        self.check_room(disks.iter().map(|(_, _, reader)| data_len(reader)).sum())?;
+        let needed = |(_, path, reader): &(_, PathBuf, _)| {
+            data_len(reader).saturating_sub(partial::left_of(path, &self.backup.id))
+        };
+        self.check_room(disks.iter().map(needed).sum())?;
         self.progress.bytes("restoring", disks.iter().map(|(_, _, d)| data_len(d)).sum());
-        let mut restored = Vec::new();
+        // Final names come last, all at once: until then the same command goes on where a killed one
+        // ended.
+        let mut whole = Vec::new();
+        let mut outcome = Ok(());
         for (disk, path, reader) in disks {
-            self.restore_disk(&path, reader)?;
+            match self.restore_disk(&path, &reader) {
+                Ok(partial) => whole.push((disk, path, partial)),
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            }
+        }
+        outcome = outcome.and_then(|()| self.write_manifest());
+        let mut restored = Vec::new();
+        for (disk, path, partial) in whole {
+            outcome = outcome.and(partial.publish(&path));
             restored.push(Restored { disk: disk.target.clone(), path, size: disk.size });
         }
-        self.write_manifest()?;
-        Ok(restored)
+        outcome.map(|()| restored)
     }
 
     fn check_room(&self, needed: u64) -> Result<(), RestoreError> {
@@ -254,27 +272,25 @@ impl Restore<'_> {
         serde_json::to_vec_pretty(&self.backup.manifest).expect("only string keys")
     }
 
-    fn restore_disk(&self, path: &Path, reader: DiskReader) -> Result<(), RestoreError> {
-        let write = |source| RestoreError::Write { path: path.to_owned(), source };
-        let name = path.file_name().expect("a disk's file has a name").to_string_lossy();
-        effect::about_to("restore: create").map_err(write)?;
-        // Removed when dropped: an error leaves nothing behind.
-        let partial = tempfile::Builder::new()
-            .prefix(&format!(".{name}."))
-            .suffix(".partial")
-            .tempfile_in(self.folder)
-            .map_err(write)?;
+    /// A whole disk that has not got its final name yet.
+    fn restore_disk(&self, path: &Path, reader: &DiskReader) -> Result<Partial, RestoreError> {
+        let partial = self.begin("restore: create", path)?;
+        let (progress, stop) = (self.progress, &self.stop);
+        let target = Target { file: partial.file(), path, reader, progress, stop };
         match self.format {
-            Format::Raw => raw::write(partial.as_file(), &reader, self.progress, &self.stop)
-                .map_err(|error| error.at(path))?,
-            Format::Qcow2 => qcow2::write(partial.path(), path, reader, self.progress, &self.stop)?,
+            Format::Raw => raw::write(&target)?,
+            Format::Qcow2 => qcow2::write(&target)?,
         }
         self.stop.check()?;
-        File::open(partial.path()).and_then(|file| file.sync_all()).map_err(write)?;
-        effect::about_to("restore: rename").map_err(write)?;
-        let (file, partial) = partial.keep().map_err(|error| write(error.error))?;
-        drop(file);
-        rename_new(&partial, path)
+        partial.file().sync_all().map_err(|source| target.failed(source))?;
+        Ok(partial)
+    }
+
+    /// The file that will be `path`.
+    fn begin(&self, effect: &str, path: &Path) -> Result<Partial, RestoreError> {
+        let write = |source| RestoreError::Write { path: path.to_owned(), source };
+        effect::about_to(effect).map_err(write)?;
+        Partial::take_up(path, &self.backup.id)
     }
 
     fn write_manifest(&self) -> Result<(), RestoreError> {
@@ -283,12 +299,10 @@ impl Restore<'_> {
             return Ok(());
         }
         let write = |source| RestoreError::Write { path: path.clone(), source };
-        effect::about_to("restore: manifest").map_err(write)?;
-        let mut partial = tempfile::NamedTempFile::new_in(self.folder).map_err(write)?;
-        partial.write_all(&self.manifest()).map_err(write)?;
-        partial.as_file().sync_all().map_err(write)?;
-        let (_, partial) = partial.keep().map_err(|error| write(error.error))?;
-        rename_new(&partial, &path)
+        let partial = self.begin("restore: manifest", &path)?;
+        let mut file = partial.file();
+        file.set_len(0).and_then(|()| file.write_all(&self.manifest())).map_err(write)?;
+        partial.publish(&path)
     }
 }
 
@@ -296,33 +310,4 @@ impl Restore<'_> {
 fn data_len(reader: &DiskReader) -> u64 {
     let chunks = (0..reader.content().len()).filter(|&chunk| !reader.is_zero(chunk));
     chunks.map(|chunk| reader.chunk_range(chunk)).map(|range| range.end - range.start).sum()
-}
-
-/// Gives a file its final name, unless that is taken; then the file goes.
-fn rename_new(from: &Path, to: &Path) -> Result<(), RestoreError> {
-    let renamed = renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE);
-    let renamed = match renamed {
-        // NFS and others do not know the flag; a second name and the end of the first do the same.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            fs::hard_link(from, to).and_then(|()| fs::remove_file(from))
-        }
-        renamed => renamed.map_err(io::Error::from),
-    };
-    match renamed {
-        Ok(()) => sync_folder(to.parent().unwrap_or(Path::new("."))),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // Somebody else's file has the name: this one has no use.
-            let _ = fs::remove_file(from);
-            Err(RestoreError::Exists { path: to.to_owned() })
-        }
-        Err(source) => {
-            Err(RestoreError::Rename { from: from.to_owned(), to: to.to_owned(), source })
-        }
-    }
-}
-
-fn sync_folder(folder: &Path) -> Result<(), RestoreError> {
-    File::open(folder)
-        .and_then(|file| file.sync_all())
-        .map_err(|source| RestoreError::Write { path: folder.to_owned(), source })
 }
