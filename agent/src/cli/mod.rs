@@ -286,9 +286,18 @@ impl Context {
 
     /// Opens and locks the repository to read from it, without a lock where none can be written.
     async fn open_to_read(&self) -> Result<OpenRepository<Option<Lock>>, CommandError> {
+        let OpenRepository { repository, lock, index } = self.open_to_read_at_once().await?;
+        let lock = blocking(move || lock.map(AnnouncedLock::settle).transpose()).await?;
+        Ok(OpenRepository { repository, lock, index })
+    }
+
+    /// As [`Self::open_to_read`], with a lock that settles while other things are done.
+    async fn open_to_read_at_once(
+        &self,
+    ) -> Result<OpenRepository<Option<AnnouncedLock>>, CommandError> {
         let repository = self.open().await?;
         blocking(move || {
-            let lock = lock_to_read(&repository)?;
+            let lock = announce_lock_to_read(&repository)?;
             // A lost index file costs no restore: what it knew is taken from the packs.
             let (index, unreadable) = repository.index_salvaged()?;
             for (file, error) in unreadable {
@@ -313,8 +322,10 @@ fn parse_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, serde_jso
     serde_json::from_str(text)
 }
 
-fn lock_to_read(repository: &Repository) -> Result<Option<Lock>, RepositoryError> {
-    match repository.lock(LockMode::Shared) {
+fn announce_lock_to_read(
+    repository: &Repository,
+) -> Result<Option<AnnouncedLock>, RepositoryError> {
+    match repository.announce_lock(LockMode::Shared) {
         Ok(lock) => Ok(Some(lock)),
         Err(error @ RepositoryError::LockNotWritable { .. }) => {
             tracing::warn!(%error, "reading without a lock: do not prune meanwhile");

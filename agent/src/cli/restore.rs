@@ -4,14 +4,16 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ::repository::{AnnouncedLock, FileId, Index, Repository};
 use clap::Args;
 
-use super::Context;
-use crate::catalog::SnapshotName;
+use super::{Context, OpenRepository};
+use crate::catalog::{Catalog, SnapshotName};
 use crate::error::CommandError;
+use crate::manifest::DiskManifest;
 use crate::names::DiskName;
-use crate::progress::human_bytes;
-use crate::restore::{Format, Restore, RestoreError, Stop};
+use crate::progress::{Progress, human_bytes};
+use crate::restore::{Format, Restore, RestoreError, Restored, Stop};
 use crate::store::blocking;
 
 /// Write the disks of a snapshot to new image files
@@ -45,33 +47,24 @@ pub struct RestoreArgs {
 /// Whatever the restore says.
 pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandError> {
     let stop = Stop::default();
-    let open = context.until_interrupted(context.open_to_read()).await?;
+    let open = context.until_interrupted(context.open_to_read_at_once()).await?;
     let (progress, stopper, dry_run) = (context.progress.clone(), stop.clone(), args.dry_run);
     let work = blocking(move || {
-        let catalog = open.catalog();
-        let backup = catalog.find(&args.snapshot)?;
-        let restore = Restore {
-            repository: &open.repository,
-            index: Arc::clone(&open.index),
-            catalog: &catalog,
-            backup: &backup,
-            folder: &args.to,
-            format: args.format,
-            disks: &args.disk,
-            progress: &progress,
-            stop: stopper,
-        };
-        let files = match dry_run {
-            true => {
-                let plan = restore.plan()?.into_iter();
-                plan.map(|(disk, path)| (disk.target.clone(), path, disk.size)).collect::<Vec<_>>()
+        let OpenRepository { repository, lock, index } = open;
+        std::thread::scope(|scope| {
+            // Its lock settles meanwhile: nothing is written to the repository.
+            let settling = scope.spawn(|| {
+                let settled = lock.map(AnnouncedLock::settle).transpose();
+                settled.inspect_err(|_| stopper.stop())
+            });
+            let restored = restore(&args, &repository, &index, &progress, &stopper);
+            let settled = settling.join().expect("it does not panic");
+            match (restored, settled) {
+                (Err(_), Err(error)) => Err(error.into()),
+                // Every chunk of a whole disk was verified.
+                (restored, _) => restored,
             }
-            false => {
-                let done = restore.run()?.into_iter();
-                done.map(|restored| (restored.disk, restored.path, restored.size)).collect()
-            }
-        };
-        Ok::<_, CommandError>((backup.id, files))
+        })
     });
     tokio::pin!(work);
     let outcome = tokio::select! {
@@ -85,7 +78,7 @@ pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandErro
     context.progress.finish();
     let (id, files) = outcome?;
     let mut out = std::io::stdout().lock();
-    for (disk, path, size) in files {
+    for Restored { disk, path, size } in files {
         if context.global.json {
             let line = serde_json::json!({
                 "snapshot": id.to_string(), "target": disk, "path": path, "size": size,
@@ -98,4 +91,37 @@ pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandErro
         }
     }
     Ok(())
+}
+
+/// The snapshot, and the files that were written or would be.
+fn restore(
+    args: &RestoreArgs,
+    repository: &Repository,
+    index: &Arc<Index>,
+    progress: &Progress,
+    stop: &Stop,
+) -> Result<(FileId, Vec<Restored>), CommandError> {
+    let catalog = Catalog::new(repository, Arc::clone(index));
+    let backup = catalog.find(&args.snapshot)?;
+    let restore = Restore {
+        repository,
+        index: Arc::clone(index),
+        catalog: &catalog,
+        backup: &backup,
+        folder: &args.to,
+        format: args.format,
+        disks: &args.disk,
+        progress,
+        stop: stop.clone(),
+    };
+    let would_be = |(disk, path): (&DiskManifest, PathBuf)| Restored {
+        disk: disk.target.clone(),
+        path,
+        size: disk.size,
+    };
+    let files = match args.dry_run {
+        true => restore.plan()?.into_iter().map(would_be).collect(),
+        false => restore.run()?,
+    };
+    Ok((backup.id, files))
 }

@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use ::repository::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef};
+use ::repository::{AnnouncedLock, CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef};
 use clap::Args;
 
-use super::{Context, lock_to_read};
+use super::{Context, announce_lock_to_read};
 use crate::catalog::{Catalog, SnapshotName, short};
 use crate::error::CommandError;
 use crate::progress::human_bytes;
@@ -35,10 +35,13 @@ pub struct VerifyArgs {
 pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError> {
     let repository = context.open().await?;
     let reading = repository.clone();
-    // Held here and not by the thread that reads: an interrupted check lets go of it at once.
-    let _lock = blocking(move || lock_to_read(&reading)).await?;
+    let lock = blocking(move || announce_lock_to_read(&reading)).await?;
+    let settling = async {
+        let lock = blocking(move || lock.map(AnnouncedLock::settle).transpose()).await?;
+        Ok::<_, CommandError>(lock)
+    };
     let (progress, names) = (context.progress.clone(), args.snapshots);
-    let (report, wanted) = blocking(move || {
+    let checking = blocking(move || {
         let (index, _) = repository.index_of_readable()?;
         let catalog = Catalog::new(&repository, Arc::new(index));
         let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
@@ -46,8 +49,9 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         let told = |step| tell(&progress, step);
         let report = repository.check(&CheckOptions::new(args.read_data), &told)?;
         Ok::<_, CommandError>((report, wanted))
-    })
-    .await?;
+    });
+    // Held here and not by the thread that reads: an interrupted check lets go of it at once.
+    let (_lock, (report, wanted)) = tokio::try_join!(settling, checking)?;
     context.progress.finish();
     let concerns = |problem: &&Problem| {
         // What affects nobody that is known may affect anybody.
