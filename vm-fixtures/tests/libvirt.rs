@@ -100,6 +100,30 @@ fn a_domain_without_an_operating_system_is_written_to_from_outside() {
 }
 
 #[test]
+fn a_domain_that_was_made_of_another_goes_away_with_it() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let first = Guest::without_os().disk(Disk::new("vda", MIB)).under_libvirt().boot(&libvirt);
+    first.qemu_io("vda", "write -P 0x44 0 64k");
+    first.shut_down();
+    let name = format!("{}-restored", first.name());
+    let xml = first.xml().replace(first.name(), &name);
+    let xml = xml.replace(&first.uuid(), "6b1f2a54-3a1b-4d0a-9d5e-0c7f5a2e9b11");
+    let file = first.folder().join("restored.xml");
+    fs::write(&file, xml).unwrap();
+    libvirt.virsh(&["define", file.to_str().unwrap()]);
+
+    let second = first.successor(&name);
+
+    second.start();
+    second.qemu_io("vda", "read -P 0x44 0 64k");
+    assert_eq!(first.state(), "shut off");
+    drop(first);
+    assert_eq!(second.state(), "running");
+    drop(second);
+    assert!(!libvirt.virsh(&["list", "--all", "--name"]).contains(&name));
+}
+
+#[test]
 fn machines_live_on_while_their_daemon_is_killed_and_started() {
     let Some(libvirt) = Libvirt::alone() else { return };
     let domain = Guest::without_os().disk(Disk::new("vda", MIB)).under_libvirt().boot(&libvirt);
