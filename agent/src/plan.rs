@@ -300,7 +300,8 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
             }
             BitmapHealth::NotRecording => "the dirty bitmap was switched off".into(),
             BitmapHealth::Partial => {
-                "the image was put above another one since, and the dirty bitmap lies in both".into()
+                "the image was put above another one since, and the dirty bitmap lies in both"
+                    .into()
             }
             BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
             BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
