@@ -194,6 +194,7 @@ impl<H: Hypervisor> Run<'_, H> {
             () = &mut interrupt => Err(BackupError::Interrupted),
         };
         self.progress.phase("releasing the guest");
+        guard.reads_no_more();
         let released = self.hypervisor.release(recorded).await;
         let stored = match captured {
             Ok(captured) => tokio::select! {

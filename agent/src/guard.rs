@@ -2,7 +2,9 @@
 //!
 //! Without it the scratch of a killed run would grow until somebody runs kvmsnap again. And it keeps
 //! the run's connections to QEMU open until QEMU has let go of them: Debian's QEMU 7.2 ends, and the
-//! guest with it, when the reader of a disk with an I/O thread just goes away (see `capture`).
+//! guest with it, when the reader of a disk with an I/O thread just goes away (see `capture`). Once
+//! nobody reads from them any more it takes QEMU's last answers: QEMU waits until they are taken
+//! before it ends an export, and its guest waits with it (tried).
 //!
 //! The run talks to it over a socket that is the guard's standard input: one byte each time, connections
 //! beside it. When that ends without a word that all is done, the run is dead.
@@ -19,7 +21,9 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use tokio::io::AsyncReadExt;
 use tokio::process::Child;
+use tokio::runtime::Handle;
 
 use crate::error::CommandError;
 use crate::journal::Journal;
@@ -36,6 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_secs(1);
 
 const HOLD: u8 = b'h';
+const READS_NO_MORE: u8 = b'r';
 const DONE: u8 = b'd';
 /// Connections that one word may bring.
 const CONNECTIONS_MAX: usize = 1;
@@ -82,11 +87,20 @@ impl Guard {
         Ok(())
     }
 
+    /// Tells the guard that the run reads no more from the connections that it keeps.
+    pub fn reads_no_more(&self) {
+        self.say(READS_NO_MORE);
+    }
+
     /// Tells the guard that there is nothing left to undo, or that the next run shall do it.
     pub fn dismiss(self) {
+        self.say(DONE);
+    }
+
+    fn say(&self, word: u8) {
         // A guard that is gone already guards nothing.
         let mut nothing = SendAncillaryBuffer::default();
-        let _ = sendmsg(&self.words, &[IoSlice::new(&[DONE])], &mut nothing, SendFlags::NOSIGNAL);
+        let _ = sendmsg(&self.words, &[IoSlice::new(&[word])], &mut nothing, SendFlags::NOSIGNAL);
     }
 }
 
@@ -95,7 +109,7 @@ impl Guard {
 /// # Errors
 /// When a dead run could not be undone; the next one tries again.
 pub async fn run(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), CommandError> {
-    let (ended, connections) = tokio::task::spawn_blocking(listen)
+    let ended = tokio::task::spawn_blocking(listen)
         .await
         .map_err(|error| CommandError::Output(io::Error::other(error)))?;
     if let Ended::Done = ended {
@@ -103,22 +117,19 @@ pub async fn run(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), C
     }
     tokio::time::sleep(GRACE).await;
     let start = Instant::now();
-    let undone = loop {
+    loop {
         match undo(run, journal, run_dir).await {
             Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
-            undone => break undone,
+            undone => return undone,
         }
-    };
-    // Only now, when nothing in QEMU uses them.
-    drop(connections);
-    undone
+    }
 }
 
 async fn undo(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), CommandError> {
     let (pending, _) = journal.pending()?;
     let ours = pending.into_iter().find(|recorded| &recorded.record().run == run);
     let Some(recorded) = ours else { return Ok(()) };
-    let _lock = DomainLock::on_reach(run_dir, &recorded.record().reach)?;
+    let _lock = DomainLock::to_undo(run_dir, &recorded.record().reach)?;
     recover::undo_wherever(journal, &recorded, run_dir).await?;
     Ok(())
 }
@@ -128,27 +139,46 @@ enum Ended {
     Dead,
 }
 
-/// Listens to the run until it is done or dead, and returns the connections that it brought.
-fn listen() -> (Ended, Vec<OwnedFd>) {
+/// Listens to the run until it is done or dead. The connections that it brings are kept for as long as
+/// this process lives, or until QEMU has closed them.
+fn listen() -> Ended {
     let (input, mut connections) = (io::stdin(), Vec::new());
     loop {
         let mut word = [0];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONNECTIONS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let words = &mut [IoSliceMut::new(&mut word)];
-        match recvmsg(&input, words, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+        let ended = match recvmsg(&input, words, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => return (Ended::Dead, connections),
-            Ok(message) if message.bytes == 0 => return (Ended::Dead, connections),
-            Ok(_) => {}
-        }
+            Err(_) => Some(Ended::Dead),
+            Ok(message) if message.bytes == 0 => Some(Ended::Dead),
+            Ok(_) => None,
+        };
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(brought) = message {
                 connections.extend(brought);
             }
         }
-        if word[0] == DONE {
-            return (Ended::Done, connections);
+        if ended.is_some() || word[0] == READS_NO_MORE {
+            let runtime = Handle::current();
+            for connection in connections.drain(..) {
+                runtime.spawn(take_answers(connection));
+            }
+        }
+        match ended {
+            Some(ended) => return ended,
+            None if word[0] == DONE => return Ended::Done,
+            None => {}
         }
     }
+}
+
+/// Takes what QEMU still answers, until QEMU closes the connection.
+async fn take_answers(connection: OwnedFd) -> io::Result<()> {
+    let connection = UnixStream::from(connection);
+    connection.set_nonblocking(true)?;
+    let mut connection = tokio::net::UnixStream::from_std(connection)?;
+    let mut answers = vec![0; 64 << 10];
+    while connection.read(&mut answers).await? > 0 {}
+    Ok(())
 }

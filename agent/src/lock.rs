@@ -12,6 +12,8 @@ use crate::names::DomainName;
 /// How often, and how far apart, a lock is looked at for the name of its holder.
 const HOLDER_TRIES: u32 = 20;
 const HOLDER_PAUSE: Duration = Duration::from_millis(5);
+/// What a guard writes behind its process id.
+const GUARD: &str = " guard";
 
 /// Why a domain could not be locked.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,8 @@ pub enum LockError {
         what: String,
         /// What the holder wrote into the lock: its process id.
         holder: String,
+        /// Whether it is a guard, which undoes what a run left and is soon done.
+        is_guard: bool,
     },
     /// The lock's file cannot be used.
     #[error("cannot lock {}", .path.display())]
@@ -47,11 +51,23 @@ impl DomainLock {
     /// # Errors
     /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
     pub fn on_reach(run_dir: &Path, reach: &Reach) -> Result<Self, LockError> {
+        Self::take_reach(run_dir, reach, "")
+    }
+
+    /// The same for a guard; see [`LockError::Held`].
+    ///
+    /// # Errors
+    /// As [`Self::on_reach`].
+    pub fn to_undo(run_dir: &Path, reach: &Reach) -> Result<Self, LockError> {
+        Self::take_reach(run_dir, reach, GUARD)
+    }
+
+    fn take_reach(run_dir: &Path, reach: &Reach, role: &str) -> Result<Self, LockError> {
         let key = match reach {
             Reach::Monitor(socket) => digest(socket.as_os_str().as_encoded_bytes()),
             Reach::Domain(domain) => digest(domain.uuid.as_bytes()),
         };
-        Self::take(run_dir, &format!("reach-{key}"), reach.to_string())
+        Self::take(run_dir, &format!("reach-{key}"), reach.to_string(), role)
     }
 
     /// Locks a domain, whichever of its monitors is used.
@@ -60,10 +76,10 @@ impl DomainLock {
     /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
     pub fn on_domain(run_dir: &Path, name: &DomainName, uuid: &str) -> Result<Self, LockError> {
         let key = format!("domain-{}", digest(format!("{name}\n{uuid}").as_bytes()));
-        Self::take(run_dir, &key, format!("domain `{name}`"))
+        Self::take(run_dir, &key, format!("domain `{name}`"), "")
     }
 
-    fn take(run_dir: &Path, key: &str, what: String) -> Result<Self, LockError> {
+    fn take(run_dir: &Path, key: &str, what: String, role: &str) -> Result<Self, LockError> {
         let path = run_dir.join(format!("{key}.lock"));
         let io = |source| LockError::Io { path: path.clone(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(io)?;
@@ -79,12 +95,16 @@ impl DomainLock {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let holder = read_holder(&mut file).map_err(io)?;
-                return Err(LockError::Held { what, holder });
+                let (holder, is_guard) = match holder.strip_suffix(GUARD) {
+                    Some(guard) => (guard.to_owned(), true),
+                    None => (holder, false),
+                };
+                return Err(LockError::Held { what, holder, is_guard });
             }
             Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
         }
         file.set_len(0).and_then(|()| file.rewind()).map_err(io)?;
-        write!(file, "{}", std::process::id()).map_err(io)?;
+        write!(file, "{}{role}", std::process::id()).map_err(io)?;
         Ok(Self { file })
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -17,7 +17,7 @@ use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach, Skipped};
 use crate::journal::Journal;
-use crate::lock::DomainLock;
+use crate::lock::{DomainLock, LockError};
 use crate::names::{DiskName, DomainName};
 use crate::plan::{self, Plan, PlanError, Wanted};
 use crate::progress::human_bytes;
@@ -25,6 +25,10 @@ use crate::quiesce::Mode;
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::read::Limits;
 use crate::recover;
+
+/// How long to wait for a guard that undoes an earlier run.
+const GUARD_TIMEOUT: Duration = Duration::from_secs(60);
+const GUARD_POLL: Duration = Duration::from_millis(50);
 
 /// Back up guests, running or shut off: all of each the first time, then what changed
 #[derive(Debug, Args)]
@@ -183,7 +187,7 @@ async fn back_up<H: Hypervisor>(
     context: &Context,
 ) -> Result<(), CommandError> {
     let run_dir = &context.global.run_dir;
-    let _reach_lock = DomainLock::on_reach(run_dir, &reach)?;
+    let _reach_lock = context.until_interrupted(lock(run_dir, &reach)).await?;
     context.progress.phase("connecting");
     // Opening the repository takes its time; meanwhile the guest shows what it does without us.
     let connect = async {
@@ -246,6 +250,19 @@ async fn back_up<H: Hypervisor>(
     match finished.leftover {
         None => Ok(()),
         Some(error) => Err(CommandError::Leftover(error)),
+    }
+}
+
+/// Locks the way to a machine. A guard that undoes an earlier run there is waited for.
+async fn lock(run_dir: &Path, reach: &Reach) -> Result<DomainLock, CommandError> {
+    let start = Instant::now();
+    loop {
+        match DomainLock::on_reach(run_dir, reach) {
+            Err(LockError::Held { is_guard: true, .. }) if start.elapsed() < GUARD_TIMEOUT => {
+                tokio::time::sleep(GUARD_POLL).await;
+            }
+            locked => return Ok(locked?),
+        }
     }
 }
 

@@ -85,7 +85,10 @@ pub async fn domains(libvirt: &Libvirt) -> Result<Vec<KnownDomain>, HypervisorEr
             let (name, uuid) = (domain.name()?, domain.uuid_string()?);
             Ok(KnownDomain { name, uuid, is_active: domain.is_active()? })
         };
-        connection.list_all_domains(0)?.iter().map(known).collect::<Result<Vec<_>, _>>()
+        let listed = connection.list_all_domains(0)?;
+        // One may be undefined meanwhile.
+        let is_there = |known: &Result<_, _>| !known.as_ref().is_err_and(sys::is_no_domain);
+        listed.iter().map(known).filter(is_there).collect::<Result<Vec<_>, _>>()
     };
     let mut domains = libvirt.ask("list its domains", list).await?;
     domains.sort();

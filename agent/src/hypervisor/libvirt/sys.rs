@@ -246,13 +246,18 @@ impl Refusal {
 
     /// Whether the domain does not exist.
     pub fn is_no_domain(&self) -> bool {
-        is(&self.0, sys::VIR_ERR_NO_DOMAIN)
+        is_no_domain(&self.0)
     }
 
     /// Whether the domain does not run.
     pub fn is_not_running(&self) -> bool {
         is(&self.0, sys::VIR_ERR_OPERATION_INVALID) && self.0.message().contains("not running")
     }
+}
+
+/// Whether libvirt says that there is no such domain.
+pub fn is_no_domain(error: &Error) -> bool {
+    is(error, sys::VIR_ERR_NO_DOMAIN)
 }
 
 fn is(error: &Error, code: sys::virErrorNumber) -> bool {
