@@ -88,6 +88,12 @@ impl Contents {
         self.disk(disk)[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
+    /// Adds an empty disk of `size` bytes.
+    pub fn add(&mut self, disk: &str, size: u64) {
+        self.disks.insert(disk.to_owned(), Vec::new());
+        self.resize(disk, size);
+    }
+
     /// Grows a disk's model by zeros, or cuts it.
     pub fn resize(&mut self, disk: &str, size: u64) {
         let size = usize::try_from(size).expect("disks under test fit memory");

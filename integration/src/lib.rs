@@ -2,6 +2,7 @@
 //! `kvmsnap` runs as a process of its own.
 
 pub mod faults;
+pub mod libvirt;
 pub mod restored;
 
 use std::ffi::OsStr;

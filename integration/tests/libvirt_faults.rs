@@ -1,0 +1,358 @@
+//! Faults while domains of libvirt run: QEMU, libvirtd, kvmsnap or the guest end, disks change between
+//! backups, checkpoints are lost, the scratch fills.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use integration::faults::{STILL_MAX, assert_says, kinds, noise, signal, wait_until};
+use integration::libvirt::{CHUNK_LEN, SIZE, Scene, assert_incremental};
+use integration::restored::{disk, text};
+use integration::{Outcome, finish};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use vm_fixtures::libvirt::Libvirt;
+use vm_fixtures::{Disk, Guest, MIB};
+
+/// The guard waits three seconds for another run, and tries again each second.
+const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
+/// What the tests change at once, more than a slow backup reads in a minute.
+const NOISE_LEN: usize = 2 << 20;
+
+#[track_caller]
+fn stored(snapshot: &Value) -> u64 {
+    let disks = snapshot["disks"].as_array().expect("a list of disks").iter();
+    disks.map(|disk| disk["bytes_stored"].as_u64().expect("a count of bytes")).sum()
+}
+
+/// The backup failed in words, nothing was recorded, and the next one reads by the same bitmaps.
+#[track_caller]
+fn assert_failed(scene: &Scene, outcome: &Outcome, words: &str, snapshots: usize) {
+    assert_says(outcome, 1, words);
+    assert_eq!(scene.host.list().len(), snapshots, "{outcome:?}");
+}
+
+// ---- R02: QEMU dies -----------------------------------------------------------------------------
+
+#[test]
+fn r02_qemu_killed_in_mid_job_costs_one_rescan_that_stores_only_what_changed() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.write("vda", 0, &noise(NOISE_LEN, 1));
+    scene.flush();
+    let running = scene.backup_slowly(&[]);
+
+    scene.domain.kill_qemu();
+
+    assert_failed(&scene, &finish(running), "died during the backup", 1);
+    scene.domain.start();
+    let rescan = scene.backup();
+    for target in ["vda", "vdb"] {
+        let disk = disk(&rescan, target);
+        assert_eq!(disk["kind"], "rescan", "{rescan}");
+        assert!(text(disk, "reason").contains("QEMU ended without closing"), "{rescan}");
+    }
+    let changed = NOISE_LEN as u64;
+    assert!(stored(&rescan) < changed + 4 * CHUNK_LEN, "{rescan}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+    scene.host.assert_restic_is_content();
+}
+
+#[test]
+fn r02_what_the_guest_wrote_before_its_qemu_was_killed_is_in_the_next_backup() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.write("vda", 0, &noise(NOISE_LEN, 1));
+    let running = scene.backup_slowly(&[]);
+    scene.scribble();
+    scene.write("vdb", 1 << 20, &noise(64 << 10, 2));
+    scene.flush();
+
+    scene.domain.kill_qemu();
+
+    assert_failed(&scene, &finish(running), "died during the backup", 1);
+    scene.domain.start();
+    scene.scribble();
+    let rescan = scene.backup();
+    assert!(kinds(&rescan).values().all(|kind| kind == "rescan"), "{rescan}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+// ---- R04: the guest resets or goes off ----------------------------------------------------------
+
+#[test]
+fn r04_a_reset_in_mid_job_changes_nothing_for_the_backup() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.write("vda", 0, &noise(512 << 10, 1));
+    let running = scene.backup_slowly(&[]);
+
+    scene.domain.reset();
+
+    let snapshot = scene.assert_good(&finish(running));
+    assert_eq!(kinds(&snapshot)["vda"], "incremental", "{snapshot}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+#[test]
+fn r04_a_domain_that_is_switched_off_in_mid_job_fails_its_backup_and_no_more() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.write("vda", 0, &noise(NOISE_LEN, 1));
+    let running = scene.backup_slowly(&[]);
+
+    scene.domain.destroy();
+
+    assert_failed(&scene, &finish(running), "died during the backup", 1);
+    let next = scene.backup();
+    assert_eq!(next["method"], "offline", "{next}");
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    scene.assert_clean();
+    scene.domain.start();
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+// ---- R06, R07: disks change between backups -----------------------------------------------------
+
+#[test]
+fn r06_a_disk_that_grew_stays_incremental_and_its_tail_counts_as_changed() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.domain.resize("vda", SIZE + 2 * MIB);
+    scene.contents.resize("vda", SIZE + 2 * MIB);
+    scene.scribble();
+    scene.write("vda", SIZE as usize + 4096, &noise(64 << 10, 3));
+
+    let grown = scene.backup();
+
+    assert_incremental(&grown, "bitmap");
+    let disk = disk(&grown, "vda");
+    assert_eq!(disk["size"], SIZE + 2 * MIB, "{grown}");
+    assert!(disk["bytes_changed"].as_u64().is_some_and(|bytes| bytes >= 2 * MIB), "{grown}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+#[test]
+fn r07_a_disk_that_was_added_is_the_only_one_that_is_full() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.domain.attach_disk(&Disk::new("vdd", SIZE));
+    scene.contents.add("vdd", SIZE);
+    scene.scribble();
+
+    let with_it = scene.backup();
+
+    let kinds = kinds(&with_it);
+    assert_eq!(kinds["vdd"], "full", "{with_it}");
+    assert_eq!([&kinds["vda"], &kinds["vdb"]], ["incremental"; 2], "{with_it}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+#[test]
+fn r07_another_image_behind_the_same_target_is_read_whole_and_no_other_disk() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.domain.destroy();
+    let (old, new) = (scene.domain.disk_path("vdb"), scene.domain.folder().join("other.qcow2"));
+    vm_fixtures::run("qemu-img", &["create", "-q", "-f", "qcow2", text_of(&new), "4M"]);
+    let xml = scene.domain.xml().replace(text_of(&old), text_of(&new));
+    define(&scene, &xml);
+    scene.contents.note("vdb", 0, &[0; SIZE as usize]);
+    scene.domain.start();
+    scene.scribble();
+
+    let other = scene.backup();
+
+    assert_eq!(kinds(&other)["vda"], "incremental", "{other}");
+    assert_eq!(kinds(&other)["vdb"], "rescan", "{other}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+fn text_of(path: &std::path::Path) -> &str {
+    path.to_str().expect("a plain path")
+}
+
+#[track_caller]
+fn define(scene: &Scene, xml: &str) {
+    let file = scene.domain.folder().join("changed.xml");
+    fs::write(&file, xml).expect("the domain's folder is writable");
+    scene.domain.libvirt().virsh(&["define", text_of(&file)]);
+}
+
+// ---- R16: two runs at once ----------------------------------------------------------------------
+
+#[test]
+fn r16_the_second_of_two_runs_says_who_holds_the_domain() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.write("vda", 0, &noise(512 << 10, 1));
+    let first = scene.backup_slowly(&[]);
+
+    let second = scene.try_backup(&[]);
+
+    assert_says(&second, 11, &format!("(process {})", first.pid()));
+    let snapshot = scene.assert_good(&finish(first));
+    assert_eq!(kinds(&snapshot)["vda"], "incremental", "{snapshot}");
+    assert_eq!(scene.host.list().len(), 2);
+    scene.assert_clean();
+}
+
+// ---- R26, R30: other domains --------------------------------------------------------------------
+
+#[test]
+fn r26_a_domain_with_a_new_uuid_begins_a_new_history() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let old = scene.domain.uuid();
+    scene.domain.destroy();
+    let new = "5f6b2c1e-93d4-4b5a-8c8e-0e1f2a3b4c5d";
+    let xml = scene.domain.xml().replace(&old, new);
+    scene.domain.virsh("undefine", &["--checkpoints-metadata"]);
+    define(&scene, &xml);
+    scene.domain.start();
+    scene.scribble();
+
+    let first = scene.backup();
+
+    assert_eq!((&first["uuid"], &first["parent"]), (&new.into(), &Value::Null), "{first}");
+    assert!(kinds(&first).values().all(|kind| kind == "full"), "{first}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    let listed = scene.host.list();
+    let uuids: Vec<&str> = listed.iter().map(|snapshot| text(snapshot, "uuid")).collect();
+    assert_eq!(uuids, [&old, new, new]);
+    scene.assert_clean_but_bitmaps();
+    // libvirt knows nothing of the old history's dirty bitmap; the image does.
+    scene.domain.destroy();
+    scene.scribble();
+    assert_incremental(&scene.backup(), "offline");
+    scene.assert_clean();
+}
+
+#[test]
+fn r30_a_paused_domain_is_backed_up_and_stays_paused() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.domain.pause();
+    scene.scribble();
+
+    let snapshot = scene.backup();
+
+    assert_incremental(&snapshot, "bitmap");
+    assert_eq!(snapshot["consistency"], "crash");
+    assert_eq!(scene.domain.state(), "paused");
+    scene.assert_clean();
+}
+
+#[test]
+fn r30_a_domain_without_disks_fails_alone_and_in_words() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::running(&libvirt);
+    let bare = Guest::without_os().under_libvirt().boot(&libvirt);
+
+    let alone = scene.host.run(["backup", bare.name()]);
+
+    assert_says(&alone, 1, "has no disk to back up");
+    let both = scene.host.run(["backup", "--json", bare.name(), scene.domain.name()]);
+    assert_says(&both, 3, "1 of 2 domains failed");
+    assert!(both.stderr.contains(&format!("domain `{}`", bare.name())), "{both:?}");
+    assert_eq!(scene.host.list().len(), 2, "the other one was backed up");
+    scene.assert_clean();
+}
+
+#[test]
+fn r30_a_disk_of_no_bytes_keeps_no_other_from_being_backed_up() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", SIZE)).disk(Disk::new("vdb", 0));
+    let mut scene = Scene::of(plan.under_libvirt(), &["vda"], SIZE, &libvirt);
+    scene.domain.start();
+    let first = scene.backup();
+    scene.scribble();
+
+    let second = scene.backup();
+
+    for snapshot in [&first, &second] {
+        assert_eq!(disk(snapshot, "vdb")["size"], 0, "{snapshot}");
+    }
+    assert_eq!(kinds(&second)["vda"], "incremental", "{second}");
+    scene.assert_clean();
+}
+
+// ---- R01, P2: kvmsnap dies ----------------------------------------------------------------------
+
+#[test]
+fn p2_r01_a_guest_with_io_threads_outlives_its_killed_reader() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let threaded = |id| Disk::new(id, SIZE).iothread();
+    let plan = Guest::without_os().disk(threaded("vda")).disk(threaded("vdb"));
+    let mut scene = Scene::of(plan.under_libvirt(), &["vda", "vdb"], SIZE, &libvirt);
+    scene.domain.start();
+    scene.backup();
+    let qemu = scene.domain.pid();
+    for turn in 0..2 {
+        scene.write("vda", 0, &noise(NOISE_LEN, turn));
+        let running = scene.backup_slowly(&[]);
+        let killed = Instant::now();
+
+        signal(running.pid(), Signal::SIGKILL);
+
+        finish(running);
+        scene.scribble();
+        // The first time its guard undoes it, the second time the next run.
+        if turn == 0 {
+            let left = GUARD_TIMEOUT.saturating_sub(killed.elapsed());
+            wait_until(left, "the guard undoes the run", || scene.host.undo_records() == 0);
+            assert_eq!(scene.checkpoints().len(), 1);
+        }
+        let next = scene.backup();
+        assert!(kinds(&next).values().all(|kind| kind == "incremental"), "{next}");
+        assert_eq!(scene.host.list().len(), 2 + turn as usize);
+    }
+    assert_eq!((scene.domain.pid(), scene.domain.state().as_str()), (qemu, "running"));
+    scene.assert_clean();
+}
+
+/// QEMU has answers for a reader that does not take them, more than a socket holds.
+#[test]
+fn p2_answers_that_nobody_takes_do_not_hold_the_guest_up() {
+    const LEN: usize = 32 << 20;
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", LEN as u64));
+    let mut scene = Scene::of(plan.under_libvirt(), &["vda"], LEN as u64, &libvirt);
+    scene.domain.start();
+    scene.write("vda", 0, &noise(LEN, 1));
+    for ending in [Signal::SIGKILL, Signal::SIGTERM] {
+        let running = scene.backup_at("16MiB", &["--full"]);
+        let pid = running.pid();
+        signal(pid, Signal::SIGSTOP);
+        // Both ends of the connection to the export are held by others, so they fill.
+        scene.wait_until_qemu_rests();
+
+        signal(pid, ending);
+
+        signal(pid, Signal::SIGCONT);
+        finish(running);
+        wait_until(GUARD_TIMEOUT, "the run is undone", || {
+            let start = Instant::now();
+            scene.scribble();
+            assert!(start.elapsed() < 5 * STILL_MAX, "the guest waited {:?}", start.elapsed());
+            scene.host.undo_records() == 0
+        });
+        assert!(scene.checkpoints().is_empty());
+    }
+    scene.backup();
+    scene.assert_clean();
+}
