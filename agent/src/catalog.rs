@@ -217,6 +217,18 @@ impl Catalog {
         Ok(self.reader.tree(&subtree.ok_or_else(incomplete)?)?)
     }
 
+    /// The content of a file that lies beside the disks.
+    ///
+    /// # Errors
+    /// [`CatalogError::Repository`].
+    pub fn content(&self, file: &Node) -> Result<Vec<u8>, CatalogError> {
+        let mut content = Vec::new();
+        for blob in file.content() {
+            content.extend_from_slice(&self.reader.blob(blob)?);
+        }
+        Ok(content)
+    }
+
     fn manifest(&self, id: FileId, file: &SnapshotFile) -> Result<Manifest, CatalogError> {
         let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_MANIFEST));
         let blob = match tagged.and_then(|blob| blob.parse().ok()) {

@@ -18,6 +18,8 @@ use crate::quiesce::QuiesceError;
 use crate::read::ReadError;
 use crate::recover::RecoverError;
 use crate::restore::RestoreError;
+use crate::restore::define::DefineError;
+use crate::restore::in_place::InPlaceError;
 
 /// Done.
 pub const DONE: u8 = 0;
@@ -43,6 +45,12 @@ pub enum CommandError {
     /// A restore stopped.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// A machine cannot be defined.
+    #[error(transparent)]
+    Define(#[from] DefineError),
+    /// Disks cannot be restored in place.
+    #[error(transparent)]
+    InPlace(#[from] InPlaceError),
     /// The repository cannot be used.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
@@ -194,6 +202,10 @@ impl CommandError {
             | Self::Recover(RecoverError::Hypervisor { source: error, .. }) => {
                 return hypervisor_hint(error);
             }
+            Self::Define(DefineError::Hypervisor(error))
+            | Self::InPlace(InPlaceError::Hypervisor(error)) => return hypervisor_hint(error),
+            Self::Define(error) => return error.hint(),
+            Self::InPlace(error) => error.hint()?,
             Self::Plan(PlanError::UnknownDisk { known, .. }) => {
                 let known: Vec<_> = known.iter().map(ToString::to_string).collect();
                 return Some(format!("it has {}", known.join(", ")));

@@ -62,7 +62,7 @@ fn the_help_of_each_command_has_examples() {
         assert!(wanted.iter().all(|word| help.contains(word)), "{command:?}: {help}");
     }
     assert!(host.ok(["--version"]).starts_with("kvmsnap "));
-    assert_says(&host.run(["backup"]), 2, "--qmp");
+    assert_says(&host.run(["backup"]), 2, "<DOMAIN>");
     assert_says(&host.run(["no-such-command"]), 2, "unrecognized");
 }
 

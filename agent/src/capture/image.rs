@@ -32,7 +32,7 @@ const CHAIN_LEN_MAX: usize = 200;
 /// nobody to write holds (QEMU's block/file-posix.c: `RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE`, and
 /// bit 1 of the permissions).
 const LOCK_WRITES: i64 = 101;
-const LOCK_NO_WRITERS: i64 = 201;
+pub const LOCK_NO_WRITERS: i64 = 201;
 
 /// An image on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]

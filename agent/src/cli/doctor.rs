@@ -7,9 +7,12 @@ use serde::Serialize;
 
 use super::Context;
 use crate::error::CommandError;
+use crate::hypervisor::Reach;
+use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::journal::{Journal, Recorded};
 use crate::lock::{DomainLock, LockError};
 use crate::recover;
+use crate::restore::in_place;
 
 /// Name what earlier runs left on this host, and mend it
 #[derive(Debug, Args)]
@@ -40,11 +43,16 @@ struct Finding<'a> {
 pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError> {
     let journal = context.journal()?;
     let (pending, damaged) = journal.pending()?;
+    let exchanges = in_place::unfinished(&context.global.state_dir)?;
+    let is_clean = pending.is_empty() && damaged.is_empty() && exchanges.is_empty();
+    let mut left = damaged.len();
+    for record in &exchanges {
+        left += usize::from(!examine_exchange(record, args.repair, context).await?);
+    }
     let mut out = std::io::stdout().lock();
-    if pending.is_empty() && damaged.is_empty() && !context.global.json {
+    if is_clean && !context.global.json {
         writeln!(out, "nothing is left of earlier runs")?;
     }
-    let mut left = damaged.len();
     for error in &damaged {
         tracing::error!("{error}: it tells what a run made in a guest");
     }
@@ -81,6 +89,46 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
         0 => Ok(()),
         count => Err(CommandError::Leftovers { count }),
     }
+}
+
+/// Tells of a restore in place that stopped between two disks, and says whether it is finished now.
+async fn examine_exchange(
+    record: &in_place::Record,
+    repair: bool,
+    context: &Context,
+) -> Result<bool, CommandError> {
+    let global = &context.global;
+    let _lock = DomainLock::on_reach(&global.run_dir, &Reach::Domain(record.address.clone()))?;
+    let mut mended = false;
+    if repair {
+        let handle = DomainHandle::connect(&record.address).await?;
+        match in_place::finish(&handle, &global.state_dir, record).await {
+            Ok(()) => mended = true,
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(error, domain = record.domain, "cannot finish it");
+            }
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    for disk in &record.disks {
+        let waits = disk.restored.exists();
+        if global.json {
+            let line = serde_json::json!({
+                "domain": record.domain, "snapshot": record.snapshot, "target": disk.disk,
+                "image": disk.image, "restored": !waits, "before": disk.before, "mended": mended,
+            });
+            context.print_json(&mut out, &line)?;
+            continue;
+        }
+        let state = match waits {
+            true => format!("as it was; the restored one waits as {}", disk.restored.display()),
+            false => format!("restored; what it was is kept as {}", disk.before.display()),
+        };
+        let image = disk.image.display();
+        writeln!(out, "{} (restore in place), {}: {image} is {state}", record.domain, disk.disk)?;
+    }
+    Ok(mended)
 }
 
 const RUNNING: &str = "a backup is running";

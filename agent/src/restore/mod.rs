@@ -1,8 +1,14 @@
 //! From a snapshot back to disk images: under a temporary name, checked, durable, and only then under
 //! the final one. Nothing that exists is ever written over.
 
+pub mod define;
+mod devices;
+pub mod files;
 mod fill;
+pub mod host;
+pub mod in_place;
 mod partial;
+pub mod plan;
 mod qcow2;
 mod raw;
 
@@ -17,6 +23,7 @@ use repository::{DiskReader, Index, Reader, Repository, RepositoryError};
 
 use self::fill::Target;
 use self::partial::Partial;
+use self::plan::Place;
 use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
 use crate::effect;
 use crate::manifest::DiskManifest;
@@ -150,8 +157,10 @@ pub struct Restore<'a> {
     pub catalog: &'a Catalog,
     /// The backup.
     pub backup: &'a Backup,
-    /// The folder; made where it is missing.
-    pub folder: &'a Path,
+    /// Where the files go; the folder is made where it is missing.
+    pub place: &'a Place,
+    /// The access rights of a folder that is made.
+    pub folder_mode: u32,
     /// What the disks look like.
     pub format: Format,
     /// Only these disks; all where empty.
@@ -187,8 +196,7 @@ impl Restore<'_> {
             |disk: &&DiskManifest| self.disks.is_empty() || self.disks.contains(&disk.target);
         let mut plan = Vec::new();
         for disk in known.iter().filter(wanted) {
-            let name = format!("{}.{}", disk.target, self.format.as_str());
-            let path = self.folder.join(name);
+            let path = self.place.disk(&disk.target, self.format);
             match fs::symlink_metadata(&path) {
                 Ok(_) => return Err(RestoreError::Exists { path }),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -196,8 +204,9 @@ impl Restore<'_> {
             }
             plan.push((disk, path));
         }
+        self.check_machine_files()?;
         // Another disk of the same backup may have been restored here before.
-        let path = self.folder.join(MANIFEST);
+        let path = self.place.file(MANIFEST);
         match fs::read(&path) {
             Ok(existing) if existing != self.manifest() => Err(RestoreError::Exists { path }),
             _ => Ok(plan),
@@ -213,11 +222,11 @@ impl Restore<'_> {
         let write = |path: &Path, source| RestoreError::Write { path: path.to_owned(), source };
         fs::DirBuilder::new()
             .recursive(true)
-            .mode(0o700)
-            .create(self.folder)
-            .map_err(|source| write(self.folder, source))?;
+            .mode(self.folder_mode)
+            .create(&self.place.folder)
+            .map_err(|source| write(&self.place.folder, source))?;
         let extension = self.format.as_str();
-        partial::sweep(self.folder, &self.backup.id, &[extension, "json"]);
+        partial::sweep(&self.place.folder, &self.backup.id, &[extension, "json"]);
         let reader = Arc::new(Reader::new(self.repository, Arc::clone(&self.index), CACHE_LEN));
         let mut folder = self.catalog.folder(self.backup)?;
         let mut disks = Vec::new();
@@ -248,6 +257,7 @@ impl Restore<'_> {
                 }
             }
         }
+        outcome = outcome.and_then(|()| self.write_machine_files(&folder));
         outcome = outcome.and_then(|()| self.write_manifest());
         let mut restored = Vec::new();
         for (disk, path, partial) in whole {
@@ -259,10 +269,10 @@ impl Restore<'_> {
 
     fn check_room(&self, needed: u64) -> Result<(), RestoreError> {
         // A file system that does not tell shows when it is full.
-        let Ok(stat) = nix::sys::statvfs::statvfs(self.folder) else { return Ok(()) };
+        let Ok(stat) = nix::sys::statvfs::statvfs(&self.place.folder) else { return Ok(()) };
         let free = stat.blocks_available() * stat.fragment_size();
         match free < needed {
-            true => Err(RestoreError::NoRoom { folder: self.folder.to_owned(), free, needed }),
+            true => Err(RestoreError::NoRoom { folder: self.place.folder.clone(), free, needed }),
             false => Ok(()),
         }
     }
@@ -294,8 +304,8 @@ impl Restore<'_> {
     }
 
     fn write_manifest(&self) -> Result<(), RestoreError> {
-        let path = self.folder.join(MANIFEST);
-        if path.exists() {
+        let path = self.place.file(MANIFEST);
+        if path.exists() || !self.place.prefix.is_empty() {
             return Ok(());
         }
         let write = |source| RestoreError::Write { path: path.clone(), source };

@@ -104,7 +104,7 @@ pub fn checkpoints(domain: &Domain, size: bool) -> Result<Vec<(String, String)>,
 /// of which a bitmap is missing or broken.
 ///
 /// # Errors
-/// libvirt's; [`is_inconsistent`] tells a bitmap that cannot be used.
+/// libvirt's; [`Refusal::is_inconsistent`] tells a bitmap that cannot be used.
 pub fn checkpoint_redefine(domain: &Domain, xml: &str, validate: bool) -> Result<(), Error> {
     let xml = text(xml)?;
     let validate = if validate { sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE } else { 0 };

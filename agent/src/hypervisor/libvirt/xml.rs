@@ -107,8 +107,9 @@ pub fn read_domain(domain: &Element) -> Domain {
     };
     if let Some(os) = domain.get_child("os") {
         read.nvram = text(os, "nvram").map(PathBuf::from);
-        // Newer descriptions may name another source than a file.
-        read.nvram = attribute(os, "nvram", "file").map(PathBuf::from).or(read.nvram);
+        // From libvirt 8.5 on it may be told as a source, which need not be a file.
+        let source = os.get_child("nvram").and_then(|nvram| attribute(nvram, "source", "file"));
+        read.nvram = source.map(PathBuf::from).or(read.nvram);
         read.kernel = text(os, "kernel").map(PathBuf::from);
         read.initrd = text(os, "initrd").map(PathBuf::from);
     }
@@ -276,20 +277,24 @@ pub fn write_checkpoint(
     write(&checkpoint)
 }
 
-fn elements(parent: &Element) -> impl Iterator<Item = &Element> {
+/// The elements right below another one.
+pub fn elements(parent: &Element) -> impl Iterator<Item = &Element> {
     parent.children.iter().filter_map(XMLNode::as_element)
 }
 
-fn attribute<'a>(parent: &'a Element, child: &str, name: &str) -> Option<&'a str> {
+/// An attribute of the first child of this name.
+pub fn attribute<'a>(parent: &'a Element, child: &str, name: &str) -> Option<&'a str> {
     parent.get_child(child)?.attributes.get(name).map(String::as_str)
 }
 
-fn text(parent: &Element, child: &str) -> Option<String> {
+/// The text of the first child of this name, where it has any.
+pub fn text(parent: &Element, child: &str) -> Option<String> {
     let text = parent.get_child(child)?.get_text()?.trim().to_owned();
     (!text.is_empty()).then_some(text)
 }
 
-fn element(name: &str, attributes: &[(&str, &str)]) -> Element {
+/// A new element.
+pub fn element(name: &str, attributes: &[(&str, &str)]) -> Element {
     let mut element = Element::new(name);
     for (name, value) in attributes {
         set(&mut element, name, value);
@@ -297,21 +302,25 @@ fn element(name: &str, attributes: &[(&str, &str)]) -> Element {
     element
 }
 
-fn with_text(name: &str, text: &str) -> Element {
+/// A new element around a text.
+pub fn with_text(name: &str, text: &str) -> Element {
     let mut element = Element::new(name);
     element.children.push(XMLNode::Text(text.to_owned()));
     element
 }
 
-fn set(element: &mut Element, name: &str, value: &str) {
+/// Sets an attribute.
+pub fn set(element: &mut Element, name: &str, value: &str) {
     element.attributes.insert(name.to_owned(), value.to_owned());
 }
 
-fn add(parent: &mut Element, child: Element) {
+/// Adds a child at the end.
+pub fn add(parent: &mut Element, child: Element) {
     parent.children.push(XMLNode::Element(child));
 }
 
-fn write(element: &Element) -> String {
+/// The document of an element.
+pub fn write(element: &Element) -> String {
     let mut text = Vec::new();
     element.write(&mut text).expect("memory takes everything");
     String::from_utf8(text).expect("XML is written as UTF-8")
