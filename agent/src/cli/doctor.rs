@@ -98,7 +98,15 @@ async fn examine_exchange(
     context: &Context,
 ) -> Result<bool, CommandError> {
     let global = &context.global;
-    let _lock = DomainLock::on_reach(&global.run_dir, &Reach::Domain(record.address.clone()))?;
+    let _lock = match DomainLock::on_reach(&global.run_dir, &Reach::Domain(record.address.clone()))
+    {
+        // It may be the restore itself, which takes a moment.
+        Err(error @ LockError::Held { .. }) => {
+            tracing::info!(target: "progress", "{error}");
+            return Ok(true);
+        }
+        lock => lock?,
+    };
     let mut mended = false;
     if repair {
         let handle = DomainHandle::connect(&record.address).await?;

@@ -40,7 +40,8 @@ pub struct RestoreArgs {
     /// A storage pool of libvirt for the images, of the type dir
     #[arg(long, value_name = "POOL", group = "target")]
     pool: Option<String>,
-    /// Exchange the images of the domain, which must be shut off; the old ones are kept
+    /// Exchange the images of the domain, which must be shut off, and nothing else of it; the old ones
+    /// are kept
     #[arg(long, group = "target", conflicts_with_all = ["define", "format"])]
     in_place: bool,
     /// The images' format

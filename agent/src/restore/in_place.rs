@@ -182,20 +182,25 @@ pub async fn look(
 ) -> Result<Vec<Wanted>, InPlaceError> {
     let (domain, uuid) = (manifest.domain.to_string(), manifest.uuid.clone());
     let ask = |domain: &Domain| {
-        let saved = domain.has_managed_save(0)?;
-        Ok((domain.is_active()?, saved, domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?))
+        let (saved, snapshots) = (domain.has_managed_save(0)?, domain.num_snapshots(0)?);
+        let description = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
+        Ok((domain.is_active()?, saved, snapshots, description))
     };
-    let (is_active, is_saved, description) = match handle.ask("describe the domain", ask).await {
-        Err(HypervisorError::Libvirt { source, .. }) if source.is_no_domain() => {
-            return Err(InPlaceError::NoDomain { domain, uuid });
-        }
-        answer => answer?,
-    };
+    let (is_active, is_saved, snapshots, description) =
+        match handle.ask("describe the domain", ask).await {
+            Err(HypervisorError::Libvirt { source, .. }) if source.is_no_domain() => {
+                return Err(InPlaceError::NoDomain { domain, uuid });
+            }
+            answer => answer?,
+        };
     if is_active {
         return Err(InPlaceError::Runs { domain });
     }
     if is_saved {
         return Err(InPlaceError::Saved { domain });
+    }
+    if snapshots > 0 {
+        tracing::warn!("libvirt's own snapshots of `{domain}` stay with the old images");
     }
     let description = xml::read_domain(&xml::parse(&description).map_err(HypervisorError::Xml)?);
     let chosen = manifest.disks.iter().map(|disk| &disk.target);

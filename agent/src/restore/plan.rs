@@ -283,9 +283,8 @@ impl Planner<'_> {
             if is_flash {
                 // libvirt chooses one of those that the host's packages describe.
                 xml::set(os, "firmware", "efi");
-                if let Some(secure) = loader.and_then(|l| l.attributes.get("secure").cloned()) {
-                    xml::add(os, xml::element("loader", &[("secure", &secure)]));
-                }
+                let secure = loader.and_then(|loader| loader.attributes.get("secure").cloned());
+                choose_secure_boot(os, secure.is_some_and(|secure| secure == "yes"));
             }
             differs.push(format!("chosen by libvirt; {path} is not here"));
         }
@@ -372,6 +371,22 @@ impl Planner<'_> {
         if has_arguments {
             self.differs("QEMU", "arguments that libvirt has no words for are passed as they are");
         }
+    }
+}
+
+/// Has libvirt choose firmware with or without Secure Boot, as it was; firmware that it chose in the
+/// first place says so itself.
+fn choose_secure_boot(os: &mut Element, wanted: bool) {
+    if os.get_child("firmware").is_some() {
+        return;
+    }
+    let mut feature = xml::element("feature", &[("name", "secure-boot")]);
+    xml::set(&mut feature, "enabled", if wanted { "yes" } else { "no" });
+    let mut firmware = xml::element("firmware", &[]);
+    xml::add(&mut firmware, feature);
+    xml::add(os, firmware);
+    if wanted {
+        xml::add(os, xml::element("loader", &[("secure", "yes")]));
     }
 }
 

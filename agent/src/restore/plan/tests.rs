@@ -232,7 +232,7 @@ fn firmware_that_is_not_here_is_chosen_anew_and_its_variables_come_back() {
     let (xml, lines) = scene.planned();
 
     assert!(has(&xml, "os", &[("firmware", "efi")]), "{xml}");
-    assert!(has(&xml, "loader", &[("secure", "no")]), "{xml}");
+    assert!(has(&xml, "feature", &[("name", "secure-boot"), ("enabled", "no")]), "{xml}");
     assert!(!xml.contains(LOADER), "{xml}");
     assert!(xml.contains("<nvram>/srv/new/web_VARS.fd</nvram>"), "{xml}");
     assert!(lines.contains(&format!("firmware: chosen by libvirt; {LOADER} is not here")));
