@@ -31,8 +31,9 @@ use crate::journal::{DiskRecord, Record, Recorded};
 /// Room that the scratch of a disk has ahead of what it holds: what a guest can write in the time
 /// that it takes to end the job, many times over.
 const AHEAD: u64 = 256 << 20;
-/// How long libvirt may take to end a job.
-const ABORT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long libvirt may take to end a job. One thread of libvirtd handles what all its QEMUs tell, and
+/// waits up to 30 s for a domain that hangs: meanwhile no job of any domain ends (seen with 9.0).
+const ABORT_TIMEOUT: Duration = Duration::from_secs(60);
 const ABORT_POLL: Duration = Duration::from_millis(20);
 
 /// Makes sure that there is room for the scratch of each disk, before anything is begun.
