@@ -17,7 +17,8 @@ use jiff::Timestamp;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::fstatvfs;
 use virt::domain::{
-    Domain, DomainPausedReason, DomainPausedReasonEnum, DomainStateReason, DomainStateReasonEnum,
+    Domain, DomainPausedReason, DomainPausedReasonEnum, DomainState, DomainStateReason,
+    DomainStateReasonEnum,
 };
 use virt::error::Error;
 
@@ -134,6 +135,9 @@ pub async fn release(domain: &DomainHandle, recorded: &Recorded) -> Result<(), H
     let start = Instant::now();
     let mut asked = false;
     while is_ours(domain, record).await? {
+        if is_ending(domain).await? {
+            return Err(HypervisorError::NotRunning { domain: record.domain.to_string() });
+        }
         if start.elapsed() > ABORT_TIMEOUT {
             return Err(HypervisorError::StillInUse {
                 what: "the backup job".to_owned(),
@@ -175,6 +179,13 @@ pub fn remove_files(record: &Record) -> Result<(), HypervisorError> {
         }
     }
     Ok(())
+}
+
+/// Whether the guest has powered itself off. libvirt 9.0 may take minutes to see that QEMU has ended
+/// meanwhile, where a guest agent had been connected, and takes the job for one that runs (tried).
+async fn is_ending(domain: &DomainHandle) -> Result<bool, HypervisorError> {
+    let (state, _) = domain.ask("tell its state", Domain::state).await?;
+    Ok(state.unwrap_or(DomainState::NoState) == DomainState::Shutdown)
 }
 
 /// Whether the job that runs is the one of this record.
