@@ -38,6 +38,11 @@ impl Contents {
         self.disks.keys().map(String::as_str).collect()
     }
 
+    /// What a disk holds.
+    pub fn of(&self, disk: &str) -> &[u8] {
+        &self.disks[disk]
+    }
+
     /// Writes a byte over a range of one disk, through the guest's device.
     #[track_caller]
     pub fn write(&mut self, guest: &Guest, disk: &str, offset: usize, len: usize, byte: u8) {

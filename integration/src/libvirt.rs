@@ -153,18 +153,11 @@ impl Scene {
     /// The same at another speed, in bytes a second.
     #[track_caller]
     pub fn backup_at(&self, speed: &str, more: &[&str]) -> Running {
-        let mut running = spawn(self.command(&[&["--limit-read", speed], more].concat()));
+        let running = spawn(self.command(&[&["--limit-read", speed], more].concat()));
         let job = || self.domain.try_virsh("backup-dumpxml", &[]).is_ok();
-        wait_until(WAIT, "the job begins", || {
-            assert!(!running.has_ended(), "the backup ended before its job");
-            job()
-        });
+        let running = wait_with(running, "its job begins", job);
         let before = read_by(&self.domain);
-        wait_until(WAIT, "QEMU reads for the job", || {
-            assert!(!running.has_ended(), "the backup ended before it read");
-            read_by(&self.domain) > before + CHUNK_LEN
-        });
-        running
+        wait_with(running, "QEMU reads for it", || read_by(&self.domain) > before + CHUNK_LEN)
     }
 
     /// Waits until QEMU reads nothing more by itself.
@@ -241,6 +234,23 @@ impl Scene {
             assert_eq!(found(&domain_folder(&self.domain), &socket), Vec::<PathBuf>::new());
         }
     }
+}
+
+/// Waits until something is true of a backup that goes on meanwhile.
+///
+/// # Panics
+/// When the backup ends before, or nothing comes of it.
+#[track_caller]
+pub fn wait_with(running: Running, what: &str, is_true: impl Fn() -> bool) -> Running {
+    let mut running = Some(running);
+    wait_until(WAIT, what, || {
+        if running.as_mut().is_some_and(Running::has_ended) {
+            let outcome = running.take().map(finish);
+            panic!("the backup ended before {what}: {outcome:?}");
+        }
+        is_true()
+    });
+    running.expect("it goes on")
 }
 
 /// Each disk that keeps dirty bitmaps was read by one, a little of it, and the others were scanned;

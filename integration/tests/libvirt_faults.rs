@@ -2,16 +2,17 @@
 //! backups, checkpoints are lost, the scratch fills.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use integration::faults::{STILL_MAX, assert_says, kinds, noise, signal, wait_until};
+use integration::faults::{STILL_MAX, SmallDisk, assert_says, kinds, noise, signal, wait_until};
 use integration::libvirt::{CHUNK_LEN, SIZE, Scene, assert_incremental};
 use integration::restored::{disk, text};
-use integration::{Outcome, finish};
+use integration::{Host, Outcome, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vm_fixtures::libvirt::Libvirt;
-use vm_fixtures::{Disk, Guest, MIB};
+use vm_fixtures::libvirt::{Domain, Libvirt};
+use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
 /// The guard waits three seconds for another run, and tries again each second.
 const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
@@ -81,6 +82,28 @@ fn r02_what_the_guest_wrote_before_its_qemu_was_killed_is_in_the_next_backup() {
     scene.assert_clean();
 }
 
+// ---- R03: libvirtd ends -------------------------------------------------------------------------
+
+#[test]
+fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
+    let Some(libvirt) = Libvirt::alone() else { return };
+    let mut scene = Scene::running(&libvirt);
+    for (turn, ending) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
+        scene.write("vda", 0, &noise(512 << 10, turn as u64));
+        let running = scene.backup_slowly(&[]);
+        let job = scene.domain.virsh("backup-dumpxml", &[]);
+
+        libvirt.restart(ending);
+
+        assert_eq!(scene.domain.virsh("backup-dumpxml", &[]), job, "libvirt knows the job again");
+        let snapshot = scene.assert_good(&finish(running));
+        assert_eq!(kinds(&snapshot)["vda"], "incremental", "{ending}: {snapshot}");
+        scene.scribble();
+        assert_incremental(&scene.backup(), "bitmap");
+        scene.assert_clean();
+    }
+}
+
 // ---- R04: the guest resets or goes off ----------------------------------------------------------
 
 #[test]
@@ -100,23 +123,32 @@ fn r04_a_reset_in_mid_job_changes_nothing_for_the_backup() {
 }
 
 #[test]
-fn r04_a_domain_that_is_switched_off_in_mid_job_fails_its_backup_and_no_more() {
+fn r04_a_domain_that_goes_off_in_mid_job_fails_its_backup_and_no_more() {
     let Some(libvirt) = Libvirt::start() else { return };
     let mut scene = Scene::running(&libvirt);
-    scene.write("vda", 0, &noise(NOISE_LEN, 1));
-    let running = scene.backup_slowly(&[]);
+    // As by its administrator, and as by its guest.
+    let endings: [&dyn Fn(&Domain); 2] = [&Domain::destroy, &|domain| {
+        // It may end before its answer.
+        let _ = domain.try_virsh("qemu-monitor-command", &[r#"{"execute":"quit"}"#]);
+        domain.wait_state("shut off");
+    }];
+    for (turn, ending) in endings.into_iter().enumerate() {
+        let snapshots = scene.host.list().len();
+        scene.write("vda", 0, &noise(NOISE_LEN, turn as u64));
+        let running = scene.backup_slowly(&[]);
 
-    scene.domain.destroy();
+        ending(&scene.domain);
 
-    assert_failed(&scene, &finish(running), "died during the backup", 1);
-    let next = scene.backup();
-    assert_eq!(next["method"], "offline", "{next}");
-    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
-    scene.assert_clean();
-    scene.domain.start();
-    scene.scribble();
-    assert_incremental(&scene.backup(), "bitmap");
-    scene.assert_clean();
+        assert_failed(&scene, &finish(running), "died during the backup", snapshots);
+        let next = scene.backup();
+        assert_eq!(next["method"], "offline", "{next}");
+        assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+        scene.assert_clean();
+        scene.domain.start();
+        scene.scribble();
+        assert_incremental(&scene.backup(), "bitmap");
+        scene.assert_clean();
+    }
 }
 
 // ---- R06, R07: disks change between backups -----------------------------------------------------
@@ -192,6 +224,157 @@ fn define(scene: &Scene, xml: &str) {
     scene.domain.libvirt().virsh(&["define", text_of(&file)]);
 }
 
+// ---- R08: no room for the scratch ---------------------------------------------------------------
+
+/// Size of a disk of which more is overwritten than a scratch of [`SCRATCH_SIZE`] takes.
+const LARGE: u64 = 384 * MIB;
+const SCRATCH_SIZE: u64 = 400 * MIB;
+
+/// A small file system that QEMU's user can reach.
+#[track_caller]
+fn small_disk(scene: &Scene, size: u64) -> SmallDisk {
+    let small = SmallDisk::mount(&scene.domain.folder().join("scratch"), size);
+    let passable = fs::Permissions::from_mode(0o711);
+    fs::set_permissions(small.folder(), passable).expect("a folder of ours");
+    small
+}
+
+#[test]
+fn r08_scratch_full_never_hurts_the_guest() {
+    const STEP: usize = 8 << 20;
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", LARGE));
+    let mut scene = Scene::of(plan.under_libvirt(), &["vda"], LARGE, &libvirt);
+    // Before the start: QEMU does not see what is mounted later.
+    let small = small_disk(&scene, SCRATCH_SIZE);
+    scene.domain.start();
+    scene.write("vda", 0, &vec![1; LARGE as usize]);
+    scene.backup();
+    scene.write("vda", 0, &noise(NOISE_LEN, 1));
+    let running = scene.backup_slowly(&["--scratch-dir", text_of(small.folder())]);
+
+    // Far more than the scratch holds, from the end, where nothing has been read yet.
+    for place in (0..LARGE as usize).step_by(STEP).rev() {
+        let start = Instant::now();
+        scene.write("vda", place, &[2; STEP]);
+        assert!(start.elapsed() < 5 * STILL_MAX, "a write took {:?}", start.elapsed());
+        assert_eq!(scene.domain.state(), "running");
+    }
+
+    let outcome = finish(running);
+    assert_failed(&scene, &outcome, "are left where the scratch of disk `vda` is", 1);
+    assert!(outcome.stderr.contains("hint: nothing was recorded and the guest goes on"));
+    let next = scene.backup();
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    assert_eq!(scene.domain.state(), "running");
+    scene.assert_clean();
+}
+
+#[test]
+fn r08_without_room_for_the_scratch_nothing_is_begun() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.scribble();
+    let small = small_disk(&scene, 2 * MIB);
+    let before = scene.checkpoints();
+
+    let outcome = scene.try_backup(&["--scratch-dir", text_of(small.folder())]);
+
+    assert_failed(&scene, &outcome, "scratch", 1);
+    assert!(outcome.stderr.contains("--scratch-dir names"), "{outcome:?}");
+    assert_eq!(scene.checkpoints(), before);
+    scene.assert_clean();
+    let missing = scene.try_backup(&["--scratch-dir", "/nonexistent/scratch"]);
+    assert_failed(&scene, &missing, "/nonexistent/scratch", 1);
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
+// ---- R15: the guest's agent ---------------------------------------------------------------------
+
+const AGENT_CHANNEL: &str =
+    "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
+/// The watchdog's deadline, and what a busy machine may add to it.
+const FREEZE_MAX: Duration = Duration::from_secs(12);
+
+#[test]
+fn r15_a_channel_without_an_agent_is_a_warning() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", SIZE));
+    let plan = plan.under_libvirt().devices_xml(AGENT_CHANNEL);
+    let scene = Scene::of(plan, &["vda"], SIZE, &libvirt);
+    scene.domain.start();
+
+    let snapshot = scene.backup();
+
+    assert_eq!(snapshot["consistency"], "crash", "{snapshot}");
+    let warning = snapshot["warnings"][0].as_str().unwrap_or_default();
+    assert!(warning.starts_with("not frozen, the backup is crash-consistent: "), "{snapshot}");
+    let required = scene.try_backup(&["--quiesce", "require"]);
+    assert_failed(&scene, &required, "could not be frozen", 1);
+    scene.assert_clean();
+}
+
+#[test]
+fn r15_a_guest_is_thawed_though_its_agent_hangs_or_its_backup_dies() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::builder()
+        .disk(Disk::new("vda", 64 * MIB).mounted(FileSystem::Ext4))
+        .disk(Disk::new("vdb", SIZE));
+    let domain = plan.under_libvirt().boot(&libvirt);
+    let host = Host::new();
+    let backup = |more: &[&str]| {
+        let mut command = host.command(["backup", "--json", domain.name()]);
+        command.args(more);
+        command
+    };
+    let good = |what: &str| -> Value {
+        let outcome = finish(spawn(backup(&[])));
+        assert_eq!(outcome.code, Some(0), "{what}: {outcome:?}");
+        serde_json::from_str(&outcome.stdout).expect("one JSON object")
+    };
+    // Returns only when its file system takes writes.
+    let writes = |what: &str| {
+        let start = Instant::now();
+        domain.sh("echo held > /mnt/vda/held && sync");
+        assert!(start.elapsed() < FREEZE_MAX, "{what}: frozen for {:?}", start.elapsed());
+    };
+    assert_eq!(good("at first")["consistency"], "filesystem");
+    let agents = domain.sh("grep -la org.qemu.guest_agent.0 /proc/[0-9]*/cmdline | cut -d/ -f3");
+    let agents = agents.split_whitespace().collect::<Vec<_>>().join(" ");
+    let to_agents = |name: &str| {
+        domain.sh(&format!("for p in {agents}; do kill -{name} $p; done; true"));
+    };
+
+    to_agents("STOP");
+    let outcome = finish(spawn(backup(&[])));
+    writes("the agent hangs");
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let snapshot: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+    assert_eq!(snapshot["consistency"], "crash", "{snapshot}");
+    assert_eq!(snapshot["kind"], "incremental", "{snapshot}");
+    assert_eq!(snapshot["warnings"].as_array().map_or(0, Vec::len), 1, "{snapshot}");
+    assert!(outcome.took < 3 * FREEZE_MAX, "{outcome:?}");
+    to_agents("CONT");
+    writes("the agent goes on");
+    assert_eq!(good("the agent goes on")["consistency"], "filesystem");
+
+    let effects = host.effects(backup(&[]));
+    let frozen = effects.iter().position(|effect| effect == "libvirt: start a backup job");
+    let frozen = frozen.expect("a backup begins a job") + 1;
+    let mut killed = backup(&[]);
+    killed.env("KVMSNAP_CRASH_AT", frozen.to_string());
+    assert_eq!(finish(spawn(killed)).code, None);
+    writes("kvmsnap was killed while the guest was frozen");
+    let next = good("kvmsnap was killed");
+    assert_eq!(
+        (&next["kind"], &next["consistency"]),
+        (&"incremental".into(), &"filesystem".into())
+    );
+
+    host.assert_nothing_left();
+}
+
 // ---- R16: two runs at once ----------------------------------------------------------------------
 
 #[test]
@@ -208,6 +391,90 @@ fn r16_the_second_of_two_runs_says_who_holds_the_domain() {
     assert_eq!(kinds(&snapshot)["vda"], "incremental", "{snapshot}");
     assert_eq!(scene.host.list().len(), 2);
     scene.assert_clean();
+}
+
+// ---- R22, R02: dirty bitmaps and checkpoints that are not as they were left ---------------------
+
+#[test]
+fn r22_an_older_copy_of_an_image_is_read_whole_and_no_other_disk() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.domain.destroy();
+    let (image, copy) = (scene.domain.disk_path("vda"), scene.domain.folder().join("copy"));
+    fs::copy(&image, &copy).expect("room for a small image");
+    let older = scene.contents.clone();
+    scene.domain.start();
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.domain.destroy();
+
+    fs::copy(&copy, &image).expect("room for a small image");
+
+    scene.contents.note("vda", 0, older.of("vda"));
+    scene.domain.start();
+    let reread = scene.backup();
+    assert_eq!(kinds(&reread)["vda"], "rescan", "{reread}");
+    assert_eq!(kinds(&reread)["vdb"], "incremental", "{reread}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean_but_bitmaps();
+    // libvirt knows nothing of the older dirty bitmap; the image does.
+    scene.domain.destroy();
+    scene.scribble();
+    assert_incremental(&scene.backup(), "offline");
+    scene.assert_clean();
+}
+
+/// A dirty bitmap in the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum InImage {
+    Good,
+    /// QEMU was killed, and had been started with it.
+    Inconsistent,
+    /// QEMU was killed, and it had begun since its start.
+    Absent,
+}
+
+/// Each row of a table: the dirty bitmap in the images, and whether libvirt has its checkpoint.
+#[test]
+fn r22_r02_whatever_became_of_bitmap_and_checkpoint_is_mended_while_the_guest_runs() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    for (in_image, in_libvirt) in [
+        (InImage::Good, false),
+        (InImage::Absent, true),
+        (InImage::Absent, false),
+        (InImage::Inconsistent, true),
+        (InImage::Inconsistent, false),
+    ] {
+        let case = format!("{in_image:?}, checkpoint: {in_libvirt}");
+        if in_image == InImage::Inconsistent {
+            scene.domain.destroy();
+            scene.domain.start();
+        }
+        scene.scribble();
+        if in_image != InImage::Good {
+            scene.flush();
+            scene.domain.kill_qemu();
+            scene.domain.start();
+        }
+        if !in_libvirt {
+            let name = scene.checkpoints().remove(0);
+            scene.domain.virsh("checkpoint-delete", &[&name, "--metadata"]);
+        }
+        let qemu = scene.domain.pid();
+
+        let mended = scene.backup();
+
+        match in_image {
+            InImage::Good => assert_incremental(&mended, "bitmap"),
+            _ => assert!(kinds(&mended).values().all(|kind| kind == "rescan"), "{case}: {mended}"),
+        }
+        scene.scribble();
+        assert_incremental(&scene.backup(), "bitmap");
+        assert_eq!(scene.domain.pid(), qemu, "{case}: the guest was never stopped");
+        scene.assert_clean();
+    }
 }
 
 // ---- R26, R30: other domains --------------------------------------------------------------------
