@@ -32,9 +32,11 @@ use crate::journal::{DiskRecord, Record, Recorded};
 /// Room that the scratch of a disk has ahead of what it holds: what a guest can write in the time
 /// that it takes to end the job, many times over.
 const AHEAD: u64 = 256 << 20;
-/// How long libvirt may take to end a job. One thread of libvirtd handles what all its QEMUs tell, and
-/// waits up to 30 s for a domain that hangs: meanwhile no job of any domain ends (seen with 9.0).
-const ABORT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long libvirt may take to end a job. One thread of libvirtd 9.0 handles what all its QEMUs tell.
+/// That a guest agent comes or goes waits there 30 s, and in vain, for a lock that a backup job of the
+/// same domain does not let go (it allows no `MODIFY_MIGRATION_SAFE`): two such waits when a guest
+/// reboots during its backup, and no job of any domain ends meanwhile.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(100);
 const ABORT_POLL: Duration = Duration::from_millis(20);
 
 /// Makes sure that there is room for the scratch of each disk, before anything is begun.
