@@ -264,15 +264,16 @@ impl<H: Hypervisor> Run<'_, H> {
             record.nbd_server = true;
         })?;
         let exports = self.hypervisor.export(recorded).await?;
-        for export in exports.disks.iter().filter(|_| exports.outlive_us) {
-            guard.hold(&export.stream).map_err(BackupError::Guard)?;
-        }
         self.progress.phase("mapping");
         // All at once: QEMU hangs up on who takes too long to say what it wants.
         let mut sources = Vec::new();
         for (planned, export) in self.plan.disks.iter().zip(&exports.disks) {
             let (disk, timeout) = (&planned.disk, self.request.timeout);
             sources.push(Source::connect(export, &disk.target, disk.size, timeout).await?);
+            // Not before: QEMU waits for who has connected and not yet said what it wants.
+            if exports.outlive_us {
+                guard.hold(&export.stream).map_err(BackupError::Guard)?;
+            }
         }
         let mut disks = Vec::new();
         for (planned, source) in self.plan.disks.iter().zip(sources) {

@@ -240,7 +240,12 @@ impl Journal {
     pub fn pending(&self) -> Result<(Vec<Recorded>, Vec<JournalError>), JournalError> {
         let io = |source| JournalError::Io { path: self.folder.clone(), source };
         let (mut pending, mut damaged) = (Vec::new(), Vec::new());
-        for entry in fs::read_dir(&self.folder).map_err(io)? {
+        let entries = match fs::read_dir(&self.folder) {
+            // Its guest may outlive a state folder.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((pending, damaged)),
+            entries => entries.map_err(io)?,
+        };
+        for entry in entries {
             let path = entry.map_err(io)?.path();
             sweep(&path);
             if path.extension().is_none_or(|extension| extension != "json") {

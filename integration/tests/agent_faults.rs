@@ -431,12 +431,12 @@ fn r15_a_frozen_guest_is_let_go_whoever_dies_or_hangs() {
         assert_eq!(works(&effects[n - 1])["kind"], "incremental");
     }
 
-    // The watchdog dies too: nobody is left to thaw but the next run.
+    // Watchdog and guard die too: nobody is left to thaw but the next run.
     let both = |pid| {
-        let watchdogs = children(pid);
-        assert_eq!(watchdogs.len(), 1);
+        let helpers = children(pid);
+        assert_eq!(helpers.len(), 2);
         signal(pid, Signal::SIGKILL);
-        signal(watchdogs[0], Signal::SIGKILL);
+        helpers.into_iter().for_each(|helper| signal(helper, Signal::SIGKILL));
     };
     let proxy = both_killed(&host, &guest, both);
     assert_eq!(proxy.code, None, "{proxy:?}");
@@ -445,7 +445,13 @@ fn r15_a_frozen_guest_is_let_go_whoever_dies_or_hangs() {
     wait_until(STILL_MAX, "the guest is thawed", || guest.poll(frozen).is_some());
 
     // Only the watchdog dies: kvmsnap thaws, and pauses nothing that nobody watches.
-    let watchdog = |pid| signal(children(pid)[0], Signal::SIGKILL);
+    let watchdog = |pid| {
+        let is_it = |child: &u32| {
+            let line = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains("quiesce-watchdog")
+        };
+        signal(children(pid).into_iter().find(is_it).expect("a watchdog"), Signal::SIGKILL);
+    };
     let (outcome, still) = act_while_frozen(&host, &guest, "unwatched.sock", watchdog);
     assert_says(&outcome, 1, "the watchdog process ended");
     assert!(!outcome.stderr.contains("hint: "), "{outcome:?}");

@@ -190,7 +190,9 @@ impl DomainHandle {
         step: &str,
         work: impl Fn(&Domain) -> Result<T, Error> + Clone + Send + 'static,
     ) -> Result<T, HypervisorError> {
-        effect::about_to(&format!("libvirt: {step}"))
+        // Without the name of what is changed, which is another one each time.
+        let what = step.split('`').next().unwrap_or(step).trim_end();
+        effect::about_to(&format!("libvirt: {what}"))
             .map_err(|source| HypervisorError::Host { step: step.to_owned(), source })?;
         self.ask(step, work).await
     }
