@@ -1,6 +1,7 @@
 //! `kvmsnap status`
 
 use std::io::Write;
+use std::path::Path;
 
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -12,9 +13,11 @@ use super::{Context, OpenRepository};
 use crate::catalog::Backup;
 use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach};
 use crate::journal::Recorded;
+use crate::lock::{DomainLock, LockError};
 use crate::manifest::Kind;
 use crate::names::DomainName;
 use crate::plan::{self, Plan, PlanError, Wanted};
@@ -79,6 +82,12 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
     for error in damaged {
         tracing::error!(%error, "an undo record is passed over");
     }
+    let run_dir = &context.global.run_dir;
+    let at_work = |recorded: &Recorded| {
+        let lock = DomainLock::on_reach(run_dir, &recorded.record().reach);
+        matches!(lock, Err(LockError::Held { is_guard: false, .. }))
+    };
+    let left: Vec<Recorded> = pending.into_iter().filter(|record| !at_work(record)).collect();
     let (libvirt, known) = match here(context).await {
         Ok((libvirt, known)) => (Some(libvirt), known),
         Err(error) => {
@@ -91,10 +100,10 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
     for domain in &known {
         let libvirt = libvirt.as_ref().expect("its domains came from it");
         if is_wanted(&args, &domain.name) {
-            lines.push(line(domain, libvirt, &open, &backups, &pending).await);
+            lines.push(line(domain, libvirt, &open, &backups, &left, run_dir).await);
         }
     }
-    lines.extend(elsewhere(&known, &backups, &pending).filter(|l| is_wanted(&args, &l.domain)));
+    lines.extend(elsewhere(&known, &backups, &left).filter(|l| is_wanted(&args, &l.domain)));
     lines.sort_by(|a, b| a.domain.cmp(&b.domain));
     let mut out = std::io::stdout().lock();
     if context.global.json {
@@ -119,7 +128,8 @@ async fn line<L>(
     libvirt: &Libvirt,
     open: &OpenRepository<L>,
     backups: &[Backup],
-    pending: &[Recorded],
+    left: &[Recorded],
+    run_dir: &Path,
 ) -> Line {
     let mut line = Line {
         domain: known.name.clone(),
@@ -128,14 +138,21 @@ async fn line<L>(
         last: last(&known.name, &known.uuid, backups),
         next: Vec::new(),
         problem: None,
-        leftovers: left_by(pending, |reach| match reach {
+        leftovers: left_by(left, |reach| match reach {
             Reach::Domain(address) => address.uuid == known.uuid,
             Reach::Monitor(_) => false,
         }),
     };
-    let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
     let planned = async {
-        let machine = domain.discover().await?;
+        let machine = match known.is_active {
+            true => {
+                let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
+                domain.discover().await?
+            }
+            false => {
+                ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false).discover().await?
+            }
+        };
         next(machine, &known.name, open, backups)
     };
     match planned.await {
@@ -175,7 +192,7 @@ fn next<L>(
 fn elsewhere<'a>(
     known: &'a [KnownDomain],
     backups: &'a [Backup],
-    pending: &'a [Recorded],
+    left: &'a [Recorded],
 ) -> impl Iterator<Item = Line> + 'a {
     let mut seen: Vec<(&str, &str)> = Vec::new();
     backups.iter().rev().filter_map(move |backup| {
@@ -191,7 +208,7 @@ fn elsewhere<'a>(
             last: last(domain, uuid, backups),
             next: Vec::new(),
             problem: None,
-            leftovers: pending
+            leftovers: left
                 .iter()
                 .map(Recorded::record)
                 .filter(|record| record.uuid == uuid && record.domain.as_str() == domain)
@@ -201,8 +218,8 @@ fn elsewhere<'a>(
     })
 }
 
-fn left_by(pending: &[Recorded], is_it: impl Fn(&Reach) -> bool) -> Vec<String> {
-    let of_it = pending.iter().map(Recorded::record).filter(|record| is_it(&record.reach));
+fn left_by(left: &[Recorded], is_it: impl Fn(&Reach) -> bool) -> Vec<String> {
+    let of_it = left.iter().map(Recorded::record).filter(|record| is_it(&record.reach));
     of_it.map(|record| record.run.to_string()).collect()
 }
 
