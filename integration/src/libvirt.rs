@@ -209,9 +209,8 @@ impl Scene {
             let bitmaps = if runs { self.domain.bitmaps(disk) } else { self.bitmaps_at_rest(disk) };
             assert_eq!(bitmaps.len(), 1, "one dirty bitmap on {disk}: {bitmaps:?}");
         }
-        if runs {
-            assert_eq!(self.checkpoints().len(), 1, "{:?}", self.checkpoints());
-        }
+        // libvirt learns of one that began while the domain was off with the next backup.
+        assert!(self.checkpoints().len() <= 1, "{:?}", self.checkpoints());
     }
 
     /// No undo record, lock, job, process, socket or scratch is left of any run.

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use crate::faults::kinds;
 use crate::{Host, tool};
 
 impl Host {
@@ -37,6 +38,20 @@ impl Host {
         let status = command.stdout(Stdio::from(file)).status().expect("restic runs");
         assert!(status.success(), "restic dump of {disk}");
         to
+    }
+
+    /// `restic restore` and `restic dump` yield bit for bit the raw images in a folder.
+    #[track_caller]
+    pub fn assert_restic_yields(&self, snapshot: &Value, raw: &Path) {
+        let restored = self.restore_by_restic(snapshot);
+        for disk in kinds(snapshot).keys() {
+            let ours = raw.join(format!("{disk}.raw"));
+            assert_same_bytes(&ours, &restored.join(format!("{disk}.raw")));
+            let dump = self.dump_by_restic(snapshot, disk);
+            assert_same_bytes(&ours, &dump);
+            fs::remove_file(dump).expect("a file of ours");
+        }
+        fs::remove_dir_all(restored).expect("a folder of ours");
     }
 
     /// The ids of a disk's chunks, as stock restic reads them from the snapshot's trees.

@@ -6,163 +6,23 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use integration::faults::{Contents, assert_says, kinds, noise, signal, wait_until};
-use integration::{Host, Outcome, Running, finish, spawn, tool};
+use integration::faults::{assert_says, kinds, noise, signal, wait_until};
+use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental, daemons, wait_with};
+use integration::restored::disk;
+use integration::{Host, Running, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vm_fixtures::libvirt::{Domain, Libvirt};
+use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
-const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
 /// Those that keep dirty bitmaps.
 const TRACKED: [&str; 2] = ["vda", "vdb"];
-const SIZE: u64 = 4 * MIB;
-/// What a scribble writes to each disk: one chunk and a half.
-const PIECE_LEN: usize = 192 << 10;
-/// Slow enough that a backup is met while it reads.
-const SLOW: [&str; 2] = ["--limit-read", "64KiB"];
-/// Length of a chunk of so small a disk.
-const CHUNK_LEN: u64 = 128 << 10;
-const WAIT: Duration = Duration::from_secs(30);
 
-/// A domain with two qcow2 disks and a raw one, and what these hold.
-struct Scene {
-    host: Host,
-    domain: Domain,
-    contents: Contents,
-    turn: usize,
-}
-
-impl Scene {
-    /// A domain that has never run.
-    fn new(libvirt: &Libvirt) -> Self {
-        let plan = Guest::without_os()
-            .disk(Disk::new("vda", SIZE))
-            .disk(Disk::new("vdb", SIZE))
-            .disk(Disk::new("vdc", SIZE).raw());
-        let domain = plan.under_libvirt().define(libvirt);
-        let contents = Contents::new(&DISKS, SIZE);
-        let mut scene = Self { host: Host::new(), domain, contents, turn: 0 };
-        scene.scribble();
-        scene
-    }
-
-    /// Changes a piece of each disk: by the guest's QEMU where it runs, else by QEMU's own tool.
-    fn scribble(&mut self) {
-        self.turn += 1;
-        for (index, disk) in DISKS.into_iter().enumerate() {
-            let byte = u8::try_from((self.turn * 3 + index) % 255 + 1).unwrap();
-            let offset = (self.turn * 5 + index) % (SIZE as usize / PIECE_LEN) * PIECE_LEN;
-            self.write(disk, offset, &[byte; PIECE_LEN]);
-        }
-    }
-
-    fn write(&mut self, disk: &str, offset: usize, bytes: &[u8]) {
-        let file = self.domain.folder().join("buffer");
-        fs::write(&file, bytes).unwrap();
-        let write = format!("write -s {} {offset} {}", file.display(), bytes.len());
-        match self.domain.state().as_str() {
-            "running" => drop(self.domain.qemu_io(disk, &write)),
-            _ => {
-                let mut tool_io = Command::new("qemu-io");
-                let format = if disk == "vdc" { "raw" } else { "qcow2" };
-                tool_io.args(["-f", format, "-c", &write]).arg(self.domain.disk_path(disk));
-                tool(tool_io);
-            }
-        }
-        self.contents.note(disk, offset, bytes);
-    }
-
-    fn command(&self, more: &[&str]) -> Command {
-        let mut command = self.host.command(["backup", "--json", self.domain.name()]);
-        command.args(more);
-        command
-    }
-
-    fn try_backup(&self, more: &[&str]) -> Outcome {
-        finish(spawn(self.command(more)))
-    }
-
-    /// Backs up, which must succeed, and compares what is restored.
-    #[track_caller]
-    fn backup(&self) -> Value {
-        let outcome = self.try_backup(&[]);
-        assert_eq!(outcome.code, Some(0), "{outcome:?}");
-        let snapshot: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
-        self.host.assert_holds(&snapshot, &self.contents);
-        snapshot
-    }
-
-    /// Starts a backup and waits until it reads.
-    fn backup_slowly(&self) -> Running {
-        let mut running = spawn(self.command(&SLOW));
-        wait_until(WAIT, "the images are exported", || {
-            assert!(!running.has_ended(), "the backup ended before it read");
-            !daemons(&self.domain).is_empty()
-        });
-        running
-    }
-
-    /// The dirty bitmaps in the image of a disk of a domain that is shut off.
-    fn bitmaps(&self, disk: &str) -> Vec<Value> {
-        let mut info = Command::new("qemu-img");
-        info.args(["info", "-f", "qcow2", "--output=json"]).arg(self.domain.disk_path(disk));
-        let info: Value = serde_json::from_slice(&tool(info).stdout).unwrap();
-        let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array();
-        bitmaps.cloned().unwrap_or_default()
-    }
-
-    /// Nothing is left of any run but one good dirty bitmap in each image that keeps them.
-    #[track_caller]
-    fn assert_clean(&self) {
-        self.host.assert_nothing_left();
-        assert_eq!(daemons(&self.domain), Vec::<u32>::new(), "a storage daemon is left");
-        let run = fs::read_dir(self.host.folder().join("run")).unwrap().flatten();
-        let folders: Vec<_> = run.filter(|entry| entry.path().is_dir()).collect();
-        assert!(folders.is_empty(), "{folders:?}");
-        for disk in TRACKED {
-            let bitmaps = match self.domain.state().as_str() {
-                "running" => self.domain.bitmaps(disk),
-                _ => self.bitmaps(disk),
-            };
-            assert_eq!(bitmaps.len(), 1, "one dirty bitmap on {disk}: {bitmaps:?}");
-        }
-    }
-}
-
-/// The storage daemons that have the images of a domain, also one that is about to become one.
-fn daemons(domain: &Domain) -> Vec<u32> {
-    let images = domain.folder().to_str().unwrap();
-    let has_them = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line);
-        line.contains("storage-daemon") && line.contains(images)
-    };
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(has_them).collect()
-}
-
-/// Bytes read of each disk that keeps dirty bitmaps.
-fn bytes_read(snapshot: &Value) -> Vec<u64> {
-    let disks = snapshot["disks"].as_array().unwrap().iter();
-    let tracked = disks.filter(|disk| TRACKED.contains(&disk["target"].as_str().unwrap()));
-    tracked.map(|disk| disk["bytes_read"].as_u64().unwrap()).collect()
-}
-
+/// Starts a backup of a domain that is shut off and waits until its images are exported.
 #[track_caller]
-fn assert_incremental(snapshot: &Value, method: &str) {
-    let kinds = kinds(snapshot);
-    for disk in TRACKED {
-        assert_eq!(kinds[disk], "incremental", "{snapshot}");
-    }
-    assert_eq!(kinds["vdc"], "rescan", "{snapshot}");
-    assert_eq!(snapshot["method"], method, "{snapshot}");
-    assert_eq!(snapshot["warnings"].as_array().map_or(0, Vec::len), 0, "{snapshot}");
-    // A piece lies in two chunks, or in three.
-    for read in bytes_read(snapshot) {
-        assert!((1..=3 * CHUNK_LEN).contains(&read), "{read} bytes: {snapshot}");
-    }
+fn backup_slowly(scene: &Scene) -> Running {
+    let running = spawn(scene.command(&["--limit-read", "64KiB"]));
+    wait_with(running, "its images are exported", || !daemons(&scene.domain).is_empty())
 }
 
 #[test]
@@ -209,7 +69,9 @@ fn p1_a_domain_that_never_ran_is_backed_up_with_all_others() {
 
     assert_incremental(&second, "offline");
     let unchanged = scene.backup();
-    assert_eq!(bytes_read(&unchanged), [0, 0], "{unchanged}");
+    for target in TRACKED {
+        assert_eq!(disk(&unchanged, target)["bytes_read"], 0, "{unchanged}");
+    }
     scene.host.assert_holds(&second, &scene.contents);
     assert_eq!(scene.domain.state(), "shut off");
     scene.assert_clean();
@@ -228,7 +90,7 @@ fn p1_a_disk_that_got_an_overlay_is_read_whole_once_with_what_lies_beneath() {
     scene.domain.virsh("snapshot-create-as", &disks);
     scene.domain.destroy();
     assert_ne!(scene.domain.disk_path("vda"), base, "there is an overlay");
-    assert_eq!(scene.bitmaps("vda").len(), 1);
+    assert_eq!(scene.bitmaps_at_rest("vda").len(), 1);
     scene.scribble();
 
     let whole = scene.backup();
@@ -271,9 +133,7 @@ fn r03_a_bitmap_that_a_killed_qemu_left_in_use_costs_one_rescan() {
     scene.backup();
     scene.domain.start();
     scene.scribble();
-    for disk in DISKS {
-        scene.domain.qemu_io(disk, "flush");
-    }
+    scene.flush();
     scene.domain.kill_qemu();
 
     let rescan = scene.backup();
@@ -292,7 +152,7 @@ fn p2_a_domain_that_is_started_during_the_backup_comes_first() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = scene.backup_slowly();
+    let running = backup_slowly(&scene);
     let start = Instant::now();
 
     scene.domain.start();
@@ -315,7 +175,7 @@ fn p1_a_domain_that_ran_unseen_during_the_backup_spoils_it() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = scene.backup_slowly();
+    let running = backup_slowly(&scene);
     signal(running.pid(), Signal::SIGSTOP);
     scene.domain.start();
     scene.scribble();
@@ -337,7 +197,7 @@ fn r01_the_storage_daemon_dies_with_its_run_and_the_domain_may_be_started_at_onc
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = scene.backup_slowly();
+    let running = backup_slowly(&scene);
 
     signal(running.pid(), Signal::SIGKILL);
 
@@ -357,15 +217,15 @@ fn r01_a_killed_run_is_undone_by_its_guard_where_no_other_run_comes() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = scene.backup_slowly();
-    assert_eq!(scene.bitmaps("vda").len(), 2);
+    let running = backup_slowly(&scene);
+    assert_eq!(scene.bitmaps_at_rest("vda").len(), 2);
 
     signal(running.pid(), Signal::SIGKILL);
 
     finish(running);
     wait_until(WAIT, "the guard undoes the run", || scene.host.undo_records() == 0);
     for disk in TRACKED {
-        assert_eq!(scene.bitmaps(disk).len(), 1, "{disk}");
+        assert_eq!(scene.bitmaps_at_rest(disk).len(), 1, "{disk}");
     }
     assert_eq!(kinds(&scene.backup())["vda"], "incremental");
     scene.assert_clean();

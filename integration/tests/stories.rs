@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use integration::faults::{Contents, kinds, signal, wait_for_export};
-use integration::restored::{assert_same_bytes, assert_same_disk, disk, text};
+use integration::restored::{assert_same_disk, disk, text};
 use integration::{Host, assert_guest_is_free, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -106,8 +106,8 @@ fn p1_full_then_incremental_backups_of_a_working_guest_are_instants_over_all_its
             assert_same_disk(&image(raw, disk, "raw"), &image(qcow2, disk, "qcow2"));
         }
     }
-    p7_restic_yields_the_same(&host, &backups[0].snapshot, &raw[0]);
-    p7_restic_yields_the_same(&host, &backups[3].snapshot, &raw[3]);
+    host.assert_restic_yields(&backups[0].snapshot, &raw[0]);
+    host.assert_restic_yields(&backups[3].snapshot, &raw[3]);
     host.assert_restic_is_content();
 
     // Two XFS of one UUID are not mounted side by side, two ext4 are.
@@ -137,20 +137,6 @@ fn p1_full_then_incremental_backups_of_a_working_guest_are_instants_over_all_its
 
 fn image(folder: &Path, disk: &str, format: &str) -> PathBuf {
     folder.join(format!("{disk}.{format}"))
-}
-
-/// `restic dump` and `restic restore` yield bit for bit what `kvmsnap restore` does.
-#[track_caller]
-fn p7_restic_yields_the_same(host: &Host, snapshot: &Value, raw: &Path) {
-    let restored = host.restore_by_restic(snapshot);
-    for disk in kinds(snapshot).keys() {
-        let ours = image(raw, disk, "raw");
-        assert_same_bytes(&ours, &image(&restored, disk, "raw"));
-        let dump = host.dump_by_restic(snapshot, disk);
-        assert_same_bytes(&ours, &dump);
-        fs::remove_file(dump).expect("a file of ours");
-    }
-    fs::remove_dir_all(restored).expect("a folder of ours");
 }
 
 #[test]
@@ -305,7 +291,7 @@ fn p1_an_incremental_backup_reads_dirty_extents_only_and_zeros_become_zeros() {
     let never_written = &old[2047];
     assert!([240, 320, 400, 640, 647].iter().all(|&chunk| &new[chunk] == never_written));
     host.assert_holds(&incremental, &contents);
-    p7_restic_yields_the_same(&host, &incremental, &host.restore(text(&incremental, "id")));
+    host.assert_restic_yields(&incremental, &host.restore(text(&incremental, "id")));
 
     let idle = host.backup_and_compare(&guest, &contents, &[]);
     assert_eq!(disk(&idle, "vda")["bytes_changed"], 0);

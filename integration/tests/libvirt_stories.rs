@@ -1,0 +1,365 @@
+//! Whole stories of domains of libvirt: one that writes all the while, several at once, repositories and
+//! other tools in turn, what belongs to a machine besides its disks, and what `status` tells of it all.
+
+use std::fs;
+
+use integration::faults::{assert_says, kinds, noise, signal, wait_until};
+use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental};
+use integration::restored::{disk, text};
+use integration::{Host, finish};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use vm_fixtures::libvirt::{Domain, Libvirt};
+use vm_fixtures::oracle::{Load, judge};
+use vm_fixtures::{Disk, FileSystem, Guest, MIB};
+
+/// The disks that the oracle writes, in its numbering; the last one is raw.
+const ORACLE_DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
+
+fn snapshots(lines: &str) -> Vec<Value> {
+    lines.lines().map(|line| serde_json::from_str(line).expect("a JSON object")).collect()
+}
+
+#[test]
+fn p1_p7_backups_of_a_working_guest_are_instants_over_all_its_disks() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::builder()
+        .disk(Disk::new("vda", 16 * MIB))
+        .disk(Disk::new("vdb", 8 * MIB).iothread())
+        .disk(Disk::new("vdc", 8 * MIB).raw())
+        .disk(Disk::new("vdd", 64 * MIB).mounted(FileSystem::Ext4));
+    let domain = plan.under_libvirt().boot(&libvirt);
+    let host = Host::new();
+    let boot_id = domain.sh("cat /proc/sys/kernel/random/boot_id");
+    let load = domain.start_load(&Load::default().mixed().depth(2), &ORACLE_DISKS);
+    let take = |turn: u32| {
+        domain.sh(&format!("echo {turn} > /mnt/vdd/turn"));
+        let acked = domain.oracle_log().acked();
+        let line = host.ok(["backup", "--json", "--quiesce", "require", domain.name()]);
+        let snapshot: Value = serde_json::from_str(&line).expect("one JSON object");
+        (snapshot, acked, domain.oracle_log().issued())
+    };
+
+    let backups: Vec<(Value, u64, u64)> = (0..6).map(take).collect();
+
+    let log = load.stop();
+    assert_eq!(domain.sh("cat /proc/sys/kernel/random/boot_id"), boot_id, "no reboot");
+    host.assert_nothing_left();
+    domain.destroy();
+    let mut last = 0;
+    for (turn, (snapshot, acked, issued)) in backups.iter().enumerate() {
+        let parent = turn.checked_sub(1).map_or(&Value::Null, |turn| &backups[turn].0["id"]);
+        assert_eq!(&snapshot["parent"], parent, "{snapshot}");
+        let kinds = kinds(snapshot);
+        let expected = match turn {
+            0 => ["full"; 4],
+            _ => ["incremental", "incremental", "rescan", "incremental"],
+        };
+        assert_eq!(kinds.values().collect::<Vec<_>>(), expected, "{snapshot}");
+        assert_eq!(snapshot["consistency"], "filesystem", "{snapshot}");
+        assert!(snapshot["freeze_ms"].as_u64().is_some_and(|ms| ms < 10_000), "{snapshot}");
+        assert_eq!(snapshot["warnings"], json!([]), "{snapshot}");
+        assert!(issued > acked, "the guest wrote during the backup");
+
+        let folder = host.restore_as(text(snapshot, "id"), "raw");
+        let images = ORACLE_DISKS.map(|disk| folder.join(format!("{disk}.raw")));
+        let images = [(0, images[0].as_path()), (1, &images[1]), (2, &images[2])];
+        let verdict = judge(&images, &log).expect("images");
+        verdict.assert_instant_between(*acked, *issued);
+        assert!(verdict.instant() >= last, "instants go forward");
+        last = verdict.instant();
+        let file_system = folder.join("vdd.raw");
+        vm_fixtures::run("e2fsck", &["-f".as_ref(), "-n".as_ref(), file_system.as_os_str()]);
+        let said = ["-R", "cat turn"].map(AsRef::as_ref);
+        let said = [&said[..], &[file_system.as_os_str()]].concat();
+        assert_eq!(vm_fixtures::run("debugfs", &said).trim(), turn.to_string());
+        host.assert_restic_yields(snapshot, &folder);
+        fs::remove_dir_all(folder).expect("a folder of ours");
+    }
+    host.assert_restic_is_content();
+}
+
+// ---- several domains ----------------------------------------------------------------------------
+
+#[test]
+fn p1_domains_are_backed_up_by_names_patterns_and_uuids_each_once() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    // No other test at this time has domains called so.
+    let tag = format!("{}", std::process::id());
+    let named = |name: &str| {
+        let plan = Guest::without_os().name(&format!("{tag}-{name}")).disk(Disk::new("vda", MIB));
+        plan.under_libvirt().define(&libvirt)
+    };
+    let domains = ["web-1", "web-2", "db"].map(named);
+    domains[0].start();
+    domains[2].start();
+    let host = Host::new();
+    let of = |lines: &str| -> Vec<String> {
+        snapshots(lines).iter().map(|snapshot| text(snapshot, "domain").to_owned()).collect()
+    };
+
+    let pattern = format!("*-{tag}-web-*");
+    let by_pattern = of(&host.ok(["backup", "--json", &pattern]));
+    let (db, web) = (domains[2].uuid(), domains[0].name());
+    let by_all_ways = of(&host.ok(["backup", "--json", &db, web, &pattern, web]));
+    let unknown = host.run(["backup", "--json", domains[2].name(), "no-such-domain"]);
+    let all = host.run(["backup", "--json", "--dry-run", "--all"]);
+
+    let mut webs = [domains[0].name(), domains[1].name()];
+    webs.sort_unstable();
+    assert_eq!(by_pattern, webs);
+    assert_eq!(by_all_ways, [domains[2].name(), domains[0].name(), domains[1].name()]);
+    assert_says(&unknown, 2, "libvirt has no domain `no-such-domain`");
+    assert!(unknown.stderr.contains("hint: it has "), "{unknown:?}");
+    assert!(domains.iter().all(|domain| unknown.stderr.contains(domain.name())), "{unknown:?}");
+    assert_eq!(host.list().len(), 5, "before anything was begun");
+    // Its exit code is about domains of other tests too, which come and go.
+    assert!(domains.iter().all(|domain| all.stdout.contains(domain.name())), "{all:?}");
+}
+
+#[test]
+fn p1_a_domain_that_fails_keeps_no_other_from_its_backup() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let (first, last) = (Scene::new(&libvirt), Scene::new(&libvirt));
+    fs::remove_file(first.domain.disk_path("vda")).expect("an image of ours");
+    let both = [first.domain.name(), last.domain.name()];
+
+    let outcome = first.host.run([&["backup", "--json"][..], &both].concat());
+
+    assert_says(&outcome, 3, "1 of 2 domains failed");
+    assert!(outcome.stderr.contains(&format!("domain `{}`: ", both[0])), "{outcome:?}");
+    let made = snapshots(&outcome.stdout);
+    assert_eq!(made.len(), 1, "{outcome:?}");
+    assert_eq!(made[0]["domain"], both[1]);
+    first.host.assert_holds(&made[0], &last.contents);
+    first.host.assert_nothing_left();
+}
+
+// ---- some of the disks --------------------------------------------------------------------------
+
+#[test]
+fn p3_disks_that_were_left_out_stay_incremental() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let some = |scene: &Scene, more: &[&str]| -> Vec<(String, String)> {
+        let outcome = scene.try_backup(more);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        let snapshot = &snapshots(&outcome.stdout)[0];
+        kinds(snapshot).into_iter().collect()
+    };
+    let incremental = |disk: &str| (disk.to_owned(), "incremental".to_owned());
+    scene.scribble();
+    assert_eq!(some(&scene, &["--disk", "vda"]), [incremental("vda")]);
+    scene.scribble();
+    assert_eq!(some(&scene, &["--disk", "vdb", "--disk", "vda"]), ["vda", "vdb"].map(incremental));
+    scene.scribble();
+    let here = format!("{}/vdc", scene.domain.name());
+    let excluded = ["--exclude-disk", "vdb", "--exclude-disk", &here, "--exclude-disk", "else/vda"];
+    assert_eq!(some(&scene, &excluded), [incremental("vda")]);
+    scene.scribble();
+
+    let all = scene.backup();
+
+    assert_eq!(kinds(&all)["vda"], "incremental", "{all}");
+    assert_eq!(kinds(&all)["vdb"], "incremental", "{all}");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+    let unknown = scene.try_backup(&["--disk", "vdz"]);
+    assert_says(&unknown, 2, "has no disk `vdz`");
+    assert!(unknown.stderr.contains("it has vda, vdb, vdc"), "{unknown:?}");
+}
+
+// ---- others that use the same domain ------------------------------------------------------------
+
+#[test]
+fn p3_two_repositories_in_turn_have_a_chain_each() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let other = Host::new();
+    for turn in 0..3 {
+        for (index, host) in [&other, &scene.host].into_iter().enumerate() {
+            let line = host.ok(["backup", "--json", scene.domain.name()]);
+            let snapshot = &snapshots(&line)[0];
+            host.assert_holds(snapshot, &scene.contents);
+            let first = turn == 0 && index == 0;
+            let expected = if first { "full" } else { "incremental" };
+            assert_eq!(kinds(snapshot)["vda"], expected, "{turn}: {snapshot}");
+            assert_eq!(kinds(snapshot)["vdb"], expected, "{turn}: {snapshot}");
+        }
+        scene.scribble();
+        // Whether it runs makes no difference.
+        if turn == 1 {
+            scene.domain.destroy();
+        }
+    }
+    scene.domain.start();
+    assert_incremental(&scene.backup(), "bitmap");
+    assert_incremental(
+        &snapshots(&other.ok(["backup", "--json", scene.domain.name()]))[0],
+        "bitmap",
+    );
+    assert_eq!(scene.checkpoints().len(), 2);
+    other.assert_nothing_left();
+    scene.assert_clean_but_bitmaps();
+}
+
+#[test]
+fn a_checkpoint_of_another_tool_stays_as_it_is() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let disks = ["vda,checkpoint=bitmap", "vdb,checkpoint=bitmap", "vdc,checkpoint=no"];
+    let disks = disks.iter().flat_map(|disk| ["--diskspec", disk]);
+    let arguments: Vec<&str> = ["foreign"].into_iter().chain(disks).collect();
+    scene.domain.virsh("checkpoint-create-as", &arguments);
+    let counted = |domain: &Domain| -> Vec<u64> {
+        let of_disk = |disk| {
+            let bitmaps = domain.bitmaps(disk);
+            let foreign = bitmaps.iter().find(|bitmap| bitmap["name"] == "foreign");
+            foreign.expect("it is there")["count"].as_u64().expect("a count of bytes")
+        };
+        ["vda", "vdb"].map(of_disk).to_vec()
+    };
+    let mut before = vec![0, 0];
+    for turn in 0..4 {
+        scene.scribble();
+        let off = turn == 2;
+        if off {
+            scene.domain.destroy();
+        }
+        assert_incremental(&scene.backup(), if off { "offline" } else { "bitmap" });
+        if off {
+            scene.domain.start();
+        }
+        let now = counted(&scene.domain);
+        assert!(now[0] >= before[0] + 128 * 1024, "{before:?}, {now:?}: it counts every write");
+        before = now;
+        let described = scene.domain.virsh("checkpoint-dumpxml", &["foreign", "--size"]);
+        assert_eq!(described.matches("size='").count(), 2, "{described}");
+    }
+    assert_eq!(scene.checkpoints().len(), 2, "{:?}", scene.checkpoints());
+    scene.assert_clean_but_bitmaps();
+}
+
+// ---- the machine --------------------------------------------------------------------------------
+
+#[test]
+fn p7_the_machine_is_stored_beside_its_disks_without_its_secrets() {
+    const SECRET: &str = "canary7";
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", SIZE)).under_libvirt().uefi();
+    let console = format!("<graphics type='vnc' port='-1' passwd='{SECRET}'/>");
+    let scene = Scene::of(plan.devices_xml(&console), &["vda"], SIZE, &libvirt);
+    scene.domain.start();
+
+    let plain = scene.backup();
+    let told = scene.backup_with(&["--with-secrets"]);
+
+    let path = |name: &str| match name {
+        "manifest.json" => format!("/{}.{name}", scene.domain.name()),
+        _ => format!("/{}/{name}", scene.domain.name()),
+    };
+    let file = |snapshot: &Value, name: &str| -> Vec<u8> {
+        scene.host.restic(&["dump", text(snapshot, "id"), &path(name)])
+    };
+    let listed = scene.host.restic(&["ls", text(&plain, "id")]);
+    let listed = String::from_utf8_lossy(&listed);
+    for name in ["domain.xml", "domain-live.xml", "nvram", "vda.raw", "manifest.json"] {
+        assert!(listed.lines().any(|line| line == path(name)), "{name}: {listed}");
+    }
+    let description = String::from_utf8(file(&plain, "domain.xml")).expect("XML is text");
+    assert!(description.contains(&format!("<uuid>{}</uuid>", scene.domain.uuid())));
+    let nvram = fs::read(scene.domain.folder().join("nvram.fd")).expect("firmware has memory");
+    assert!(file(&plain, "nvram") == nvram, "{} bytes of firmware memory", nvram.len());
+    for (snapshot, has_it) in [(&plain, false), (&told, true)] {
+        for name in ["domain.xml", "domain-live.xml", "manifest.json"] {
+            let text = String::from_utf8_lossy(&file(snapshot, name)).into_owned();
+            let expected = has_it && name != "manifest.json";
+            assert_eq!(text.contains(SECRET), expected, "{name}: {text}");
+        }
+    }
+    scene.assert_clean();
+}
+
+// ---- status -------------------------------------------------------------------------------------
+
+/// What `status` tells of a domain.
+#[track_caller]
+fn status(scene: &Scene) -> Value {
+    let line = scene.host.ok(["status", "--json", scene.domain.name()]);
+    let mut lines = snapshots(&line);
+    assert_eq!(lines.len(), 1, "{line}");
+    lines.remove(0)
+}
+
+/// How the next backup will be taken: the kind, and a part of the reason, of each disk.
+#[track_caller]
+fn assert_next(status: &Value, expected: [(&str, &str); 3]) {
+    assert_eq!(status["problem"], Value::Null, "{status}");
+    let next = status["next"].as_array().expect("a list of disks");
+    assert_eq!(next.len(), 3, "{status}");
+    for (next, (kind, reason)) in next.iter().zip(expected) {
+        assert_eq!(next["kind"], kind, "{status}");
+        assert!(text(next, "reason").contains(reason), "{status}");
+        assert_eq!(next["tracked"], kind == "incremental", "{status}");
+    }
+}
+
+#[test]
+fn status_tells_how_the_next_backup_is_taken_and_what_is_left() {
+    const RAW: (&str, &str) = ("rescan", "raw images keep no dirty bitmaps");
+    const TRACKED: (&str, &str) = ("incremental", "dirty bitmap");
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let never = status(&scene);
+    assert_eq!((&never["state"], &never["last"]), (&json!("shut off"), &Value::Null), "{never}");
+    assert_next(&never, [("full", "no earlier backup"); 3]);
+    scene.domain.start();
+
+    let first = scene.backup();
+
+    let running = status(&scene);
+    assert_eq!((&running["state"], &running["last"]["id"]), (&json!("running"), &first["id"]));
+    assert_next(&running, [TRACKED, TRACKED, RAW]);
+    scene.domain.destroy();
+    let off = status(&scene);
+    assert_eq!(off["state"], "shut off");
+    assert_next(&off, [TRACKED, TRACKED, RAW]);
+    scene.domain.start();
+    scene.write("vda", 0, &noise(2 << 20, 1));
+    scene.flush();
+
+    let backup = scene.backup_slowly(&[]);
+    assert_eq!(status(&scene)["leftovers"], json!([]), "a run that is at work has left nothing");
+    let guards = children(backup.pid());
+    guards.iter().for_each(|guard| signal(*guard, Signal::SIGSTOP));
+    signal(backup.pid(), Signal::SIGKILL);
+    finish(backup);
+    let left = status(&scene);
+    assert_eq!(left["leftovers"].as_array().map(Vec::len), Some(1), "{left}");
+    assert_eq!(left["last"]["id"], first["id"], "{left}");
+    guards.iter().for_each(|guard| signal(*guard, Signal::SIGCONT));
+    wait_until(WAIT, "the guard undoes it", || scene.host.undo_records() == 0);
+    let undone = status(&scene);
+    assert_eq!(undone["leftovers"], json!([]), "{undone}");
+    assert_next(&undone, [TRACKED, TRACKED, RAW]);
+
+    scene.domain.kill_qemu();
+    scene.domain.start();
+    let killed = status(&scene);
+    let broken = ("rescan", "QEMU ended without closing the image");
+    assert_next(&killed, [broken, broken, RAW]);
+    let next = scene.backup();
+    assert_eq!(disk(&next, "vda")["kind"], "rescan", "as it was told: {next}");
+    assert_eq!(status(&scene)["last"]["id"], next["id"]);
+    scene.assert_clean();
+}
+
+/// The process ids of the children of a process.
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let pids =
+        lists.flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    pids.map(|pid| pid.parse().expect("a process id")).collect()
+}
