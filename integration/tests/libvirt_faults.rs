@@ -1,8 +1,9 @@
-//! Faults while domains of libvirt run: QEMU, libvirtd, kvmsnap or the guest end, disks change between
+//! Faults while domains of libvirt run: QEMU, kvmsnap or the guest end, disks change between
 //! backups, checkpoints are lost, the scratch fills.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use integration::faults::{STILL_MAX, SmallDisk, assert_says, kinds, noise, signal, wait_until};
@@ -80,28 +81,6 @@ fn r02_what_the_guest_wrote_before_its_qemu_was_killed_is_in_the_next_backup() {
     scene.scribble();
     assert_incremental(&scene.backup(), "bitmap");
     scene.assert_clean();
-}
-
-// ---- R03: libvirtd ends -------------------------------------------------------------------------
-
-#[test]
-fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
-    let Some(libvirt) = Libvirt::alone() else { return };
-    let mut scene = Scene::running(&libvirt);
-    for (turn, ending) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
-        scene.write("vda", 0, &noise(512 << 10, turn as u64));
-        let running = scene.backup_slowly(&[]);
-        let job = scene.domain.virsh("backup-dumpxml", &[]);
-
-        libvirt.restart(ending);
-
-        assert_eq!(scene.domain.virsh("backup-dumpxml", &[]), job, "libvirt knows the job again");
-        let snapshot = scene.assert_good(&finish(running));
-        assert_eq!(kinds(&snapshot)["vda"], "incremental", "{ending}: {snapshot}");
-        scene.scribble();
-        assert_incremental(&scene.backup(), "bitmap");
-        scene.assert_clean();
-    }
 }
 
 // ---- R04: the guest resets or goes off ----------------------------------------------------------
@@ -439,42 +418,49 @@ enum InImage {
 #[test]
 fn r22_r02_whatever_became_of_bitmap_and_checkpoint_is_mended_while_the_guest_runs() {
     let Some(libvirt) = Libvirt::start() else { return };
-    let mut scene = Scene::running(&libvirt);
-    for (in_image, in_libvirt) in [
-        (InImage::Good, false),
-        (InImage::Absent, true),
-        (InImage::Absent, false),
-        (InImage::Inconsistent, true),
-        (InImage::Inconsistent, false),
-    ] {
-        let case = format!("{in_image:?}, checkpoint: {in_libvirt}");
-        if in_image == InImage::Inconsistent {
-            scene.domain.destroy();
-            scene.domain.start();
+    thread::scope(|scope| {
+        for (in_image, in_libvirt) in [
+            (InImage::Good, false),
+            (InImage::Absent, true),
+            (InImage::Absent, false),
+            (InImage::Inconsistent, true),
+            (InImage::Inconsistent, false),
+        ] {
+            let libvirt = &libvirt;
+            scope.spawn(move || is_mended(libvirt, in_image, in_libvirt));
         }
-        scene.scribble();
-        if in_image != InImage::Good {
-            scene.flush();
-            scene.domain.kill_qemu();
-            scene.domain.start();
-        }
-        if !in_libvirt {
-            let name = scene.checkpoints().remove(0);
-            scene.domain.virsh("checkpoint-delete", &[&name, "--metadata"]);
-        }
-        let qemu = scene.domain.pid();
+    });
+}
 
-        let mended = scene.backup();
-
-        match in_image {
-            InImage::Good => assert_incremental(&mended, "bitmap"),
-            _ => assert!(kinds(&mended).values().all(|kind| kind == "rescan"), "{case}: {mended}"),
-        }
-        scene.scribble();
-        assert_incremental(&scene.backup(), "bitmap");
-        assert_eq!(scene.domain.pid(), qemu, "{case}: the guest was never stopped");
-        scene.assert_clean();
+fn is_mended(libvirt: &Libvirt, in_image: InImage, in_libvirt: bool) {
+    let case = format!("{in_image:?}, checkpoint: {in_libvirt}");
+    let mut scene = Scene::running(libvirt);
+    if in_image == InImage::Inconsistent {
+        scene.domain.destroy();
+        scene.domain.start();
     }
+    scene.scribble();
+    if in_image != InImage::Good {
+        scene.flush();
+        scene.domain.kill_qemu();
+        scene.domain.start();
+    }
+    if !in_libvirt {
+        let name = scene.checkpoints().remove(0);
+        scene.domain.virsh("checkpoint-delete", &[&name, "--metadata"]);
+    }
+    let qemu = scene.domain.pid();
+
+    let mended = scene.backup();
+
+    match in_image {
+        InImage::Good => assert_incremental(&mended, "bitmap"),
+        _ => assert!(kinds(&mended).values().all(|kind| kind == "rescan"), "{case}: {mended}"),
+    }
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    assert_eq!(scene.domain.pid(), qemu, "{case}: the guest was never stopped");
+    scene.assert_clean();
 }
 
 // ---- R26, R30: other domains --------------------------------------------------------------------
