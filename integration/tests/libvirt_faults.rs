@@ -362,9 +362,12 @@ fn r16_the_second_of_two_runs_says_who_holds_the_domain() {
     let mut scene = Scene::running(&libvirt);
     scene.write("vda", 0, &noise(512 << 10, 1));
     let first = scene.backup_slowly(&[]);
+    // However long libvirt takes to answer the second one.
+    signal(first.pid(), Signal::SIGSTOP);
 
     let second = scene.try_backup(&[]);
 
+    signal(first.pid(), Signal::SIGCONT);
     assert_says(&second, 11, &format!("(process {})", first.pid()));
     let snapshot = scene.assert_good(&finish(first));
     assert_eq!(kinds(&snapshot)["vda"], "incremental", "{snapshot}");
