@@ -138,7 +138,7 @@ Written by `make bench`. `scripts/bench full latency` measures only these sectio
 stay as they are.
 
 Machine of the last run: {os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB of memory, {release}, \
-{_version("qemu-system-x86_64")}, restic {_version("restic")}, kernel {platform.release()}. Warm page cache; \
+{_version("qemu-system-x86_64")}, restic {_version("restic")}. Warm page cache; \
 machines of this kind are shared and noisy, so compare the ratios of one run, not seconds of two.
 
 How: the rounds alternate between kvmsnap and its peers, in the opposite order every other time; each
