@@ -427,10 +427,14 @@ pub trait Hypervisor {
     fn listens_at(&self, run: &RunId) -> Option<PathBuf>;
 
     /// The process that the machine runs in, where it can be told.
-    fn process(&self) -> Option<Process>;
+    fn process(&self) -> Option<Process> {
+        None
+    }
 
     /// Whether the guest's processors will stand still for a point in time over so many disks.
-    fn pauses(&self, disks: usize) -> bool;
+    fn pauses(&self, _disks: usize) -> bool {
+        false
+    }
 
     /// Ready when the point in time must be given up for the guest's sake.
     async fn danger(&self) -> HypervisorError;
@@ -451,7 +455,9 @@ pub trait Hypervisor {
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
 
     /// Lets a guest go on that a run has paused; one that runs is left alone.
-    async fn let_go_on(&self) -> Result<(), HypervisorError>;
+    async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
 
     /// Removes these dirty bitmaps, each a node and a name, where they exist. Idempotent.
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError>;

@@ -60,8 +60,11 @@ impl LibvirtDomain {
         }
         for target in targets {
             self.redefine(name, None, &[target], false).await?;
-            if self.handle.change(&step, delete(false)).await.is_err() {
-                tracing::debug!(disk = target, "the disk has no such bitmap");
+            match self.handle.change(&step, delete(false)).await {
+                Err(HypervisorError::Libvirt { source, .. }) => {
+                    tracing::debug!(disk = target, %source, "the disk has no such bitmap");
+                }
+                deleted => drop(deleted?),
             }
         }
         match rest.is_empty() {

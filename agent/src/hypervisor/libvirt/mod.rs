@@ -23,7 +23,7 @@ use super::{
     Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
-use crate::journal::{DiskRecord, Process, Record, Recorded};
+use crate::journal::{DiskRecord, Record, Recorded};
 use crate::names::{DiskName, RunId};
 use crate::quiesce::guest_agent::AgentAddress;
 use connection::{DomainHandle, Libvirt};
@@ -269,14 +269,6 @@ impl Hypervisor for LibvirtDomain {
         Some(folder.join(format!("kvmsnap-{run}.nbd")))
     }
 
-    fn process(&self) -> Option<Process> {
-        None
-    }
-
-    fn pauses(&self, _disks: usize) -> bool {
-        false
-    }
-
     async fn danger(&self) -> HypervisorError {
         loop {
             let low = {
@@ -316,11 +308,6 @@ impl Hypervisor for LibvirtDomain {
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         libvirt_job::release(&self.handle, recorded).await
-    }
-
-    async fn let_go_on(&self) -> Result<(), HypervisorError> {
-        // Nothing of a run pauses a domain.
-        Ok(())
     }
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {

@@ -24,7 +24,7 @@ use crate::hypervisor::{
     Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile, Reach,
     Skipped, Tracking,
 };
-use crate::journal::{DiskRecord, Process, Record, Recorded};
+use crate::journal::{DiskRecord, Record, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, RunId};
 
@@ -250,14 +250,6 @@ impl Hypervisor for ShutOffDomain {
         None
     }
 
-    fn process(&self) -> Option<Process> {
-        None
-    }
-
-    fn pauses(&self, _disks: usize) -> bool {
-        false
-    }
-
     async fn danger(&self) -> HypervisorError {
         loop {
             tokio::time::sleep(STATE_POLL).await;
@@ -301,11 +293,6 @@ impl Hypervisor for ShutOffDomain {
         }
         // The run may have begun while the domain ran.
         libvirt_job::remove_files(recorded.record())
-    }
-
-    async fn let_go_on(&self) -> Result<(), HypervisorError> {
-        // Nobody runs.
-        Ok(())
     }
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
