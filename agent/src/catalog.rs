@@ -1,5 +1,6 @@
 //! The backups in a repository: found, read and named.
 
+use std::cell::OnceCell;
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,6 +16,8 @@ use crate::names::{DiskName, DomainName};
 
 /// Tag of every snapshot that kvmsnap writes.
 pub const TAG: &str = "kvmsnap";
+/// Prefix of the tag that names the machine.
+const TAG_UUID: &str = "uuid=";
 /// Prefix of the tag that names the manifest's blob, so that a list need not read disks' trees.
 const TAG_MANIFEST: &str = "manifest=";
 /// End of the manifest's name in a snapshot.
@@ -125,8 +128,41 @@ impl fmt::Display for SnapshotName {
     }
 }
 
-/// The backups of a repository, as far as its index knows them.
+/// The backups of one machine. Each manifest is read when it is come to: of a thousand backups the next
+/// one mostly needs the last.
 #[derive(Debug)]
+pub struct History {
+    catalog: Catalog,
+    uuid: String,
+    /// Oldest first.
+    snapshots: Vec<(FileId, SnapshotFile, OnceCell<Option<Backup>>)>,
+}
+
+impl History {
+    /// The backups, newest first. One that cannot be read is passed over.
+    pub fn newest_first(&self) -> impl Iterator<Item = &Backup> + Clone {
+        self.snapshots
+            .iter()
+            .rev()
+            .filter_map(|(id, file, backup)| backup.get_or_init(|| self.read(*id, file)).as_ref())
+    }
+
+    fn read(&self, id: FileId, file: &SnapshotFile) -> Option<Backup> {
+        match self.catalog.manifest(id, file) {
+            Ok(manifest) if manifest.uuid == self.uuid => {
+                Some(Backup { id, file: file.clone(), manifest })
+            }
+            Ok(_) => None,
+            Err(error) => {
+                tracing::warn!(%error, "an earlier backup is passed over");
+                None
+            }
+        }
+    }
+}
+
+/// The backups of a repository, as far as its index knows them.
+#[derive(Debug, Clone)]
 pub struct Catalog {
     repository: Repository,
     reader: Arc<Reader>,
@@ -153,7 +189,7 @@ impl Catalog {
             snapshots.damaged.into_iter().map(|(_, error)| error.into()).collect();
         let mut backups = Vec::new();
         for (id, file) in snapshots.good {
-            if !file.tags.iter().any(|tag| tag == TAG) || !wanted(&file) {
+            if !is_ours(&file) || !wanted(&file) {
                 continue;
             }
             match self.manifest(id, &file) {
@@ -162,6 +198,25 @@ impl Catalog {
             }
         }
         Ok((backups, broken))
+    }
+
+    /// The backups of a machine under a name.
+    ///
+    /// # Errors
+    /// [`CatalogError::Repository`] when the snapshots cannot be listed.
+    pub fn history(&self, domain: &DomainName, uuid: &str) -> Result<History, CatalogError> {
+        let listed = self.repository.snapshots()?;
+        for (_, error) in listed.damaged {
+            tracing::warn!(%error, "an earlier backup is passed over");
+        }
+        // Tags may have been changed by another program; the manifest has the last word.
+        let may_be = |file: &SnapshotFile| {
+            let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_UUID));
+            is_of(file, domain.as_str()) && is_ours(file) && tagged.is_none_or(|tag| tag == uuid)
+        };
+        let ours = listed.good.into_iter().filter(|(_, file)| may_be(file));
+        let snapshots = ours.map(|(id, file)| (id, file, OnceCell::new())).collect();
+        Ok(History { catalog: self.clone(), uuid: uuid.to_owned(), snapshots })
     }
 
     /// The backup of this name.
@@ -173,7 +228,7 @@ impl Catalog {
         match name {
             SnapshotName::Prefix(prefix) => {
                 let (id, file) = self.repository.find_snapshot(prefix)?;
-                if !file.tags.iter().any(|tag| tag == TAG) {
+                if !is_ours(&file) {
                     return Err(CatalogError::Foreign { snapshot: id });
                 }
                 let manifest = self.manifest(id, &file)?;
@@ -257,6 +312,10 @@ impl Catalog {
     }
 }
 
+fn is_ours(file: &SnapshotFile) -> bool {
+    file.tags.iter().any(|tag| tag == TAG)
+}
+
 /// Whether a snapshot is one of a domain.
 pub fn is_of(file: &SnapshotFile, domain: &str) -> bool {
     file.paths.iter().any(|path| path.strip_prefix('/') == Some(domain))
@@ -266,7 +325,7 @@ pub fn is_of(file: &SnapshotFile, domain: &str) -> bool {
 pub fn tags(manifest: &Manifest, blob: &BlobId) -> Vec<String> {
     vec![
         TAG.to_owned(),
-        format!("uuid={}", manifest.uuid),
+        format!("{TAG_UUID}{}", manifest.uuid),
         format!("kind={}", manifest.kind.as_str()),
         format!("{TAG_MANIFEST}{blob}"),
     ]

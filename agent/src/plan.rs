@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use jiff::Timestamp;
 use repository::{BlobId, FileId, Index, Node, Tree};
 
-use crate::catalog::{Backup, Catalog, CatalogError, disk_file, is_of, take_content};
+use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
 use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
 use crate::names::{BitmapNames, DiskName, DomainName};
@@ -116,28 +116,14 @@ pub struct Decision {
     pub parent_size: Option<u64>,
 }
 
-/// The earlier backups of a machine, oldest first.
-///
-/// # Errors
-/// [`CatalogError`] when they cannot be listed; one that cannot be read is passed over.
-pub fn earlier(
-    catalog: &Catalog,
-    domain: &DomainName,
-    uuid: &str,
-) -> Result<Vec<Backup>, CatalogError> {
-    let (mut backups, broken) = catalog.backups(|file| is_of(file, domain.as_str()))?;
-    for error in broken {
-        tracing::warn!(%error, "an earlier backup is passed over");
-    }
-    backups.retain(|backup| backup.manifest.uuid == uuid);
-    Ok(backups)
-}
-
 /// The dirty bitmaps that the machine's disks should have, by the last backup of each.
-pub fn claims(machine: &Machine, backups: &[Backup]) -> Vec<Claim> {
+pub fn claims<'a>(
+    machine: &Machine,
+    newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
+) -> Vec<Claim> {
     let mut claims: Vec<Claim> = Vec::new();
     for disk in &machine.disks {
-        let last = backups.iter().rev().find_map(|backup| {
+        let last = newest_first.clone().find_map(|backup| {
             let disk = backup.manifest.disks.iter().find(|known| known.target == disk.target)?;
             Some((backup.manifest.time, disk.bitmap.as_ref()))
         });
@@ -153,14 +139,14 @@ pub fn claims(machine: &Machine, backups: &[Backup]) -> Vec<Claim> {
     claims
 }
 
-/// Decides what a backup of a machine would do. Changes nothing.
+/// Decides what a backup of a machine would do, given the earlier ones, newest first. Changes nothing.
 ///
 /// # Errors
 /// [`PlanError`] for disks that cannot be backed up and parents that cannot be read.
-pub fn plan(
+pub fn plan<'a>(
     machine: Machine,
     domain: DomainName,
-    backups: &[Backup],
+    newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
     catalog: &Catalog,
     index: &Index,
     wanted: &Wanted,
@@ -184,7 +170,7 @@ pub fn plan(
     let mut parent: Option<&Backup> = None;
     let mut planned = Vec::new();
     for disk in disks {
-        let earlier = find_parent(&disk, backups);
+        let earlier = find_parent(&disk, newest_first);
         parent =
             earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
         planned.push(plan_disk(disk, earlier, catalog, index, wanted, &mut folders));
@@ -201,14 +187,20 @@ pub fn plan(
 /// disk still has, for a clock can jump but a random name cannot; else the last one with the disk.
 ///
 /// Each disk has its own: a backup of some disks does not end the history of the others.
-fn find_parent<'a>(disk: &Disk, backups: &'a [Backup]) -> Option<(&'a Backup, &'a DiskManifest)> {
-    let of_disk = backups.iter().rev().filter_map(|backup| {
+fn find_parent<'a>(
+    disk: &Disk,
+    newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
+) -> Option<(&'a Backup, &'a DiskManifest)> {
+    let mut of_disk = newest_first.clone().filter_map(|backup| {
         let earlier = backup.manifest.disks.iter().find(|d| d.target == disk.target)?;
         Some((backup, earlier))
     });
     let continues =
         |earlier: &DiskManifest| decide(disk, Some(earlier), false).bitmap_old.is_some();
-    of_disk.clone().find(|(_, earlier)| continues(earlier)).or_else(|| of_disk.clone().next())
+    match disk.tracking.bitmaps() {
+        [] => of_disk.next(),
+        _ => of_disk.clone().find(|(_, earlier)| continues(earlier)).or_else(|| of_disk.next()),
+    }
 }
 
 fn plan_disk(

@@ -212,9 +212,9 @@ async fn back_up<H: Hypervisor>(
     };
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
     let catalog = open.catalog();
-    let earlier = plan::earlier(&catalog, &domain, &machine.uuid).map_err(PlanError::from)?;
+    let earlier = catalog.history(&domain, &machine.uuid).map_err(PlanError::from)?;
     if !args.dry_run {
-        let claims = plan::claims(&machine, &earlier);
+        let claims = plan::claims(&machine, &earlier.newest_first());
         let reclaim = async { Ok(hypervisor.reclaim(&mut machine, &claims).await?) };
         context.until_interrupted(reclaim).await?;
     }
@@ -226,7 +226,8 @@ async fn back_up<H: Hypervisor>(
     };
     exclude(&mut machine, &domain, &args.exclude_disk)?;
     let wanted = Wanted { full: args.full, disks: args.disk.clone() };
-    let plan = plan::plan(machine, domain, &earlier, &catalog, &open.index, &wanted)?;
+    let newest_first = earlier.newest_first();
+    let plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, &wanted)?;
     if args.dry_run {
         return print_plan(&plan, context);
     }

@@ -179,12 +179,12 @@ fn next<L>(
     backups: &[Backup],
 ) -> Result<Plan, CommandError> {
     let domain: DomainName = name.parse()?;
-    let of_it =
-        |backup: &&Backup| backup.manifest.uuid == machine.uuid && backup.manifest.domain == domain;
-    let earlier: Vec<Backup> = backups.iter().filter(of_it).cloned().collect();
+    let uuid = machine.uuid.clone();
+    let of_it = |backup: &&Backup| backup.manifest.uuid == uuid && backup.manifest.domain == domain;
+    let newest_first = backups.iter().rev().filter(of_it);
     let wanted = Wanted::default();
     let plan: Result<Plan, PlanError> =
-        plan::plan(machine, domain, &earlier, &open.catalog(), &open.index, &wanted);
+        plan::plan(machine, domain.clone(), &newest_first, &open.catalog(), &open.index, &wanted);
     Ok(plan?)
 }
 
