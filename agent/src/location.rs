@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use repository::{Backend, BackendError, FileId, FileKind, LocalFolder};
+use repository::{Backend, BackendError, Begun, FileId, FileKind, LocalFolder};
 
 use crate::effect;
 
@@ -29,8 +29,11 @@ struct Counted<B>(B);
 
 impl<B: Backend> Counted<B> {
     fn about_to(&self, operation: &'static str, kind: FileKind) -> Result<(), BackendError> {
-        let name = format!("repository: {operation} {}", kind_name(kind));
-        effect::about_to(&name).map_err(|source: io::Error| BackendError::Io {
+        self.announce(operation, &format!("repository: {operation} {}", kind_name(kind)))
+    }
+
+    fn announce(&self, operation: &'static str, effect: &str) -> Result<(), BackendError> {
+        effect::about_to(effect).map_err(|source: io::Error| BackendError::Io {
             operation,
             file: self.0.location(),
             source: Arc::new(source),
@@ -79,6 +82,18 @@ impl<B: Backend> Backend for Counted<B> {
         self.0.write(kind, id, content)
     }
 
+    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
+        self.about_to("write", kind)?;
+        self.0.begin(kind, id, content)
+    }
+
+    fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
+        if !files.is_empty() {
+            self.announce("write", "repository: settle packs")?;
+        }
+        self.0.settle(files)
+    }
+
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
         self.about_to("remove", kind)?;
         self.0.remove(kind, id)
@@ -90,5 +105,24 @@ impl<B: Backend> Backend for Counted<B> {
 
     fn sweep(&self) -> Result<usize, BackendError> {
         self.0.sweep()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn p1_packs_are_made_durable_together() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = create(scratch.path().to_str().unwrap()).unwrap();
+        let contents: [&[u8]; 2] = [b"a pack", b"another"];
+        let begin = |content| store.begin(FileKind::Pack, &FileId::of(content), content);
+        let begun = contents.map(|content| begin(content).unwrap());
+
+        assert_eq!(store.list(FileKind::Pack).unwrap(), [], "they were settled one by one");
+
+        store.settle(begun.into()).unwrap();
+        assert_eq!(store.list(FileKind::Pack).unwrap().len(), 2);
     }
 }

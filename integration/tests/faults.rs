@@ -36,18 +36,19 @@ fn bytes_read_by(pid: u32) -> u64 {
 }
 
 #[test]
-fn r02_qemu_dies_at_each_tenth_of_the_data_and_the_run_says_so() {
+fn r02_qemu_dies_at_each_tenth_reply_and_the_run_says_so() {
     if !vm_fixtures::qemu_available() {
         return;
     }
     thread::scope(|scope| {
         for worker in 0..3 {
             scope.spawn(move || {
-                let (guest, mut contents) = machine(20 * MIB).expect("QEMU is there");
+                let (guest, mut contents) =
+                    machine((REPLIES * REPLY_LEN) as u64).expect("QEMU is there");
                 let host = Host::new();
                 host.backup(&guest, &[]);
-                for tenth in (0..10).skip(worker).step_by(3) {
-                    dies_at(tenth, &host, &guest, &mut contents);
+                for reply in (0..REPLIES).step_by(10).skip(worker).step_by(3) {
+                    dies_at(reply, &host, &guest, &mut contents);
                 }
                 host.assert_restic_is_content();
             });
@@ -55,31 +56,35 @@ fn r02_qemu_dies_at_each_tenth_of_the_data_and_the_run_says_so() {
     });
 }
 
-fn dies_at(tenth: u64, host: &Host, guest: &Guest, contents: &mut Contents) {
-    let size = 20 << 20;
-    contents.write(guest, "vda", 0, size, 100 + tenth as u8);
+/// A disk of so many answers, each as long as kvmsnap asks of QEMU 7.2.
+const REPLIES: usize = 100;
+const REPLY_LEN: usize = 64 << 10;
+
+fn dies_at(reply: usize, host: &Host, guest: &Guest, contents: &mut Contents) {
+    contents.write(guest, "vda", 0, REPLIES * REPLY_LEN, 100 + reply as u8);
     guest.qemu_io("vda", "flush");
     let before = host.list().len();
     let pid = guest.pid();
-    let mut running = spawn(host.backup_command(guest, &["--limit-read", "20MiB"]));
+    let mut running = spawn(host.backup_command(guest, &["--limit-read", "8MiB"]));
     wait_for_export(guest, &mut running);
     let start = bytes_read_by(pid);
-    wait_until(PATIENCE, "QEMU reads", || bytes_read_by(pid) >= start + tenth * size as u64 / 10);
+    let until = start + (reply * REPLY_LEN) as u64;
+    wait_until(PATIENCE, "QEMU reads", || bytes_read_by(pid) >= until);
 
     guest.kill();
 
     let outcome = finish(running);
     assert_says(&outcome, 1, "died during the backup");
     assert!(outcome.stderr.contains("nothing was recorded"), "{outcome:?}");
-    assert_eq!(host.list().len(), before, "at {tenth} tenths");
+    assert_eq!(host.list().len(), before, "at reply {reply}");
     guest.restart();
-    contents.scribble(guest, tenth as usize);
+    contents.scribble(guest, reply);
     let next = host.backup_and_compare(guest, contents, &[]);
-    assert_eq!(kind(&next), "rescan", "at {tenth} tenths: {next}");
+    assert_eq!(kind(&next), "rescan", "at reply {reply}: {next}");
     host.assert_all_clean(guest, &["vda"]);
-    contents.scribble(guest, tenth as usize + 1);
+    contents.scribble(guest, reply + 1);
     let next = host.backup_and_compare(guest, contents, &[]);
-    assert_eq!(kind(&next), "incremental", "at {tenth} tenths: {next}");
+    assert_eq!(kind(&next), "incremental", "at reply {reply}: {next}");
     host.assert_all_clean(guest, &["vda"]);
 }
 

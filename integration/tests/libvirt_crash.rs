@@ -167,6 +167,7 @@ fn r01_the_effects_on_a_domain_are_known() {
         "libvirt: remove the checkpoint",
         "libvirt: start a backup job",
         "repository: remove lock",
+        "repository: settle packs",
         "repository: write index",
         "repository: write lock",
         "repository: write pack",

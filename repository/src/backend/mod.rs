@@ -168,16 +168,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError>;
 
     /// Begins to store a file, which is there, and durable, only once [`Backend::settle`] returns: for
-    /// stores in which making many files durable at once costs little more than one.
-    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
-        self.write(kind, id, content).map(|()| Begun::done())
-    }
+    /// stores in which making many files durable at once costs little more than one. Others write it.
+    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError>;
 
     /// Ends what [`Backend::begin`] began. After an error each file is there whole or not at all.
-    fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
-        drop(files);
-        Ok(())
-    }
+    fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError>;
 
     /// Removes a file; [`BackendError::NotFound`] if there is none.
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError>;

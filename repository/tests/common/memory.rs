@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use repository::{Backend, BackendError, FileId, FileKind, FileRef};
+use repository::{Backend, BackendError, Begun, FileId, FileKind, FileRef};
 
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -97,6 +97,14 @@ impl Backend for Memory {
             return Err(BackendError::Exists { file });
         }
         files.insert((kind, *id), content.to_vec());
+        Ok(())
+    }
+
+    fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
+        self.write(kind, id, content).map(|()| Begun::done())
+    }
+
+    fn settle(&self, _: Vec<Begun>) -> Result<(), BackendError> {
         Ok(())
     }
 
