@@ -5,10 +5,32 @@ import os
 import select
 import subprocess
 
+from kvmsnap import NAME
 from settings import BenchError
 
 # A guest boots under emulation, and a shut-down writes everything back.
 REPLY_LIMIT_S = 300
+
+
+class Silent(BenchError):
+    """No answer came in time."""
+
+
+class Lines:
+    """Lines of JSON that come from somebody by a descriptor."""
+
+    def __init__(self, descriptor, who):
+        self.descriptor, self.who, self.unread = descriptor, who, b""
+
+    def next(self, limit_s):
+        while b"\n" not in self.unread:
+            ready, _, _ = select.select([self.descriptor], [], [], limit_s)
+            part = os.read(self.descriptor, 1 << 20) if ready else b""
+            if not part:
+                raise Silent(f"{self.who} is silent or gone")
+            self.unread += part
+        line, self.unread = self.unread.split(b"\n", 1)
+        return json.loads(line)
 
 
 class Guest:
@@ -21,9 +43,9 @@ class Guest:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(work.run), "KVMSNAP_ORACLE": settings.program("oracle")},
         )
-        self.unread = b""
+        self.lines = Lines(self.child.stdout.fileno(), "the fixture guest (see above)")
         try:
-            ready = self._reply()
+            ready = self.lines.next(REPLY_LIMIT_S)
         except BaseException:
             self.close()
             raise
@@ -45,15 +67,25 @@ class Guest:
             self.child.wait(10)
         self.child.stdout.close()
 
+    @property
+    def words(self):
+        """How kvmsnap is told of it."""
+        agent = ["--qga", self.qga] if self.qga else []
+        return ["--qmp", self.qmp, *agent, "--name", NAME]
+
     def ask(self, *words):
         """One request of the fixture: a command and its arguments."""
         self.child.stdin.write(json.dumps(words).encode() + b"\n")
         self.child.stdin.flush()
-        return self._reply()
+        return self.lines.next(REPLY_LIMIT_S)
 
     def command(self, name, /, **arguments):
         """A QMP command on the fixture's own monitor."""
         return self.ask("qmp", name, arguments)
+
+    def agent(self, name, /, **arguments):
+        """A command on the fixture's own agent in the guest."""
+        return self.ask("agent", name, arguments)
 
     def write(self, disk, extents):
         """Writes files into a disk, through its device: pairs of offset and path."""
@@ -68,13 +100,3 @@ class Guest:
 
     def exec(self, *words):
         return self.wait(self.spawn(*words))
-
-    def _reply(self):
-        while b"\n" not in self.unread:
-            ready, _, _ = select.select([self.child.stdout], [], [], REPLY_LIMIT_S)
-            part = os.read(self.child.stdout.fileno(), 1 << 20) if ready else b""
-            if not part:
-                raise BenchError("the fixture guest is silent or gone; its message is above")
-            self.unread += part
-        line, self.unread = self.unread.split(b"\n", 1)
-        return json.loads(line)

@@ -37,9 +37,8 @@ class Kvmsnap:
                                locks=locks, warm=warm and (self.folder, warm))
 
     def start_backup(self, guest, *more, memory=True, warm=None):
-        agent = ["--qga", guest.qga] if guest.qga else []
-        return self.start("backup", "--qmp", guest.qmp, *agent, "--name", NAME, *more,
-                          memory=memory, also=[guest.pid], sync=[self.repository], warm=warm)
+        return self.start("backup", *guest.words, *more, memory=memory, also=[guest.pid],
+                          sync=[self.repository], warm=warm)
 
     def backup(self, guest, *more, warm=None):
         """A backup: its cost and the snapshot's record."""
@@ -50,10 +49,10 @@ class Kvmsnap:
         """What it costs to open the repository: listing a domain that is not there."""
         return self.run("list", "nobody")
 
-    def restore(self, target, image_format, warm=None):
+    def restore(self, target, image_format, name=NAME, warm=None):
         """Restores the newest snapshot into a new folder."""
         shutil.rmtree(target, ignore_errors=True)
-        return self.run("restore", f"latest:{NAME}", "--to", str(target), "--format", image_format,
+        return self.run("restore", f"latest:{name}", "--to", str(target), "--format", image_format,
                         memory=True, sync=[target.parent], warm=warm)
 
     def bytes_stored(self):

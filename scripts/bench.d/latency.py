@@ -6,7 +6,7 @@ import time
 
 import measure
 from guest import Guest
-from kvmsnap import NAME, Kvmsnap
+from kvmsnap import Kvmsnap
 from measure import median, percentile
 from report import Section, Target, ratio
 from settings import BenchError, say
@@ -14,6 +14,7 @@ from work_unit import Disk
 
 UNTIL = "/tmp/enough"
 REPEATS = 3
+FREEZE_MIB = 512
 UNPACED_S = 5
 # For the load to settle before a window opens.
 SETTLE_S = 2
@@ -61,7 +62,7 @@ def _skew(guest):
     tries = []
     for _ in range(10):
         before = time.time()
-        there = guest.ask("agent", "guest-get-time", {}) / 1e9
+        there = guest.agent("guest-get-time") / 1e9
         after = time.time()
         tries.append((after - before, there - (before + after) / 2))
     return min(tries)[1]
@@ -73,43 +74,53 @@ def latency(settings, work):
     live = disk.live_copy(work)
     # The second disk gives the guest agent a file system to freeze.
     with Guest(settings, work, "--image", f"vda={live}", "--ext4", "vdb=64") as guest:
-        load = Load(guest, settings)
-        _idle(load, settings)
-        took = []
-        for number in range(REPEATS):
-            say(f"  a full backup under load, {number + 1} of {REPEATS}")
-            host = Kvmsnap(settings, work)
-            start = time.time()
-            cost, record = host.backup(guest)
-            load.window("backup", start, time.time())
-            took.append(cost.wall)
-            say(f"    {cost.wall:.1f} s; {record['warnings'] or 'no warnings'}")
-        say(f"  a full backup whose repository stalls for {settings.stall_s} s")
+        return felt("latency", settings, work, guest, unpaced=_unpaced), disk
+
+
+def felt(name, settings, work, guest, unpaced=None, path=""):
+    """The section of this name about a guest with a disk `vda`; `path` begins the names of its
+    targets."""
+    load = Load(guest, settings)
+    _idle(load, settings)
+    took = []
+    for number in range(REPEATS):
+        say(f"  a full backup under load, {number + 1} of {REPEATS}")
         host = Kvmsnap(settings, work)
-        backup = host.start_backup(guest, memory=False)
-        try:
-            time.sleep(median(took) / 2)
-            backup.signal(signal.SIGSTOP)
-            start = time.time()
-            time.sleep(settings.stall_s)
-            load.window("stalled", start, time.time())
-            backup.signal(signal.SIGCONT)
-            backup.finish()
-        finally:
-            backup.stop()
-        say("  reading as fast as it goes, by nbdcopy")
-        unpaced = _unpaced(guest, work, load)
-        _idle(load, settings)
-        found = load.finish()
+        start = time.time()
+        cost, record = host.backup(guest)
+        load.window("backup", start, time.time())
+        took.append(cost.wall)
+        say(f"    {cost.wall:.1f} s; {record['warnings'] or 'no warnings'}")
+    say(f"  a full backup whose repository stalls for {settings.stall_s} s")
+    host = Kvmsnap(settings, work)
+    backup = host.start_backup(guest, memory=False)
+    try:
+        time.sleep(median(took) / 2)
+        backup.signal(signal.SIGSTOP)
+        start = time.time()
+        time.sleep(settings.stall_s)
+        load.window("stalled", start, time.time())
+        backup.signal(signal.SIGCONT)
+        backup.finish()
+    finally:
+        backup.stop()
     names = [("idle", "no backup", "–"),
              ("backup", "**kvmsnap, full, paced**", f"{median(took):.1f}"),
-             ("stalled", f"**kvmsnap, stopped half-way for {settings.stall_s} s**", "–"),
-             ("unpaced", "`nbdcopy` of the live disk to null, over and over, as fast as it goes",
-              f"{unpaced:.1f}")]
+             ("stalled", f"**kvmsnap, stopped half-way for {settings.stall_s} s**", "–")]
+    if unpaced:
+        say("  reading as fast as it goes, by nbdcopy")
+        names.append(("unpaced", "`nbdcopy` of the live disk to null, over and over, as fast as it goes",
+                      f"{unpaced(guest, work, load):.1f}"))
+    _idle(load, settings)
+    found = load.finish()
+    return _felt(name, names, settings, load, found, path)
+
+
+def _felt(name, names, settings, load, found, path):
     table = [["method", "job s", "operations", "a second", "p50 ms", "p99 ms", "longest ms"]]
-    for name, title, job in names:
-        values = found[name]
-        rate = len(values) / load.seconds(name)
+    for window, title, job in names:
+        values = found[window]
+        rate = len(values) / load.seconds(window)
         table.append([title, job, len(values), f"{rate:.0f}", f"{median(values):.2f}",
                       f"{percentile(values, 0.99):.2f}", f"{max(values):.1f}"])
     text = [f"A guest reads and writes 4 KiB at random places of the whole disk, {settings.load_rate} "
@@ -120,13 +131,13 @@ def latency(settings, work):
             f"“No backup” is {settings.idle_s} s before and {settings.idle_s} s after."]
     idle = percentile(found["idle"], 0.99)
     targets = []
-    for name, title in [("backup", "guest during a backup"),
-                        ("stalled", "guest with a stalled repository")]:
-        share, longest = percentile(found[name], 0.99) / idle, max(found[name])
-        targets.append(Target(f"{title}, p99 ÷ idle", "≤ 1.5", ratio(share), share <= 1.5))
-        targets.append(Target(f"{title}, longest", "≤ 50 ms",
+    for window, title in [("backup", "guest during a backup"),
+                          ("stalled", "guest with a stalled repository")]:
+        share, longest = percentile(found[window], 0.99) / idle, max(found[window])
+        targets.append(Target(f"{path}{title}, p99 ÷ idle", "≤ 1.5", ratio(share), share <= 1.5))
+        targets.append(Target(f"{path}{title}, longest", "≤ 50 ms",
                               f"{longest:.0f} ms (idle {max(found['idle']):.0f})", longest <= 50))
-    return Section("latency", table, text, targets), disk
+    return Section(name, table, text, targets)
 
 
 def _cores():
@@ -157,39 +168,45 @@ def _unpaced(guest, work, load):
 
 
 def freeze(settings, work):
+    with Guest(settings, work, "--ext4", f"vda={FREEZE_MIB}") as guest:
+        return frozen("freeze", settings, work, guest), None
+
+
+def frozen(name, settings, work, guest, path=""):
+    """The section of this name about a guest with an ext4 of FREEZE_MIB at `/mnt/vda`; `path` begins
+    the name of its target."""
     host = Kvmsnap(settings, work)
-    with Guest(settings, work, "--ext4", "vda=512") as guest:
-        # Small files all the while, so that a freeze has something to write back.
-        writer = "n=0; while [ ! -e /tmp/enough ]; do n=$((n+1)); " \
-                 "oracle files write /mnt/vda $((n*20%400)) $((n*20%400+20)) --slow-ms 5; done"
-        pid = guest.spawn("sh", "-c", writer)
-        host.backup(guest)
-        own, agent = [], []
-        for number in range(settings.freezes):
-            _, record = host.backup(guest)
-            if record["freeze_ms"] is None:
-                raise BenchError(f"the guest was not frozen: {record['warnings']}")
-            own.append(record["freeze_ms"])
-            start = time.perf_counter()
-            guest.ask("agent", "guest-fsfreeze-freeze", {})
-            guest.ask("agent", "guest-fsfreeze-thaw", {})
-            agent.append((time.perf_counter() - start) * 1e3)
-            say(f"  {number + 1} of {settings.freezes}: frozen {own[-1]} ms, "
-                f"agent alone {agent[-1]:.0f} ms")
-        guest.exec("touch", UNTIL)
-        guest.wait(pid)
+    # Small files all the while, so that a freeze has something to write back.
+    writer = "n=0; while [ ! -e /tmp/enough ]; do n=$((n+1)); " \
+             "oracle files write /mnt/vda $((n*20%400)) $((n*20%400+20)) --slow-ms 5; done"
+    pid = guest.spawn("sh", "-c", writer)
+    host.backup(guest)
+    own, agent = [], []
+    for number in range(settings.freezes):
+        _, record = host.backup(guest)
+        if record["freeze_ms"] is None:
+            raise BenchError(f"the guest was not frozen: {record['warnings']}")
+        own.append(record["freeze_ms"])
+        start = time.perf_counter()
+        guest.agent("guest-fsfreeze-freeze")
+        guest.agent("guest-fsfreeze-thaw")
+        agent.append((time.perf_counter() - start) * 1e3)
+        say(f"  {number + 1} of {settings.freezes}: frozen {own[-1]} ms, "
+            f"agent alone {agent[-1]:.0f} ms")
+    guest.exec("touch", UNTIL)
+    guest.wait(pid)
     table = [["what", "times", "p50 ms", "p99 ms", "longest ms"]]
-    for title, values in [(f"**kvmsnap backup** (`{NAME}`), freeze to thaw", own),
+    for title, values in [("**kvmsnap backup**, freeze to thaw", own),
                           ("the agent alone: freeze, then thaw at once", agent)]:
         table.append([title, len(values), f"{median(values):.0f}",
                       f"{percentile(values, 0.99):.0f}", f"{max(values):.0f}"])
     worst, limit = percentile(own, 0.99), 50 + percentile(agent, 0.99)
-    text = ["Incremental backups of an emulated guest with an ext4 disk of 512 MiB on which small files are "
-            "written all the while; in turns with the fixture's own agent, which freezes and thaws with "
-            "nothing in between."]
-    targets = [Target("freeze to thaw, p99", f"≤ 50 ms + the agent = {limit:.0f} ms",
+    text = [f"Incremental backups of an emulated guest with an ext4 disk of {FREEZE_MIB} MiB on which small "
+            "files are written all the while; in turns with the fixture's own agent, which freezes and "
+            "thaws with nothing in between."]
+    targets = [Target(f"{path}freeze to thaw, p99", f"≤ 50 ms + the agent = {limit:.0f} ms",
                       f"{worst:.0f} ms", worst <= limit)]
-    return Section("freeze", table, text, targets), None
+    return Section(name, table, text, targets)
 
 
 SECTIONS = {"latency": latency, "freeze": freeze}

@@ -1,12 +1,12 @@
 """What kvmsnap is compared with, on the same bytes in the same round."""
 
-import os
 import shutil
 import subprocess
 import time
 
 import measure
-from settings import BenchError, say
+from daemon import URI
+from settings import BenchError, Skipped
 
 START_LIMIT_S = 30
 
@@ -113,73 +113,42 @@ class Restic:
         return measure.bytes_in(self.repository)
 
 
-DOMAIN = """<domain type='qemu'>
-  <name>kvmsnap-bench-peer</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <devices><disk type='file' device='disk'>
-    <driver name='qemu' type='qcow2' discard='unmap'/><source file='{image}'/><target dev='vda' bus='virtio'/>
-  </disk></devices>
-</domain>
-"""
-
-
 class Virtnbdbackup:
-    """Debian's backup tool for libvirt, on a machine of its own. Only where libvirt runs."""
+    """Debian's backup tool for libvirt, with a domain to back up."""
 
-    URI = "qemu:///system"
-
-    @classmethod
-    def reason_to_skip(cls):
-        """Why it cannot be measured here, or None."""
-        for program in ["virtnbdbackup", "virsh"]:
+    @staticmethod
+    def must_be_there():
+        for program in ["virtnbdbackup", "virtnbdrestore"]:
             if shutil.which(program) is None:
-                return f"`{program}` is not installed"
-        if cls._virsh("uri", check=False) != 0:
-            return "libvirtd does not answer"
-        return None
+                raise Skipped(f"`{program}` is not installed: `scripts/packages bench` installs it")
 
-    @classmethod
-    def _virsh(cls, *words, check=True):
-        done = subprocess.run(["virsh", "--quiet", "-c", cls.URI, *words], text=True, timeout=60,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
-        if check and done.returncode:
-            raise BenchError(f"`virsh {' '.join(words)}` failed: {done.stdout}")
-        return done.returncode
+    def __init__(self, work, images, domain, disk):
+        self.folder, self.domain = work.folder("virtnbdbackup"), domain
+        self.scratch = images.folder("virtnbdbackup")
+        self.warm = (work.run, disk.data_bytes)
 
-    def __init__(self, disk, work):
-        self.folder, self.data_bytes = work.folder("virtnbdbackup"), disk.data_bytes
-        image = disk.live_copy(work, "virtnbdbackup/peer")
-        # libvirt's QEMU runs as a user of its own.
-        os.chmod(self.folder, 0o755)
-        os.chmod(image, 0o666)
-        xml = self.folder / "domain.xml"
-        xml.write_text(DOMAIN.format(image=image))
-        self._virsh("create", str(xml))
+    def compressed(self):
+        """A full backup without a checkpoint, with its compression, lz4; and what it takes."""
+        return self._backup("compressed", "copy", "-z", warm=self.warm)
 
-    def __enter__(self):
-        return self
+    def full(self):
+        """A full backup that others build on; and what it takes."""
+        return self._backup("chain", "full", warm=self.warm)
 
-    def __exit__(self, *_):
-        self._virsh("destroy", "kvmsnap-bench-peer", check=False)
+    def incremental(self):
+        return self._backup("chain", "inc")
 
-    def backup(self, *options):
-        target = self.folder / "backup"
+    def _backup(self, name, level, *options, warm=None):
+        target = self.folder / name
+        before = measure.bytes_in(target)
+        cost = measure.run(["virtnbdbackup", "-U", URI, "-d", self.domain.name, "-l", level, "-n",
+                            *options, "-S", self.scratch, "-o", target],
+                           also=[self.domain.pid], sync=[self.folder], warm=warm)
+        return cost, measure.bytes_in(target) - before
+
+    def restore(self, target):
+        """Restores the chain into a new folder."""
         shutil.rmtree(target, ignore_errors=True)
-        warm = (self.folder, self.data_bytes)
-        cost = measure.run(["virtnbdbackup", "-U", self.URI, "-d", "kvmsnap-bench-peer", "-l", "copy",
-                            *options, "-o", target], sync=[self.folder], warm=warm)
-        return cost, measure.bytes_in(target)
-
-
-def virtnbdbackup_or_why(disk, work):
-    """Its cost and bytes stored, or None, said aloud."""
-    reason = Virtnbdbackup.reason_to_skip()
-    if reason is None:
-        try:
-            with Virtnbdbackup(disk, work) as peer:
-                return peer.backup()
-        except BenchError as error:
-            reason = str(error)
-    say(f"SKIPPED virtnbdbackup: {reason}")
-    return None
+        return measure.run(["virtnbdrestore", "-U", URI, "-n", "-L", self.folder / "restore.log",
+                            "-i", self.folder / "chain", "-o", target],
+                           sync=[target.parent], warm=self.warm)

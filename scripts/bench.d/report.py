@@ -23,6 +23,9 @@ TITLES = {
     "verify": "Verify all data",
     "latency": "The guest while it is backed up",
     "freeze": "Freeze to thaw",
+    "libvirt": "Domains of libvirt",
+    "libvirt_latency": "The guest of a domain while it is backed up",
+    "libvirt_freeze": "Freeze to thaw of a domain",
     "scale": "Size of the disk",
     "memory": "Memory at 1 TiB",
     "snapshots": "Number of snapshots",
@@ -31,7 +34,6 @@ TITLES = {
 TARGETS = [
     ("full ÷ `zstd -1 -T2`", "≤ 1.1"),
     ("restic ÷ full", "≥ 2.5"),
-    ("virtnbdbackup ÷ full", "> 1.0"),
     ("incremental, wall", "≤ 2 × floor + 0.3 s"),
     ("incremental, stored / dirty", "≤ 1.0"),
     ("incremental, only dirty chunks read", "yes"),
@@ -50,6 +52,15 @@ TARGETS = [
     ("guest with a stalled repository, p99 ÷ idle", "≤ 1.5"),
     ("guest with a stalled repository, longest", "≤ 50 ms"),
     ("freeze to thaw, p99", "≤ 50 ms + the agent"),
+    ("libvirt: virtnbdbackup ÷ full", "> 1.0"),
+    ("libvirt: virtnbdbackup, compressed ÷ full", "≥ 1.8"),
+    ("libvirt: virtnbdbackup ÷ incremental", "≥ 3"),
+    ("libvirt: virtnbdrestore ÷ restore", "≥ 3"),
+    ("libvirt: guest during a backup, p99 ÷ idle", "≤ 1.5"),
+    ("libvirt: guest during a backup, longest", "≤ 50 ms"),
+    ("libvirt: guest with a stalled repository, p99 ÷ idle", "≤ 1.5"),
+    ("libvirt: guest with a stalled repository, longest", "≤ 50 ms"),
+    ("libvirt: freeze to thaw, p99", "≤ 50 ms + the agent"),
 ]
 
 
@@ -138,7 +149,7 @@ Written by `make bench`. `scripts/bench full latency` measures only these sectio
 stay as they are.
 
 Machine of the last run: {os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB of memory, {release}, \
-{_version("qemu-system-x86_64")}, restic {_version("restic")}. Warm page cache; \
+{version("qemu-system-x86_64")}, restic {version("restic")}. Warm page cache; \
 machines of this kind are shared and noisy, so compare the ratios of one run, not seconds of two.
 
 How: the rounds alternate between kvmsnap and its peers, in the opposite order every other time; each
@@ -168,7 +179,7 @@ def _processor():
     return platform.machine()
 
 
-def _version(program):
+def version(program):
     words = {"restic": ["version"]}.get(program, ["--version"])
     done = subprocess.run([program, *words], text=True, stdout=subprocess.PIPE, timeout=30)
     found = re.search(r"(\d+\.\d+(\.\d+)?)", done.stdout)

@@ -10,36 +10,11 @@ from kvmsnap import Kvmsnap, only_disk
 from measure import median
 from nbd_reader import read_extents
 from report import Section, Target, mib, ratio, seconds
-from settings import MIB, BenchError, say
+from rows import Rows, in_turn
+from settings import BenchError, say
 from work_unit import EXTENT, Changes, Disk
 
 NAMES = ["full", "incremental", "restore", "verify"]
-
-
-class Row:
-    """What was measured of one way to do something, over the rounds."""
-
-    def __init__(self):
-        self.costs, self.stored, self.read = [], [], []
-
-    def add(self, cost, stored=None, read=None):
-        self.costs.append(cost)
-        self.stored += [] if stored is None else [stored]
-        self.read += [] if read is None else [read]
-
-    @property
-    def wall(self):
-        return median([cost.wall for cost in self.costs])
-
-    @property
-    def cpu(self):
-        return median([cost.cpu for cost in self.costs])
-
-    def peak(self, field):
-        """The highest memory over the rounds in MiB, or None where it was not followed."""
-        known = [getattr(cost, field) for cost in self.costs]
-        known = [value for value in known if value is not None]
-        return max(known) / 1024 if known else None
 
 
 class Rounds:
@@ -50,12 +25,8 @@ class Rounds:
         work.need(7 * settings.disk_bytes)
         self.disk = Disk(settings, work)
         self.live_raw = self.disk.live_raw_copy(work)
-        self.rows = {}
+        self.rows = Rows()
         self.facts = {"only_dirty": True, "stored_nothing": [], "holes": []}
-
-    def note(self, name, cost, **more):
-        self.rows.setdefault(name, Row()).add(cost, **more)
-        say(f"  {name}: {cost.wall:.2f} s, {cost.cpu:.2f} s of CPU")
 
     def run(self):
         for number in range(self.settings.rounds):
@@ -71,23 +42,18 @@ class Rounds:
         with (Guest(self.settings, self.work, "--no-os", "--image", f"vda={live}") as guest,
               peers.FrozenExport(self.disk, self.work) as export):
             restic = peers.Restic(self.work, self.live_raw, self.disk)
-            # Every other round in the opposite order, so that nobody always comes after the same one.
-            acts = [lambda: self._full_of_kvmsnap(host, guest), lambda: self._full_of_peers(export),
-                    lambda: self._full_of_restic(restic)]
-            for act in acts if number % 2 == 0 else reversed(acts):
-                act()
+            in_turn(number, lambda: self._full_of_kvmsnap(host, guest),
+                    lambda: self._full_of_peers(export), lambda: self._full_of_restic(restic))
             changes = Changes(self.disk, self.work, seed=number)
             if "incremental" in self.wanted:
-                acts = [lambda: self._incremental_of_kvmsnap(host, guest, changes),
-                        lambda: self._incremental_of_restic(restic, changes)]
-                for act in acts if number % 2 == 0 else reversed(acts):
-                    act()
+                in_turn(number, lambda: self._incremental_of_kvmsnap(host, guest, changes),
+                        lambda: self._incremental_of_restic(restic, changes))
                 changes.revert_in_file(self.live_raw, self.disk.raw)
             if "restore" in self.wanted:
                 self._restores(host, guest, restic, live, check=number == 0)
             if "verify" in self.wanted:
-                self.note("verify", host.run("verify", "--read-data", memory=True))
-                self.note("restic check", restic.check())
+                self.rows.note("verify", host.run("verify", "--read-data", memory=True))
+                self.rows.note("restic check", restic.check())
 
     # ---- full -----------------------------------------------------------------------------------
 
@@ -95,30 +61,27 @@ class Rounds:
         before = host.bytes_stored()
         cost, record = host.backup(guest, warm=self.disk.data_bytes)
         self.facts["chunk_size"] = only_disk(record)["chunk_size"]
-        self.note("full", cost, stored=host.bytes_stored() - before,
+        self.rows.note("full", cost, stored=host.bytes_stored() - before,
                   read=only_disk(record)["bytes_read"])
 
     def _full_of_peers(self, export):
-        self.note("nbdcopy null", peers.nbdcopy_to_null(export))
+        self.rows.note("nbdcopy null", peers.nbdcopy_to_null(export))
         cost, stored = peers.nbdcopy_to_raw(export, self.disk, self.work)
-        self.note("nbdcopy raw", cost, stored=stored)
+        self.rows.note("nbdcopy raw", cost, stored=stored)
         if "full" not in self.wanted:
             return
         cost, stored = peers.zstd(self.disk, self.live_raw, self.work)
-        self.note("zstd", cost, stored=stored)
+        self.rows.note("zstd", cost, stored=stored)
         cost, stored = peers.convert(self.disk, self.work)
-        self.note("convert", cost, stored=stored)
+        self.rows.note("convert", cost, stored=stored)
         cost, stored = peers.convert(self.disk, self.work, "-c", "-o", "compression_type=zstd",
                                      "-m", "8")
-        self.note("convert zstd", cost, stored=stored)
-        found = peers.virtnbdbackup_or_why(self.disk, self.work)
-        if found:
-            self.note("virtnbdbackup", found[0], stored=found[1])
+        self.rows.note("convert zstd", cost, stored=stored)
 
     def _full_of_restic(self, restic):
         before = restic.bytes_stored()
         cost = restic.backup(warm=True)
-        self.note("restic", cost, stored=restic.bytes_stored() - before)
+        self.rows.note("restic", cost, stored=restic.bytes_stored() - before)
 
     def _full(self):
         rows, targets = self.rows, []
@@ -131,7 +94,6 @@ class Rounds:
             ("convert", "`qemu-img convert`, plain qcow2"),
             ("convert zstd", "`qemu-img convert -c`, zstd, 8 coroutines"),
             ("restic", "restic, compressed and encrypted, of the raw file"),
-            ("virtnbdbackup", "virtnbdbackup, uncompressed (CPU without that of its QEMU)"),
         ]
         raw, zstd = rows["nbdcopy raw"].wall, rows["zstd"].wall
         table = [["what", "wall s", "× `nbdcopy` to raw", "× `zstd -1 -T2`", "CPU s", "stored MiB"]]
@@ -143,39 +105,33 @@ class Rounds:
                               ratio(row.wall / zstd), seconds(row.cpu), stored])
         text = [f"kvmsnap read {mib(median(full.read))} MiB in chunks of "
                 f"{self.facts['chunk_size'] // 1024} KiB through the running QEMU; the guest is idle. "
-                f"Peak memory {mib_of_memory(full)}."]
+                f"Peak memory {full.memory()}."]
         targets.append(Target("full ÷ `zstd -1 -T2`", "≤ 1.1", ratio(full.wall / zstd),
                               full.wall <= 1.1 * zstd))
         faster = rows["restic"].wall / full.wall
         targets.append(Target("restic ÷ full", "≥ 2.5", ratio(faster), faster >= 2.5))
-        if "virtnbdbackup" in rows:
-            other = rows["virtnbdbackup"].wall / full.wall
-            targets.append(Target("virtnbdbackup ÷ full", "> 1.0", ratio(other), other > 1))
-        else:
-            text.append("virtnbdbackup was not measured: "
-                        f"{peers.Virtnbdbackup.reason_to_skip() or 'it failed'}.")
         return Section("full", table, text, targets)
 
     # ---- incremental ----------------------------------------------------------------------------
 
     def _incremental_of_kvmsnap(self, host, guest, changes):
         guest.write("vda", changes.extents)
-        self.note("floor", self._floor(guest, changes), read=changes.bytes)
+        self.rows.note("floor", self._floor(guest, changes), read=changes.bytes)
         before = host.bytes_stored()
         cost, record = host.backup(guest)
         disk = only_disk(record)
         if record["kind"] != "incremental" or disk["bytes_changed"] != changes.bytes:
             raise BenchError(f"that was no incremental backup of {changes.bytes} bytes: {record}")
-        self.note("incremental", cost, stored=host.bytes_stored() - before, read=disk["bytes_read"])
+        self.rows.note("incremental", cost, stored=host.bytes_stored() - before, read=disk["bytes_read"])
         dirty_chunks = changes.chunk_bytes(disk["chunk_size"], disk["size"])
         self.facts["dirty"] = changes.bytes
         self.facts["audited"] = disk["bytes_audited"]
         self.facts["only_dirty"] &= disk["bytes_read"] <= dirty_chunks
         before = host.bytes_stored()
         cost, record = host.backup(guest)
-        self.note("nothing", cost, stored=host.bytes_stored() - before,
+        self.rows.note("nothing", cost, stored=host.bytes_stored() - before,
                   read=only_disk(record)["bytes_read"])
-        self.note("opening", host.opening())
+        self.rows.note("opening", host.opening())
 
     def _floor(self, guest, changes):
         """Reads the dirty extents of the live disk over NBD from the same QEMU, and keeps nothing."""
@@ -195,7 +151,7 @@ class Rounds:
         changes.apply_to_file(restic.image)
         before = restic.bytes_stored()
         cost = restic.backup()
-        self.note("restic incremental", cost, stored=restic.bytes_stored() - before)
+        self.rows.note("restic incremental", cost, stored=restic.bytes_stored() - before)
 
     def _incremental(self):
         rows = self.rows
@@ -223,7 +179,7 @@ class Rounds:
             "the offsets, reads them from the same QEMU just before the backup, 16 requests under way on "
             "one connection, and drops them; connecting is in it, starting a program is not. kvmsnap "
             f"also reads {mib(self.facts['audited'])} MiB of unchanged data to audit the bitmap. Peak "
-            f"memory {mib_of_memory(incremental)}.",
+            f"memory {incremental.memory()}.",
         ]
         limit = 2 * floor.wall + 0.3
         per_dirty = median(incremental.stored) / dirty
@@ -245,16 +201,16 @@ class Rounds:
 
     def _restores(self, host, guest, restic, live, check):
         target = self.work.folder("restored") / "images"
-        self.note("restore raw", host.restore(target, "raw", warm=self.disk.data_bytes))
+        self.rows.note("restore raw", host.restore(target, "raw", warm=self.disk.data_bytes))
         (image,) = target.glob("*.raw")
         self.facts["holes"].append((measure.allocated(image), image.stat().st_size))
         if check:
             say("  comparing the restored disk with the running one")
             measure.run(["qemu-img", "compare", "-U", "-f", "raw", "-F", "qcow2", image, live])
         shutil.rmtree(target)
-        self.note("restore qcow2", host.restore(target, "qcow2", warm=self.disk.data_bytes))
+        self.rows.note("restore qcow2", host.restore(target, "qcow2", warm=self.disk.data_bytes))
         shutil.rmtree(target)
-        self.note("restic restore", restic.restore())
+        self.rows.note("restic restore", restic.restore())
 
     def _restore(self):
         rows = self.rows
@@ -269,7 +225,7 @@ class Rounds:
         own = rows["restore raw"]
         text = [f"The restored raw image takes {mib(taken)} of {mib(size)} MiB. In the first round it was "
                 "compared with the disk of the running machine (`qemu-img compare`): identical. Peak "
-                f"memory {mib_of_memory(own)}."]
+                f"memory {own.memory()}."]
         share = own.wall / raw.wall
         qcow2 = rows["restore qcow2"].wall / raw.wall
         targets = [Target("restore raw ÷ `nbdcopy`", "≤ 1.0", ratio(share), share <= 1.0),
@@ -282,12 +238,5 @@ class Rounds:
                  ["**`kvmsnap verify --read-data`**", seconds(own.wall), seconds(own.cpu)],
                  ["`restic check --read-data`", seconds(restic.wall), seconds(restic.cpu)]]
         faster = restic.wall / own.wall
-        return Section("verify", table, [f"Each on its own repository. Peak memory {mib_of_memory(own)}."],
+        return Section("verify", table, [f"Each on its own repository. Peak memory {own.memory()}."],
                        [Target("restic check ÷ verify", "≥ 2", ratio(faster), faster >= 2)])
-
-
-def mib_of_memory(row):
-    """Peak memory in words, with and without the key derivation."""
-    after = row.peak("rss_open")
-    after = "not known" if after is None else f"{after:.0f} MiB"
-    return f"{after} once the repository was open ({row.peak('rss'):.0f} MiB with the key derivation)"

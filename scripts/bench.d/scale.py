@@ -8,7 +8,7 @@ from guest import Guest
 from kvmsnap import Kvmsnap, only_disk
 from measure import median
 from report import Section, Target, mib, ratio, seconds
-from settings import MIB, BenchError, say
+from settings import BenchError, say
 from work_unit import EXTENT
 
 GIB = 1 << 30

@@ -17,9 +17,18 @@ class BenchError(Exception):
     """A run cannot go on; the text says why."""
 
 
+class Skipped(Exception):
+    """A section cannot be measured here; the text says why."""
+
+
 def say(text):
     """Progress, to standard error."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def program_of_root(name):
+    """Where a program is, also one that only root has in its path; or None."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
 def _number(name, default, least=1):
@@ -63,7 +72,29 @@ class Settings:
         return str(path)
 
 
-class WorkFolder:
+class Folder:
+    """Where files of a run are."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def folder(self, name):
+        """A new, empty folder of this run."""
+        path = self.run / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def need(self, bytes_wanted):
+        """Refuses a run that would fill the disk."""
+        free = shutil.disk_usage(self.run).free
+        if free < bytes_wanted:
+            raise BenchError(
+                f"{self.run} has {free // MIB} MiB free, the run needs {bytes_wanted // MIB} MiB"
+            )
+
+
+class WorkFolder(Folder):
     """The folder that all files of a run are in. Removed at the end; with KEEP=1 the disk stays."""
 
     def __init__(self, settings):
@@ -71,6 +102,7 @@ class WorkFolder:
         self.root = Path(os.environ.get("KVMSNAP_BENCH_DIR") or Path(cache) / "kvmsnap-bench")
         self.keep = settings.keep
         self.root = self.root.absolute()
+        super().__init__(self.root / "run")
         if any(letter.isspace() or letter == '"' for letter in str(self.root)):
             raise BenchError(f"{self.root}: QEMU's monitor takes no path with spaces or quotes")
 
@@ -82,7 +114,6 @@ class WorkFolder:
         except OSError:
             raise BenchError(f"another run uses {self.root}; KVMSNAP_BENCH_DIR names another folder")
         self.base = self.root / "base"
-        self.run = self.root / "run"
         # Under the lock nobody uses what an earlier run may have left.
         shutil.rmtree(self.run, ignore_errors=True)
         self.run.mkdir()
@@ -99,19 +130,3 @@ class WorkFolder:
             except OSError:
                 say(f"{self.root} holds files that are not of this run; it stays")
         self.lock.close()
-
-    def folder(self, name):
-        """A new, empty folder of this run."""
-        path = self.run / name
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        return path
-
-    def need(self, bytes_wanted):
-        """Refuses a run that would fill the disk."""
-        free = shutil.disk_usage(self.root).free
-        if free < bytes_wanted:
-            raise BenchError(
-                f"{self.root} has {free // MIB} MiB free, the run needs {bytes_wanted // MIB} MiB; "
-                "KVMSNAP_BENCH_DIR names another folder"
-            )

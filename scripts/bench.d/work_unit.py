@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 import measure
-from settings import MIB, BenchError, say
+from settings import MIB, BenchError, program_of_root, say
 
 EXTENT = 64 << 10
 BLOCK = 4096
@@ -45,23 +45,41 @@ class Disk:
         self.raw.unlink(missing_ok=True)
         with open(self.raw, "wb") as image:
             image.truncate(self.size)
-        mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if mkfs is None:
-            raise BenchError("`mkfs.ext4` is missing: `scripts/packages bench` installs it")
         # The staged files take blocks of 4 KiB; a reserve for root would only be empty.
-        measure.run([mkfs, "-q", "-F", "-m", "0", "-N", known["files"] * 5 // 4 + 4096,
-                     "-d", staging, self.raw])
+        _mkfs(self.raw, "-m", "0", "-N", known["files"] * 5 // 4 + 4096, "-d", staging)
         shutil.rmtree(staging)
-        measure.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", self.raw, self.qcow2])
+        _to_qcow2(self.raw, self.qcow2)
         return known
 
-    def live_copy(self, work, name="live"):
+    def live_copy(self, folder, name="live"):
         """A qcow2 of its own for a running machine."""
-        return _copy(self.qcow2, work.run / f"{name}.qcow2")
+        return _copy(self.qcow2, folder.run / f"{name}.qcow2")
 
     def live_raw_copy(self, work):
         """A raw image of its own, for peers that read files."""
         return _copy(self.raw, work.run / "live.raw")
+
+
+def empty_ext4(folder, mib):
+    """A qcow2 with an empty file system."""
+    raw, image = folder.run / "empty.raw", folder.run / "empty.qcow2"
+    with open(raw, "wb") as file:
+        file.truncate(mib * MIB)
+    _mkfs(raw)
+    _to_qcow2(raw, image)
+    raw.unlink()
+    return image
+
+
+def _mkfs(image, *options):
+    mkfs = program_of_root("mkfs.ext4")
+    if mkfs is None:
+        raise BenchError("`mkfs.ext4` is missing: `scripts/packages bench` installs it")
+    measure.run([mkfs, "-q", "-F", *options, image])
+
+
+def _to_qcow2(raw, image):
+    measure.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, image])
 
 
 def _copy(source, target):
@@ -140,13 +158,13 @@ class Changes:
     """Random extents of 64 KiB: half of their blocks are random, half come from elsewhere on the disk,
     so they compress like the pages of a database more than like a library."""
 
-    def __init__(self, disk, work, seed, count=None, name="changes"):
+    def __init__(self, disk, place, seed, count=None, name="changes"):
         chosen = random.Random(seed)
         slots = disk.size // EXTENT
         self.offsets = sorted(
             slot * EXTENT for slot in chosen.sample(range(slots), count or slots // 100)
         )
-        folder = work.folder(name)
+        folder = place.folder(name)
         self.extents = []
         with open(disk.raw, "rb") as raw:
             for number, offset in enumerate(self.offsets):
