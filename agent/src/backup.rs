@@ -25,9 +25,13 @@ use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::{self, Mode, QuiesceError, quiesce};
 use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::Pace;
-use crate::read::{Limits, ReadError, Source, Stream};
+use crate::read::{Audit, Limits, ReadError, Source, Stream};
 use crate::recover;
 use crate::store::{Durable, Store};
+
+/// What a backup says whose dirty bitmaps were only believed.
+const NOT_AUDITED: &str =
+    "the dirty bitmaps were not audited: nothing that they call unchanged was read";
 
 /// Why a backup stopped. Fields, not sentences: callers match on them.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,8 @@ pub struct Request {
     pub agent: Option<AgentAddress>,
     /// What the user allows.
     pub limits: Limits,
+    /// How much of what dirty bitmaps call unchanged is read and compared.
+    pub audit: Audit,
     /// Longest time without an answer of QEMU's export.
     pub timeout: Duration,
 }
@@ -279,6 +285,10 @@ impl<H: Hypervisor> Run<'_, H> {
         for (planned, source) in self.plan.disks.iter().zip(sources) {
             disks.push(self.map(planned, source, &mut quiesced.warnings).await?);
         }
+        let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
+        if self.request.audit.is_off() && disks.iter().any(incremental) {
+            quiesced.warnings.push(NOT_AUDITED.to_owned());
+        }
         // Nothing may be written before it has settled.
         let lock = lock.await.map_err(|_| RepositoryError::WriterDied)??;
         let (store, bytes_read) = self.read(&disks).await?;
@@ -389,8 +399,9 @@ impl<H: Hypervisor> Run<'_, H> {
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
         let mut map = source.map(decision.chunk_size, parent_size).await?;
         let mut bytes_audited = 0;
+        let (audit, limits) = (self.request.audit, self.request.limits);
         if decision.kind == Kind::Incremental {
-            let (bytes, differs) = source.audit(&map, &planned.content).await?;
+            let (bytes, differs) = source.audit(&map, &planned.content, audit, limits).await?;
             bytes_audited = bytes;
             if let Some(chunk) = differs {
                 let offset = map.offset(chunk);

@@ -23,6 +23,7 @@ mod quiesce;
 mod read;
 mod recover;
 mod restore;
+mod share;
 mod store;
 
 use std::io::{IsTerminal, Write};

@@ -361,6 +361,37 @@ fn r22_what_was_written_behind_qemu_is_found_by_the_audit() {
 }
 
 #[test]
+fn r22_the_audit_reads_the_share_that_it_is_told_and_says_when_it_is_off() {
+    const MANY: u64 = 64 * 128 << 10;
+    let Some((guest, mut contents)) = machine(MANY) else { return };
+    let host = Host::new();
+    contents.write_noise(&guest, "vda", 0, MANY as usize, 1);
+    host.backup(&guest, &[]);
+    let audited = |more: &[&str]| {
+        let snapshot = host.backup(&guest, more);
+        assert_eq!(kind(&snapshot), "incremental", "{snapshot}");
+        let bytes = snapshot["disks"][0]["bytes_audited"].as_u64().expect("a count of bytes");
+        (bytes >> 17, snapshot["warnings"].to_string())
+    };
+
+    // The last chunk is always among them.
+    let usual = audited(&[]).0;
+    assert!((16..=17).contains(&usual), "{usual}");
+    assert_eq!(audited(&["--audit", "100%"]), (64, "[]".to_owned()));
+    let half = audited(&["--audit", "50"]).0;
+    assert!((32..=33).contains(&half), "{half}");
+    let (none, warnings) = audited(&["--audit", "0%"]);
+    assert_eq!(none, 0);
+    assert!(warnings.contains("not audited"), "{warnings}");
+
+    for (share, words) in [("101%", "from 0% to 100%"), ("-1%", "from 0%"), ("some", "like 10%")] {
+        let share = format!("--audit={share}");
+        assert_says(&host.try_backup(&guest, &[&share]), 2, words);
+    }
+    host.assert_all_clean(&guest, &["vda"]);
+}
+
+#[test]
 fn r22_a_bitmap_that_somebody_cleared_removed_or_stopped_is_not_believed() {
     let Some((guest, mut contents)) = machine(AUDITED_SIZE) else { return };
     let host = Host::new();

@@ -10,6 +10,7 @@ use super::{Context, announce_lock_to_read};
 use crate::catalog::{Catalog, SnapshotName, short};
 use crate::error::CommandError;
 use crate::progress::human_bytes;
+use crate::share::Share;
 use crate::store::blocking;
 
 /// Prove that backups can be restored, and name the snapshots that cannot
@@ -24,8 +25,8 @@ pub struct VerifyArgs {
     snapshots: Vec<SnapshotName>,
     /// Read and verify the data, all of it or a share
     #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true,
-          default_missing_value = "100%", value_parser = parse_share)]
-    read_data: Option<f64>,
+          default_missing_value = "100%", value_parser = parse_above_zero)]
+    read_data: Option<Share>,
 }
 
 /// Runs it.
@@ -47,7 +48,8 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
         let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
         let told = |step| tell(&progress, step);
-        let report = repository.check(&CheckOptions::new(args.read_data), &told)?;
+        let report =
+            repository.check(&CheckOptions::new(args.read_data.map(Share::percent)), &told)?;
         Ok::<_, CommandError>((report, wanted))
     });
     // Held here and not by the thread that reads: an interrupted check lets go of it at once.
@@ -131,10 +133,9 @@ fn describe(snapshot: &SnapshotRef) -> String {
     format!("{} {time} {}", short(&snapshot.id), snapshot.paths.join(" "))
 }
 
-fn parse_share(text: &str) -> Result<f64, String> {
-    let percent: f64 = text.trim_end_matches('%').parse().map_err(|_| "use a share like 10%")?;
-    match percent > 0.0 && percent <= 100.0 {
-        true => Ok(percent),
-        false => Err("use a share above 0% and up to 100%".into()),
+fn parse_above_zero(text: &str) -> Result<Share, String> {
+    match text.parse::<Share>() {
+        Ok(share) if share.is_nothing() => Err("use a share above 0%".to_owned()),
+        share => share.map_err(|error| error.to_string()),
     }
 }

@@ -1,20 +1,51 @@
 //! The audit of dirty bitmaps: of what they say is unchanged, a random share is read and compared.
 
+use std::time::Instant;
+
 use repository::BlobId;
 
 use super::chunk_map::{ChunkMap, Fate};
+use super::stream::Limits;
 use super::{ReadError, Source};
+use crate::share::Share;
 
-/// Unchanged chunks that each incremental backup reads and compares: one in so many…
+/// Of the unchanged chunks each incremental backup reads and compares one in so many…
 const AUDIT_FRACTION: u64 = 1000;
 /// …but at least so many…
 const AUDIT_MIN: u64 = 16;
 /// …and beyond these no more than this many bytes: the cost follows the changes, not the disk.
 const AUDIT_LEN_MAX: u64 = 32 << 20;
 
+/// How much of what is unchanged is audited.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Audit {
+    /// One chunk in 1000, at least 16, and above these at most 32 MiB.
+    Usual,
+    /// This share of the chunks, at least 16, however many bytes that are; nothing for no share.
+    Share(Share),
+}
+
+impl Audit {
+    /// Whether nothing is audited.
+    pub fn is_off(self) -> bool {
+        matches!(self, Self::Share(share) if share.is_nothing())
+    }
+
+    /// How many of `unchanged` chunks of `chunk_size` bytes are audited.
+    fn count(self, unchanged: u64, chunk_size: u64) -> u64 {
+        let count = match self {
+            Self::Usual => (unchanged / AUDIT_FRACTION).min(AUDIT_LEN_MAX / chunk_size),
+            Self::Share(share) if share.is_nothing() => return 0,
+            Self::Share(share) => share.of(unchanged),
+        };
+        count.max(AUDIT_MIN).min(unchanged)
+    }
+}
+
 impl Source {
     /// Reads a random share of the unchanged chunks and compares them with what the repository has.
-    /// Returns the bytes read, and the first chunk that differs: then the bitmap lies.
+    /// Returns the bytes read, and the first chunk that differs: then the bitmap lies. What shows without
+    /// reading is always looked at.
     ///
     /// # Errors
     /// [`ReadError::Nbd`].
@@ -22,17 +53,19 @@ impl Source {
         &self,
         map: &ChunkMap,
         parent: &[BlobId],
+        audit: Audit,
+        limits: Limits,
     ) -> Result<(u64, Option<u64>), ReadError> {
         let Suspects { known_to_differ, unchanged, last } = suspects(map, parent);
-        if known_to_differ.is_some() {
+        if known_to_differ.is_some() || audit.is_off() {
             return Ok((0, known_to_differ));
         }
-        let count_max = AUDIT_LEN_MAX / map.offset(1);
-        let count = (unchanged.len() as u64 / AUDIT_FRACTION).min(count_max).max(AUDIT_MIN);
-        let mut chosen = sample(&unchanged, count);
-        chosen.extend(last.filter(|last| !chosen.contains(last)));
+        let mut chosen = sample(&unchanged, audit.count(unchanged.len() as u64, map.offset(1)));
+        chosen.extend(last.filter(|last| chosen.binary_search(last).is_err()));
+        let start = Instant::now();
         let mut bytes = 0;
         for chunk in chosen {
+            limits.keep(start, bytes).await;
             let data = self.read(map.offset(chunk), map.len(&(chunk..chunk + 1))).await?;
             bytes += data.len() as u64;
             if parent.get(chunk as usize) != Some(&BlobId::of(&data)) {
@@ -106,5 +139,19 @@ mod tests {
         assert_eq!(found([data, data, data, zero, data]).0, Some(4));
         let none = suspects(&ChunkMap::new(0, 100), &[]);
         assert_eq!(none, Suspects { known_to_differ: None, unchanged: Vec::new(), last: None });
+    }
+
+    #[test]
+    fn r22_a_share_that_is_asked_for_is_read_however_large_the_disk() {
+        let share = |text: &str| Audit::Share(text.parse().unwrap());
+        let (few, many, chunk) = (10, 64_000_000, 128 << 10);
+        assert_eq!(Audit::Usual.count(few, chunk), few);
+        assert_eq!(Audit::Usual.count(100_000, chunk), 100);
+        assert_eq!(Audit::Usual.count(many, chunk), 256, "32 MiB");
+        assert_eq!(Audit::Usual.count(many, 4 << 20), 16);
+        assert_eq!(share("100%").count(many, chunk), many);
+        assert_eq!(share("5%").count(many, chunk), many / 20);
+        assert_eq!(share("0.001%").count(100_000, chunk), 16);
+        assert_eq!(share("0%").count(many, chunk), 0);
     }
 }

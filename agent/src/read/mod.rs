@@ -20,6 +20,7 @@ use crate::hypervisor::{Care, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::ChunkMap;
 
+pub use audit::Audit;
 pub use stream::{Limits, Piece, Stream};
 
 const ALLOCATION: &str = "base:allocation";

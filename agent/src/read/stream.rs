@@ -24,6 +24,15 @@ pub struct Limits {
     pub bytes_per_second: Option<u64>,
 }
 
+impl Limits {
+    /// Sleeps until `bytes` since `start` are within the allowed rate.
+    pub(super) async fn keep(self, start: Instant, bytes: u64) {
+        let Some(rate) = self.bytes_per_second else { return };
+        let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+        tokio::time::sleep(due.saturating_sub(start.elapsed())).await;
+    }
+}
+
 /// A run of chunks that was read.
 #[derive(Debug)]
 pub struct Piece {
@@ -75,9 +84,7 @@ impl<H: Hypervisor> Stream<'_, H> {
             while under_way.len() < effort.requests
                 && let Some(chunks) = next_request(map, &mut next, effort.request_len)
             {
-                if let Some(rate) = self.limits.bytes_per_second {
-                    throttle(start, asked, rate).await;
-                }
+                self.limits.keep(start, asked).await;
                 let (source, offset, len) =
                     (source.clone(), map.offset(chunks.start), map.len(&chunks));
                 asked += len;
@@ -172,12 +179,6 @@ fn next_request(map: &ChunkMap, next: &mut u64, len: u64) -> Option<Chunks> {
     let end = (start..limit).find(|&chunk| map.fate(chunk) != Fate::Read).unwrap_or(limit);
     *next = end;
     Some(start..end)
-}
-
-/// Sleeps until `bytes` since `start` are within `rate` bytes a second.
-async fn throttle(start: Instant, bytes: u64, rate: u64) {
-    let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-    tokio::time::sleep(due.saturating_sub(start.elapsed())).await;
 }
 
 #[cfg(test)]
