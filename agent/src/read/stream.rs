@@ -27,9 +27,14 @@ pub struct Limits {
 impl Limits {
     /// Sleeps until `bytes` since `start` are within the allowed rate.
     pub(super) async fn keep(self, start: Instant, bytes: u64) {
-        let Some(rate) = self.bytes_per_second else { return };
+        tokio::time::sleep(self.wait(start, bytes)).await;
+    }
+
+    /// How long to sleep for that.
+    fn wait(self, start: Instant, bytes: u64) -> Duration {
+        let Some(rate) = self.bytes_per_second else { return Duration::ZERO };
         let due = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-        tokio::time::sleep(due.saturating_sub(start.elapsed())).await;
+        due.saturating_sub(start.elapsed())
     }
 }
 
@@ -78,13 +83,19 @@ impl<H: Hypervisor> Stream<'_, H> {
         let mut observed = Instant::now();
         let mut under_way = JoinSet::new();
         let mut next = 0;
+        // Taken, and waiting until the limit allows it.
+        let mut held = None;
         processors::give_way(pace.is_gentle());
         loop {
             let effort = pace.effort();
-            while under_way.len() < effort.requests
-                && let Some(chunks) = next_request(map, &mut next, effort.request_len)
-            {
-                self.limits.keep(start, asked).await;
+            let may_ask = |under_way: &JoinSet<_>| under_way.len() < effort.requests;
+            while may_ask(&under_way) {
+                let more = || next_request(map, &mut next, effort.request_len);
+                let Some(chunks) = held.take().or_else(more) else { break };
+                if !self.limits.wait(start, asked).is_zero() {
+                    held = Some(chunks);
+                    break;
+                }
                 let (source, offset, len) =
                     (source.clone(), map.offset(chunks.start), map.len(&chunks));
                 asked += len;
@@ -102,7 +113,13 @@ impl<H: Hypervisor> Stream<'_, H> {
                     (outcome, chunks)
                 });
             }
-            let Some(done) = under_way.join_next().await else { break };
+            // An error of what is under way must not wait for the limit.
+            let done = tokio::select! {
+                Some(done) = under_way.join_next() => done,
+                () = tokio::time::sleep(self.limits.wait(start, asked)),
+                    if held.is_some() && may_ask(&under_way) => continue,
+                else => break,
+            };
             let (outcome, chunks) = done.expect("requests neither panic nor are aborted");
             match outcome {
                 Ok(data) => {
