@@ -32,6 +32,8 @@ use crate::store::{Durable, Store};
 /// What a backup says whose dirty bitmaps were only believed.
 const NOT_AUDITED: &str =
     "the dirty bitmaps were not audited: nothing that they call unchanged was read";
+/// How long the reason for the end of an export may take to show, on a busy host.
+const REASON_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a backup stopped. Fields, not sentences: callers match on them.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +60,14 @@ pub enum BackupError {
     /// QEMU ended while its guest was backed up.
     #[error("domain `{domain}` died during the backup")]
     Died {
+        /// The domain.
+        domain: DomainName,
+        /// How it showed.
+        source: Box<BackupError>,
+    },
+    /// The machine is no longer on this host.
+    #[error("domain `{domain}` left this host during the backup")]
+    Left {
         /// The domain.
         domain: DomainName,
         /// How it showed.
@@ -199,6 +209,10 @@ impl<H: Hypervisor> Run<'_, H> {
             danger = self.hypervisor.danger() => Err(danger.into()),
             () = &mut interrupt => Err(BackupError::Interrupted),
         };
+        let captured = match captured {
+            Err(error) => Err(self.known_better(error).await),
+            captured => captured,
+        };
         self.progress.phase("releasing the guest");
         guard.reads_no_more();
         let released = self.hypervisor.release(recorded).await;
@@ -220,6 +234,19 @@ impl<H: Hypervisor> Run<'_, H> {
                 Ok(Finished { id, manifest, leftover })
             }
             Err(error) => Err(self.roll_back(recorded, released, error).await),
+        }
+    }
+
+    /// An export ends a moment before it shows why: whoever watches the guest may know. And who lets
+    /// go of it before a job has come to its end would end the one that was waiting for that.
+    async fn known_better(&self, error: BackupError) -> BackupError {
+        match &error {
+            BackupError::Read(ReadError::Nbd { source, .. }) if source.is_closed() => {}
+            _ => return error,
+        }
+        match tokio::time::timeout(REASON_TIMEOUT, self.hypervisor.danger()).await {
+            Ok(danger) => danger.into(),
+            Err(_) => error,
         }
     }
 
@@ -519,7 +546,11 @@ impl<H: Hypervisor> Run<'_, H> {
             }
             // All that was made in QEMU went with it. The next run clears the record.
             Err(gone) if gone.is_gone() => {
-                BackupError::Died { domain: self.plan.domain.clone(), source: Box::new(error) }
+                let (domain, source) = (self.plan.domain.clone(), Box::new(error));
+                match self.hypervisor.has_left().await {
+                    true => BackupError::Left { domain, source },
+                    false => BackupError::Died { domain, source },
+                }
             }
             Err(left) => {
                 tracing::error!(error = %left, "the guest is not as it was; the next run mends it");

@@ -304,6 +304,7 @@ fn backup_hint(error: &BackupError) -> Option<String> {
         BackupError::Died { .. } => {
             "nothing was recorded; if QEMU was killed, the next backup reads everything once"
         }
+        BackupError::Left { .. } => "nothing was recorded: back it up where it runs now",
         _ => return None,
     };
     Some(hint.to_owned())
@@ -331,8 +332,10 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
         }
         HypervisorError::PointInTimeLost { .. } => "nothing was recorded; back up again",
         HypervisorError::Started { .. } => "nothing was recorded; back up again",
+        HypervisorError::Migrated { .. } => "back it up there; its dirty bitmaps went with it",
+        HypervisorError::Migrating => "nothing was recorded: back it up where it runs then",
         HypervisorError::ImageInUse { .. } => {
-            "the domain may be starting, or another one have the same disk"
+            "the domain may be starting, or another one have the same disk, also on another host"
         }
         HypervisorError::Tool { tool: "qemu-storage-daemon", .. } => {
             "it is in the package qemu-system-common"

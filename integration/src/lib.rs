@@ -47,6 +47,13 @@ impl Host {
         Self { folder, repository }
     }
 
+    /// Another host that has the repository of this one.
+    pub fn neighbour(&self) -> Self {
+        let mut host = Self::without_repository();
+        host.repository.clone_from(&self.repository);
+        host
+    }
+
     /// The same host with its repository somewhere else, such as a small tmpfs.
     pub fn with_repository_at(repository: &Path) -> Self {
         let mut host = Self::without_repository();

@@ -1,4 +1,4 @@
-//! R02, R12, R16, R25, R30: QEMU dies or hangs, several runs at once, tight limits, unusual machines.
+//! R02, R05, R12, R16, R25, R30: QEMU dies or hangs, several runs at once, tight limits, unusual machines.
 
 use std::fs;
 use std::process::Command;
@@ -6,11 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use integration::faults::{
-    Contents, assert_goes_on, assert_says, kinds, noise, signal, wait_for_export, wait_until,
+    Contents, STILL_MAX, assert_goes_on, assert_says, kinds, noise, signal, wait_for_export,
+    wait_until,
 };
 use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vm_fixtures::oracle::Load;
 use vm_fixtures::{Disk, Format, Guest, MIB};
 
@@ -396,6 +397,57 @@ fn r25_tight_limits_fail_clearly_and_damage_nothing() {
     assert_eq!(kind(&next), "incremental", "{next}");
     host.assert_all_clean(&guest, &["vda"]);
     host.assert_restic_is_content();
+}
+
+// ---- R05: the guest leaves ----------------------------------------------------------------------
+
+/// A second QEMU of the same machine, that waits for its guest at a socket.
+fn migration_target(guest: &Guest, disks: &[&str], uri: &str) -> Guest {
+    let existing = |id: &&str| Disk::existing(id, &guest.disk_path(id), Format::Qcow2);
+    let plan = Guest::without_os().name(guest.name()).uuid(guest.uuid());
+    let plan = disks.iter().map(existing).fold(plan, vm_fixtures::GuestBuilder::disk);
+    plan.args(["-incoming", uri]).boot().expect("QEMU is there")
+}
+
+#[test]
+fn r05_a_migration_wins_within_a_second_and_the_guest_stays_incremental() {
+    const DISKS: [&str; 2] = ["vda", "vdb"];
+    for more in [&[][..], &["--implicit-filter"]] {
+        let disks = DISKS.map(|id| Disk::new(id, 4 * MIB));
+        let plan = disks.into_iter().fold(Guest::without_os(), vm_fixtures::GuestBuilder::disk);
+        let Some(guest) = plan.boot() else { return };
+        let (host, mut contents) = (Host::new(), Contents::new(&DISKS, 4 * MIB));
+        contents.scribble(&guest, 1);
+        host.backup_and_compare(&guest, &contents, more);
+        contents.write(&guest, "vda", 0, 4 << 20, 2);
+        let uri = format!("unix:{}", host.folder().join("incoming").display());
+        let target = migration_target(&guest, &DISKS, &uri);
+        let limited = [&["--limit-read", "64KiB"], more].concat();
+        let mut running = spawn(host.backup_command(&guest, &limited));
+        wait_for_export(&guest, &mut running);
+        let bandwidth = |bytes: u64| {
+            guest.qmp_command("migrate-set-parameters", &json!({"max-bandwidth": bytes}));
+        };
+        bandwidth(4 << 10);
+
+        guest.qmp_command("migrate", &json!({"uri": uri}));
+
+        let begun = Instant::now();
+        wait_until(PATIENCE, "the run ends", || running.has_ended());
+        let took = begun.elapsed();
+        let outcome = finish(running);
+        assert_says(&outcome, 1, "the guest is being migrated");
+        assert!(took < 3 * STILL_MAX, "{more:?}: {took:?}: {outcome:?}");
+        host.assert_all_clean(&guest, &DISKS);
+        assert_eq!(guest.qmp_command("query-migrate", &json!({}))["status"], "active");
+        bandwidth(1 << 30);
+        wait_until(PATIENCE, "the guest runs there", || target.is_running());
+        guest.quit();
+        contents.scribble(&target, 3);
+        let next = host.backup_and_compare(&target, &contents, more);
+        assert!(kinds(&next).values().all(|kind| kind == "incremental"), "{more:?}: {next}");
+        host.assert_all_clean(&target, &DISKS);
+    }
 }
 
 // ---- R30: unusual machines ----------------------------------------------------------------------

@@ -85,6 +85,15 @@ pub enum NbdError {
 }
 
 impl NbdError {
+    /// Whether the server has ended the connection, or is about to.
+    pub fn is_closed(&self) -> bool {
+        match self {
+            Self::Closed { .. } | Self::Io { .. } => true,
+            Self::Remote { errno, .. } => *errno == Errno::ESHUTDOWN,
+            _ => false,
+        }
+    }
+
     pub(crate) fn protocol(during: Activity, source: ProtocolError) -> Self {
         Self::Protocol { during, source }
     }

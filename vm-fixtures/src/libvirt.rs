@@ -10,6 +10,7 @@ mod block_layer;
 mod daemon;
 mod domain;
 mod folder;
+mod other_host;
 mod plan;
 
 use std::fs::{self, File, TryLockError};
@@ -22,9 +23,11 @@ use nix::sys::signal::Signal;
 
 pub use self::domain::Domain;
 pub use self::folder::Folder;
+pub use self::other_host::OtherHost;
 pub use self::plan::DomainBuilder;
 use crate::tools::{available, qemu_available, required, run_unchecked, skip};
 
+const URI: &str = "qemu:///system";
 /// What the tests of one machine agree by.
 const RUN_FOLDER: &str = "/run/kvmsnap-fixtures";
 /// How long to wait for tests that need the daemon for themselves, or for all others to leave.
@@ -117,6 +120,12 @@ impl Libvirt {
         Folder::new(self.clone())
     }
 
+    /// Another host, that sees the same images.
+    #[track_caller]
+    pub fn other_host(&self) -> OtherHost {
+        OtherHost::start()
+    }
+
     /// Runs a command of `virsh`, which must succeed, and returns its standard output.
     #[track_caller]
     pub fn virsh(&self, args: &[&str]) -> String {
@@ -159,7 +168,11 @@ fn libvirt_available() -> bool {
 }
 
 fn try_virsh(args: &[&str]) -> Result<String, String> {
-    let args = [&["-q", "-c", "qemu:///system"], args].concat();
+    try_virsh_at(URI, args)
+}
+
+fn try_virsh_at(uri: &str, args: &[&str]) -> Result<String, String> {
+    let args = [&["-q", "-c", uri], args].concat();
     match run_unchecked("virsh", &args) {
         (true, stdout, _) => Ok(stdout),
         (false, _, stderr) => Err(stderr.trim().to_owned()),

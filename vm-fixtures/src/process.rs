@@ -1,4 +1,4 @@
-//! One QEMU process that never outlives whoever started it.
+//! Processes that never outlive whoever started them.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use crate::tools::find;
 
-/// A started QEMU. Dropping it kills it.
+/// A started process, mostly QEMU. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Process {
     child: Child,
@@ -27,12 +27,19 @@ impl Process {
     /// Starts QEMU; its messages go to `errors`, what its `qemu-io` commands print to `output`.
     pub(crate) fn start(args: &[OsString], output: File, errors: File) -> Self {
         let qemu = find("qemu-system-x86_64").expect("checked before a guest is started");
-        let mut command = Command::new(find("setpriv").expect("checked before a guest is started"));
-        // A test that is killed runs no `Drop`, so the kernel ends QEMU with us.
         // Its output must be in the file when the monitor's command is done: line by line.
-        command.args(["--pdeathsig", "KILL", "stdbuf", "-oL"]).arg(qemu).args(args);
+        let mut program = vec![OsString::from("stdbuf"), "-oL".into(), qemu.into_os_string()];
+        program.extend_from_slice(args);
+        Self::start_program(&program, output.into(), errors.into())
+    }
+
+    /// Starts a program, given with its arguments.
+    pub(crate) fn start_program(program: &[OsString], output: Stdio, errors: Stdio) -> Self {
+        let mut command = Command::new(find("setpriv").expect("checked before a guest is started"));
+        // A test that is killed runs no `Drop`, so the kernel ends it with us.
+        command.args(["--pdeathsig", "KILL"]).args(program);
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
-        let child = spawn(command).unwrap_or_else(|error| panic!("cannot start QEMU: {error}"));
+        let child = spawn(command).unwrap_or_else(|error| panic!("{program:?}: {error}"));
         Self { child, ended: None }
     }
 

@@ -28,6 +28,7 @@ use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::libvirt::{sys, xml};
 use crate::hypervisor::{Care, Cut, Disk, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Record, Recorded};
+use crate::names::DiskName;
 
 /// Room that the scratch of a disk has ahead of what it holds: what a guest can write in the time
 /// that it takes to end the job, many times over.
@@ -123,8 +124,11 @@ pub async fn confirm(domain: &DomainHandle, recorded: &Recorded) -> Result<(), H
     if is_ours(domain, recorded.record()).await? {
         return Ok(());
     }
-    let disk = recorded.record().disks[0].disk.clone();
-    Err(HypervisorError::PointInTimeLost { disk, what: "its backup job has ended".into() })
+    Err(ended(recorded.record().disks[0].disk.clone()))
+}
+
+fn ended(disk: DiskName) -> HypervisorError {
+    HypervisorError::PointInTimeLost { disk, what: "its backup job has ended".into() }
 }
 
 /// Ends the job, where it runs, and removes its files. A guest that stopped because the scratch took
@@ -257,11 +261,17 @@ impl GuardedScratch {
     ///
     /// # Errors
     /// [`HypervisorError::ScratchLow`] when the guest is about to need the room: end the job.
+    /// [`HypervisorError::PointInTimeLost`] when libvirt has removed the scratch, as it does once the
+    /// job has ended, whoever ended it.
     pub fn guard(&mut self) -> Result<(), HypervisorError> {
         if let Some(low) = self.scratch.low() {
             return Err(low);
         }
-        let Ok(used) = self.scratch.file.metadata().map(|meta| meta.size()) else { return Ok(()) };
+        let Ok(meta) = self.scratch.file.metadata() else { return Ok(()) };
+        if meta.nlink() == 0 {
+            return Err(ended(self.scratch.disk.clone()));
+        }
+        let used = meta.size();
         if self.reserved >= self.len_max || used + AHEAD / 2 < self.reserved {
             return Ok(());
         }

@@ -122,6 +122,10 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     for known in chosen {
         match back_up_domain(&libvirt, &known, &args, context).await {
             Ok(()) => {}
+            // Its guest is for the other host to back up.
+            Err(CommandError::Hypervisor(error @ HypervisorError::Migrated { .. })) if args.all => {
+                tracing::warn!("left out: {error}");
+            }
             Err(error) if count == 1 => return Err(error),
             Err(error) if error.code() == INTERRUPTED => return Err(error),
             Err(error) => {

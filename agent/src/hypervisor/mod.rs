@@ -133,6 +133,15 @@ pub enum HypervisorError {
         /// Its name.
         domain: String,
     },
+    /// The domain is shut off because its guest runs on another host, with the same images.
+    #[error("domain `{domain}` was migrated to another host")]
+    Migrated {
+        /// Its name.
+        domain: String,
+    },
+    /// The guest is on its way to another QEMU, or there already: its images change behind our back.
+    #[error("the guest is being migrated")]
+    Migrating,
     /// An image that should lie still is used.
     #[error("the image {} is in use by another process", .image.display())]
     ImageInUse {
@@ -429,6 +438,12 @@ pub trait Hypervisor {
     /// The process that the machine runs in, where it can be told.
     fn process(&self) -> Option<Process> {
         None
+    }
+
+    /// Whether the machine, of which nothing is found any more, has left this host: it may run on
+    /// another one.
+    async fn has_left(&self) -> bool {
+        false
     }
 
     /// Whether the guest's processors will stand still for a point in time over so many disks.

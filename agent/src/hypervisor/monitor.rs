@@ -63,6 +63,12 @@ struct Status {
 }
 
 #[derive(Deserialize)]
+struct Migration {
+    #[serde(default)]
+    status: String,
+}
+
+#[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct FdSet {
     fdset_id: u64,
@@ -210,6 +216,23 @@ impl Monitor {
     /// As [`Monitor::query`].
     pub async fn guest_runs(&self) -> Result<bool, HypervisorError> {
         Ok(self.query::<Status>("query-status", json!({})).await?.running)
+    }
+
+    /// Makes sure that the guest is neither on its way to another QEMU nor there already.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Migrating`], and as [`Monitor::query`].
+    pub async fn check_stays(&self) -> Result<(), HypervisorError> {
+        // `MigrationStatus` and `RunState` of QEMU's schema. One that came to an end says nothing of
+        // the guest that runs here now.
+        let migration: Migration = self.query("query-migrate", json!({})).await?;
+        let over = ["", "none", "cancelling", "cancelled", "completed", "failed"];
+        let status: Status = self.query("query-status", json!({})).await?;
+        let away = ["finish-migrate", "postmigrate"];
+        match over.contains(&migration.status.as_str()) && !away.contains(&status.status.as_str()) {
+            true => Ok(()),
+            false => Err(HypervisorError::Migrating),
+        }
     }
 
     /// Lets a paused guest go on. One that stands still for any other reason is left alone.

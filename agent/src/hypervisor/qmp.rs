@@ -24,6 +24,9 @@ const MIXED_REQUESTS_RIGHT: u32 = 8;
 
 /// How often the room beside the scratch is looked at.
 const ROOM_POLL: Duration = Duration::from_millis(10);
+/// How often QEMU is asked whether its guest is being migrated: its events tell that only to who has
+/// changed its settings.
+const MIGRATION_POLL: Duration = Duration::from_millis(200);
 
 /// How a point in time is taken, by what QEMU can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +118,34 @@ impl BareQemu {
         })
     }
 
+    /// Ready when the room beside the scratch runs out.
+    async fn room_ends(&self) -> HypervisorError {
+        loop {
+            let scratch = || self.scratch.get().into_iter().flatten();
+            match scratch().find_map(Scratch::low) {
+                None => tokio::time::sleep(ROOM_POLL).await,
+                Some(low) => {
+                    scratch().for_each(Scratch::give_up);
+                    return low;
+                }
+            }
+        }
+    }
+
+    /// Ready when the guest goes to another QEMU.
+    async fn guest_leaves(&self) -> HypervisorError {
+        loop {
+            match self.monitor.check_stays().await {
+                // A monitor that hangs is for those to tell who need it.
+                Err(error) if error.is_gone() || matches!(error, HypervisorError::Migrating) => {
+                    return error;
+                }
+                _ => {}
+            }
+            tokio::time::sleep(MIGRATION_POLL).await;
+        }
+    }
+
     /// A fault of QEMU does not show in its schema, so here the version counts.
     fn care(&self, index: usize) -> Care {
         let scratch = self.scratch.get().and_then(|files| files.get(index));
@@ -164,6 +195,7 @@ impl Hypervisor for BareQemu {
         let uuid: Uuid = self.monitor.query("query-uuid", json!({})).await?;
         let devices: Vec<BlockDevice> = self.monitor.query("query-block", json!({})).await?;
         let graph = self.monitor.graph().await?;
+        self.monitor.check_stays().await?;
         let runs = self.monitor.guest_runs().await?;
         graph::read_machine(name.name, uuid.uuid, runs, &devices, &graph)
     }
@@ -228,15 +260,9 @@ impl Hypervisor for BareQemu {
     }
 
     async fn danger(&self) -> HypervisorError {
-        loop {
-            let scratch = || self.scratch.get().into_iter().flatten();
-            match scratch().find_map(Scratch::low) {
-                None => tokio::time::sleep(ROOM_POLL).await,
-                Some(low) => {
-                    scratch().for_each(Scratch::give_up);
-                    return low;
-                }
-            }
+        tokio::select! {
+            error = self.room_ends() => error,
+            error = self.guest_leaves() => error,
         }
     }
 
@@ -270,6 +296,8 @@ impl Hypervisor for BareQemu {
     }
 
     async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        // The filter stands on, but what the guest writes goes past it.
+        self.monitor.check_stays().await?;
         match self.recipe {
             Recipe::Filter => filter::confirm(&self.monitor, recorded).await,
             Recipe::Job => job::confirm(&self.monitor, recorded).await,

@@ -16,7 +16,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
-use virt::domain::{Domain, DomainState};
+use virt::domain::{
+    Domain, DomainShutoffReason, DomainShutoffReasonEnum, DomainState, DomainStateReason,
+    DomainStateReasonEnum,
+};
 
 use super::{
     Bitmap, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
@@ -151,6 +154,12 @@ impl LibvirtDomain {
     }
 }
 
+/// Whether a domain is shut off because it was migrated to another host.
+fn was_migrated(reason: DomainStateReasonEnum) -> bool {
+    let migrated = DomainShutoffReasonEnum::from(DomainShutoffReason::Migrated);
+    reason == DomainStateReasonEnum::from(DomainStateReason::Shutoff(migrated))
+}
+
 fn is_active(state: DomainState) -> bool {
     use DomainState::{Blocked, PMSuspended, Paused, Running, Shutdown};
     matches!(state, Running | Blocked | Paused | Shutdown | PMSuspended)
@@ -237,6 +246,15 @@ impl Hypervisor for LibvirtDomain {
 
     fn reach(&self) -> Reach {
         Reach::Domain(self.handle.address())
+    }
+
+    async fn has_left(&self) -> bool {
+        match self.handle.ask("tell its state", Domain::state).await {
+            Ok((_, reason)) => was_migrated(reason),
+            Err(error) => {
+                matches!(error, HypervisorError::Libvirt { source, .. } if source.is_no_domain())
+            }
+        }
     }
 
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {

@@ -16,7 +16,7 @@ use virt::domain::{
 
 use super::connection::DomainHandle;
 use super::xml::{self, Backing, DomainDisk};
-use super::{LibvirtDomain, Places, definition, sys};
+use super::{LibvirtDomain, Places, definition, sys, was_migrated};
 use crate::capture::image::{self, Chain, Image, Reason, Use};
 use crate::capture::libvirt_job;
 use crate::capture::offline::{self, Server};
@@ -85,9 +85,19 @@ impl ShutOffDomain {
         }
     }
 
+    async fn reason(&self) -> Result<DomainStateReasonEnum, HypervisorError> {
+        Ok(self.handle.ask("tell its state", Domain::state).await?.1)
+    }
+
     /// How consistent the way it ended has left its disks.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Migrated`]: they are not at rest.
     async fn consistency(&self) -> Result<Consistency, HypervisorError> {
-        let (_, reason) = self.handle.ask("tell its state", Domain::state).await?;
+        let reason = self.reason().await?;
+        if was_migrated(reason) {
+            return Err(HypervisorError::Migrated { domain: self.look().await?.name.clone() });
+        }
         let clean = DomainShutoffReasonEnum::from(DomainShutoffReason::Shutdown);
         Ok(match reason == DomainStateReasonEnum::from(DomainStateReason::Shutoff(clean)) {
             true => Consistency::Filesystem,
@@ -176,6 +186,7 @@ fn disk(target: DiskName, chain: &Chain) -> Result<Disk, HypervisorError> {
 impl Hypervisor for ShutOffDomain {
     async fn discover(&self) -> Result<Machine, HypervisorError> {
         self.check_off().await?;
+        let consistency = self.consistency().await?;
         let seen = self.look().await?;
         let (mut disks, mut chains, mut skipped) = (Vec::new(), Vec::new(), seen.skipped.clone());
         for seen in &seen.disks {
@@ -201,7 +212,7 @@ impl Hypervisor for ShutOffDomain {
             name: Some(seen.name.clone()),
             uuid: self.handle.address().uuid,
             runs: false,
-            shut_off: Some(self.consistency().await?),
+            shut_off: Some(consistency),
             disks,
             skipped,
         })
@@ -297,6 +308,10 @@ impl Hypervisor for ShutOffDomain {
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
         let off = !self.handle.is_active().await?;
+        if off && was_migrated(self.reason().await?) {
+            // They went with the guest, and its images are in use.
+            return Ok(());
+        }
         match self.drop_from_images(if off { bitmaps } else { &[] }).await {
             // Now that it runs its QEMU has the bitmaps.
             Ok(()) | Err(HypervisorError::ImageInUse { .. }) if self.handle.is_active().await? => {
