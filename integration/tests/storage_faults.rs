@@ -362,7 +362,7 @@ fn r22_what_was_written_behind_qemu_is_found_by_the_audit() {
 
 #[test]
 fn r22_the_audit_reads_the_share_that_it_is_told_and_says_when_it_is_off() {
-    const MANY: u64 = 64 * 128 << 10;
+    const MANY: u64 = 64 * (128 << 10);
     let Some((guest, mut contents)) = machine(MANY) else { return };
     let host = Host::new();
     contents.write_noise(&guest, "vda", 0, MANY as usize, 1);
