@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use repository::{AnnouncedLock, FileId, Index, Lock, Repository, RepositoryError};
-use tokio::task::JoinHandle;
+use repository::{AnnouncedLock, FileId, Index, Repository, RepositoryError};
 
 use crate::guard::Guard;
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
@@ -160,12 +159,11 @@ struct Captured {
     bytes_read: Vec<u64>,
     files: Vec<MachineFile>,
     store: Store,
-    lock: Lock,
 }
 
 impl<H: Hypervisor> Run<'_, H> {
     /// Makes the backup. When `interrupt` is ready it ends and the guest is let go. The lock settles
-    /// while the point in time is taken, and is released at the end.
+    /// while the point in time is taken and read, and is released at the end.
     ///
     /// # Errors
     /// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
@@ -202,7 +200,6 @@ impl<H: Hypervisor> Run<'_, H> {
         guard: &Guard,
     ) -> Result<Finished, BackupError> {
         let names = BitmapNames::of_repository(self.target.repository.id());
-        let lock = tokio::task::spawn_blocking(move || lock.settle());
         tokio::pin!(interrupt);
         let captured = tokio::select! {
             captured = self.capture(recorded, lock, guard) => captured,
@@ -224,8 +221,8 @@ impl<H: Hypervisor> Run<'_, H> {
             Err(error) => Err(error),
         };
         match stored {
-            Ok((durable, manifest, lock)) => {
-                let recording = self.record(recorded, durable, lock).await;
+            Ok((durable, manifest)) => {
+                let recording = self.record(recorded, durable).await;
                 if let (Err(_), Err(left)) = (&recording, &released) {
                     tracing::error!(error = %left, "the guest is not as it was; the next run mends it");
                 }
@@ -287,7 +284,7 @@ impl<H: Hypervisor> Run<'_, H> {
     async fn capture(
         &self,
         recorded: &mut Recorded,
-        lock: JoinHandle<Result<Lock, RepositoryError>>,
+        lock: AnnouncedLock,
         guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
@@ -316,11 +313,9 @@ impl<H: Hypervisor> Run<'_, H> {
         if self.request.audit.is_off() && disks.iter().any(incremental) {
             quiesced.warnings.push(NOT_AUDITED.to_owned());
         }
-        // Nothing may be written before it has settled.
-        let lock = lock.await.map_err(|_| RepositoryError::WriterDied)??;
-        let (store, bytes_read) = self.read(&disks).await?;
+        let (store, bytes_read) = self.read(&disks, lock).await?;
         self.hypervisor.confirm(recorded).await?;
-        Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store, lock })
+        Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store })
     }
 
     /// Waits until all that was read is durable; only the snapshot file is missing then.
@@ -328,8 +323,8 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         captured: Captured,
         record: &Record,
-    ) -> Result<(Durable, Manifest, Lock), BackupError> {
-        let Captured { start, cut, quiesced, disks, bytes_read, files, store, lock } = captured;
+    ) -> Result<(Durable, Manifest), BackupError> {
+        let Captured { start, cut, quiesced, disks, bytes_read, files, store } = captured;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
@@ -382,7 +377,7 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         let earlier = self.plan.files.clone();
         let durable = stored.finish(manifest.clone(), contents, files, earlier).await?;
-        Ok((durable, manifest, lock))
+        Ok((durable, manifest))
     }
 
     /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
@@ -448,10 +443,14 @@ impl<H: Hypervisor> Run<'_, H> {
     }
 
     /// Reads all disks, one after the other, and stores what was read.
-    async fn read(&self, disks: &[Mapped]) -> Result<(Store, Vec<u64>), BackupError> {
+    async fn read(
+        &self,
+        disks: &[Mapped],
+        lock: AnnouncedLock,
+    ) -> Result<(Store, Vec<u64>), BackupError> {
         let chunk_sizes = disks.iter().map(|disk| disk.decision.chunk_size).collect();
         let index = Arc::clone(&self.target.index);
-        let store = Store::start(&self.target.repository, index, chunk_sizes)?;
+        let store = Store::start(&self.target.repository, index, chunk_sizes, lock)?;
         let now = self.hypervisor.guest_io().await?;
         let mut pace = match self.plan.machine.runs {
             true => Pace::new(self.before, now),
@@ -489,16 +488,11 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         recorded: &mut Recorded,
         durable: Durable,
-        lock: Lock,
     ) -> Result<FileId, BackupError> {
         self.progress.phase("recording");
-        lock.verify()?;
+        durable.verify()?;
         self.host.journal.update(recorded, |record| record.phase = Phase::Recording)?;
-        let id = durable.record(&self.target.repository).await?;
-        if let Err(error) = lock.release() {
-            tracing::warn!(%error, "the lock on the repository stays until it is stale");
-        }
-        Ok(id)
+        Ok(durable.record(&self.target.repository).await?)
     }
 
     /// Drops the old bitmaps, now that nothing needs them, and the undo record with them.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 use repository::{
-    BlobId, FileId, Index, Node, Repository, RepositoryError, SnapshotFile, Tree, Writer,
-    WriterOptions,
+    AnnouncedLock, BlobId, FileId, Index, Lock, Node, Repository, RepositoryError, SnapshotFile,
+    Tree, Writer, WriterOptions,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -42,10 +42,13 @@ pub struct Stored {
 #[must_use = "without its snapshot file a backup does not exist"]
 pub struct Durable {
     file: SnapshotFile,
+    /// What all that was written under.
+    lock: Lock,
 }
 
 impl Store {
-    /// Starts a writer. `chunk_sizes` are the disks' chunk lengths in bytes, by index.
+    /// Starts a writer; its lock settles while it works. `chunk_sizes` are the disks' chunk lengths in
+    /// bytes, by index.
     ///
     /// # Errors
     /// When its threads cannot be started.
@@ -53,8 +56,9 @@ impl Store {
         repository: &Repository,
         index: Arc<Index>,
         chunk_sizes: Vec<u32>,
+        lock: AnnouncedLock,
     ) -> Result<Self, RepositoryError> {
-        let writer = Writer::new(repository, index, WriterOptions::default())?;
+        let writer = Writer::under(lock, repository, index, WriterOptions::default())?;
         let (sink, mut pieces) = mpsc::channel::<Piece>(PIECES_MAX);
         let feeder = tokio::task::spawn_blocking(move || {
             while let Some(Piece { disk, chunk, data }) = pieces.blocking_recv() {
@@ -166,14 +170,14 @@ impl Stored {
                 Node::dir(domain, folder, time),
                 Node::file(&catalog::manifest_file(&manifest.domain), text_len, vec![blob], time),
             ]))?;
-            writer.finish()?;
+            let lock = writer.finish()?.lock.expect("it was given one");
             let mut file = SnapshotFile::new(root, time);
             file.paths = vec![format!("/{domain}")];
             file.hostname.clone_from(&manifest.host);
             file.tags = catalog::tags(&manifest, &blob);
             file.parent = manifest.parent.as_ref().and_then(|id| id.parse().ok());
             file.program_version = Some(manifest.program.clone());
-            Ok(Durable { file })
+            Ok(Durable { file, lock })
         })
         .await
     }
@@ -198,13 +202,28 @@ fn save_file(
 }
 
 impl Durable {
-    /// Writes the snapshot file: from here on the backup exists.
+    /// Fails when others may have taken away what nothing refers to yet.
+    ///
+    /// # Errors
+    /// [`RepositoryError::LockLost`].
+    pub fn verify(&self) -> Result<(), RepositoryError> {
+        self.lock.verify()
+    }
+
+    /// Writes the snapshot file: from here on the backup exists. Then the lock goes.
     ///
     /// # Errors
     /// Whatever the repository says. The file may exist all the same.
     pub async fn record(self, repository: &Repository) -> Result<FileId, RepositoryError> {
         let repository = repository.clone();
-        blocking(move || repository.save_snapshot(&self.file)).await
+        blocking(move || {
+            let id = repository.save_snapshot(&self.file)?;
+            if let Err(error) = self.lock.release() {
+                tracing::warn!(%error, "the lock on the repository stays until it is stale");
+            }
+            Ok(id)
+        })
+        .await
     }
 }
 

@@ -76,7 +76,7 @@ fn write(
     let mut stored = writer.drain()?;
     stored.sort_unstable_by_key(|stored| stored.chunk);
     let tree = writer.save_tree(&Tree::default())?;
-    let stats = writer.finish()?;
+    let stats = writer.finish()?.stats;
     repository.save_snapshot(&SnapshotFile::new(tree, "2026-01-01T00:00:00Z".parse()?))?;
     println!("    {stats:?}");
     Ok(stored.into_iter().map(|stored| stored.id).collect())

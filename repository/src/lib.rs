@@ -39,5 +39,5 @@ pub use self::{
     repository::Repository,
     snapshot::{SnapshotFile, Snapshots},
     tree::{Node, NodeKind, Tree},
-    writer::{Stored, Writer, WriterOptions, WriterStats},
+    writer::{Finished, Stored, Writer, WriterOptions, WriterStats},
 };

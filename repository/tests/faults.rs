@@ -167,6 +167,30 @@ fn r16_an_exclusive_lock_and_a_shared_one_exclude_each_other() {
 }
 
 #[test]
+fn r16_a_writer_whose_lock_does_not_settle_writes_nothing() {
+    let repository = init(Memory::new());
+    let backend = Arc::clone(repository.backend());
+    // The file of somebody who looked at the same moment and did not see ours.
+    let rival = repository.lock(LockMode::Exclusive).unwrap();
+    let (id, file) = (rival.id(), backend.read(FileKind::Lock, &rival.id()).unwrap());
+    rival.release().unwrap();
+    let lock = repository.announce_lock(LockMode::Shared).unwrap();
+    backend.write(FileKind::Lock, &id, &file).unwrap();
+
+    let index = Arc::new(repository.index().unwrap());
+    let writer = Writer::under(lock, &repository, index, WriterOptions::default()).unwrap();
+    // It may be told at once or at the end.
+    let _ = writer.submit(0, 0, noise(1, CHUNK).into());
+    let refused = writer.finish().map(|finished| finished.stats);
+
+    assert!(matches!(refused, Err(RepositoryError::Locked { exclusive: true, .. })), "{refused:?}");
+    for kind in [FileKind::Pack, FileKind::Index] {
+        assert!(backend.list(kind).unwrap().is_empty(), "{kind:?}");
+    }
+    assert_eq!(backend.list(FileKind::Lock).unwrap().len(), 1, "the rival's");
+}
+
+#[test]
 fn duplicates_and_zeros_are_stored_once() {
     let repository = init(Memory::new());
     let index = Arc::new(repository.index().unwrap());
@@ -190,7 +214,7 @@ fn duplicates_and_zeros_are_stored_once() {
     assert!(stored.iter().step_by(3).all(|stored| stored.id == zero && !stored.fresh));
     let of_noise: Vec<_> = stored.iter().skip(1).step_by(3).collect();
     assert_eq!(of_noise.iter().filter(|stored| stored.fresh).count(), 1);
-    let stats = writer.finish().unwrap();
+    let stats = writer.finish().unwrap().stats;
     assert_eq!((stats.blobs, stats.fresh_blobs, stats.zero_blobs), (101, 1 + 1 + 33, 35));
     assert_eq!((stats.packs, stats.index_files), (1, 1));
 
@@ -201,7 +225,7 @@ fn duplicates_and_zeros_are_stored_once() {
     assert_eq!(writer.zero_id(CHUNK as u32).unwrap(), zero);
     writer.submit(0, 0, noise(1, CHUNK).into()).unwrap();
     assert!(!writer.drain().unwrap()[0].fresh);
-    assert_eq!(writer.finish().unwrap().stored_bytes, 0);
+    assert_eq!(writer.finish().unwrap().stats.stored_bytes, 0);
 }
 
 #[test]

@@ -29,7 +29,7 @@ use self::{
     builder::PackBuilder,
     shared::{Job, Shared},
 };
-use crate::{BlobId, BlobKind, Index, Repository, RepositoryError, Tree};
+use crate::{AnnouncedLock, BlobId, BlobKind, Index, Lock, Repository, RepositoryError, Tree};
 
 /// How a [`Writer`] works.
 #[derive(Debug, Clone)]
@@ -101,6 +101,15 @@ pub struct WriterStats {
     pub stored_bytes: u64,
 }
 
+/// What a writer leaves.
+#[derive(Debug)]
+pub struct Finished {
+    /// What it did.
+    pub stats: WriterStats,
+    /// The lock that it wrote under, if it was given one.
+    pub lock: Option<Lock>,
+}
+
 impl WriterStats {
     fn count(&mut self, len: usize, fresh: bool, zero: bool) {
         self.blobs += 1;
@@ -130,6 +139,26 @@ impl Writer {
         index: Arc<Index>,
         options: WriterOptions,
     ) -> Result<Self, RepositoryError> {
+        Self::start(repository, index, options, None)
+    }
+
+    /// As [`Writer::new`], under a lock that may settle while the first packs are made: nothing is
+    /// written before. [`Writer::finish`] gives it back.
+    pub fn under(
+        lock: AnnouncedLock,
+        repository: &Repository,
+        index: Arc<Index>,
+        options: WriterOptions,
+    ) -> Result<Self, RepositoryError> {
+        Self::start(repository, index, options, Some(lock))
+    }
+
+    fn start(
+        repository: &Repository,
+        index: Arc<Index>,
+        options: WriterOptions,
+        lock: Option<AnnouncedLock>,
+    ) -> Result<Self, RepositoryError> {
         if let Err(error) = repository.backend().sweep() {
             tracing::warn!(%error, "cannot remove leftovers of killed writers");
         }
@@ -140,7 +169,7 @@ impl Writer {
             let shared = Arc::clone(&shared);
             shared.clone().spawn(&format!("pack {number}"), move || worker::run(&shared))?;
         }
-        shared.clone().spawn("upload", move || uploader::run(&shared))?;
+        shared.clone().spawn("upload", move || uploader::run(&shared, lock))?;
         Ok(writer)
     }
 
@@ -201,7 +230,7 @@ impl Writer {
 
     /// Makes everything durable: packs first, then the index. Only after this may a snapshot refer
     /// to what was stored.
-    pub fn finish(self) -> Result<WriterStats, RepositoryError> {
+    pub fn finish(self) -> Result<Finished, RepositoryError> {
         self.shared.check()?;
         self.shared.jobs.close();
         self.shared.wait_for_workers()?;
@@ -215,7 +244,8 @@ impl Writer {
         }
         self.shared.uploads.close();
         self.shared.wait_for_threads()?;
-        Ok(self.shared.stats())
+        let lock = self.shared.lock.lock().expect("no panic while locked").take();
+        Ok(Finished { stats: self.shared.stats(), lock })
     }
 
     /// Makes every call that waits, and every later one, fail with

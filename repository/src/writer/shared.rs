@@ -16,7 +16,7 @@ use super::{
     builder::{FinishedPack, PackBuilder},
     queue::{Queue, Refused},
 };
-use crate::{BlobId, BlobKind, Index, Repository, RepositoryError, crypto::MasterKey};
+use crate::{BlobId, BlobKind, Index, Lock, Repository, RepositoryError, crypto::MasterKey};
 
 /// Packs that wait for the uploader.
 const UPLOADS_MAX: usize = 1;
@@ -43,6 +43,8 @@ pub(super) struct Shared {
     pub(super) buffers: Mutex<Vec<Vec<u8>>>,
     /// The unfinished pack of a worker that ended, for the next one that ends.
     pub(super) leftover: Mutex<Option<PackBuilder>>,
+    /// What the uploader writes under, once it has settled.
+    pub(super) lock: Mutex<Option<Lock>>,
     index: Arc<Index>,
     claimed: Vec<Mutex<HashSet<(BlobKind, BlobId)>>>,
     zeros: Mutex<HashMap<u32, BlobId>>,
@@ -71,6 +73,7 @@ impl Shared {
             uploads: Queue::new(UPLOADS_MAX),
             buffers: Mutex::default(),
             leftover: Mutex::default(),
+            lock: Mutex::default(),
             options,
             index,
             claimed: (0..CLAIM_PARTS).map(|_| Mutex::default()).collect(),

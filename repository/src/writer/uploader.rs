@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{builder::FinishedPack, shared::Shared};
 use crate::{
-    Begun, FileId, FileKind, RepositoryError,
+    AnnouncedLock, Begun, FileId, FileKind, RepositoryError,
     index::file::{BlobEntry, IndexFile, PackEntry},
 };
 
@@ -15,7 +15,10 @@ const INDEX_BLOBS_MAX: usize = 50_000;
 const UNSETTLED_LEN_MAX: usize = 64 << 20;
 
 /// Works until there are no more packs, then writes the rest of the index.
-pub(super) fn run(shared: &Shared) -> Result<(), RepositoryError> {
+pub(super) fn run(shared: &Shared, lock: Option<AnnouncedLock>) -> Result<(), RepositoryError> {
+    if let Some(lock) = lock {
+        *shared.lock.lock().expect("no panic while locked") = Some(lock.settle()?);
+    }
     let mut uploader =
         Uploader { shared, begun: Vec::new(), begun_len: 0, unlisted: Vec::new(), blobs: 0 };
     let mut since = Instant::now();

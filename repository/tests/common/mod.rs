@@ -99,7 +99,7 @@ pub(crate) fn store(
     ]);
     let inner = writer.save_tree(&inner)?;
     let root = writer.save_tree(&Tree::new(vec![Node::dir(name, inner, time)]))?;
-    let stats = writer.finish()?;
+    let stats = writer.finish()?.stats;
     let mut snapshot = SnapshotFile::new(root, time);
     snapshot.paths = vec![format!("/{name}")];
     snapshot.tags = vec!["kvmsnap".to_owned()];
