@@ -373,6 +373,7 @@ impl<H: Hypervisor> Run<'_, H> {
             duration_ms: millis(start.elapsed()),
             warnings: quiesced.warnings,
             disks: manifests,
+            skipped: self.plan.machine.skipped.clone(),
             files: files.iter().map(FileManifest::of).collect(),
         };
         let earlier = self.plan.files.clone();

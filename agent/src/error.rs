@@ -180,7 +180,7 @@ impl CommandError {
             | Self::NoDomain { .. }
             | Self::NoRepositoryGiven
             | Self::NoPasswordGiven
-            | Self::Plan(PlanError::UnknownDisk { .. }) => USAGE,
+            | Self::Plan(PlanError::UnknownDisk { .. } | PlanError::LeftOut { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
@@ -207,7 +207,6 @@ impl CommandError {
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
             Self::Plan(PlanError::UnknownDisk { known, .. }) => {
-                let known: Vec<_> = known.iter().map(ToString::to_string).collect();
                 return Some(format!("it has {}", known.join(", ")));
             }
             Self::NoDomain { known, .. } => {
@@ -336,6 +335,9 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
         HypervisorError::Migrating => "nothing was recorded: back it up where it runs then",
         HypervisorError::ImageInUse { .. } => {
             "the domain may be starting, or another one have the same disk, also on another host"
+        }
+        HypervisorError::Tool { tool: "qemu-img", step, .. } if step.contains("header") => {
+            "--exclude-disk leaves the disk out"
         }
         HypervisorError::Tool { tool: "qemu-storage-daemon", .. } => {
             "it is in the package qemu-system-common"

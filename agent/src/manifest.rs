@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::{MachineFile, Role};
+use crate::hypervisor::{MachineFile, Role, Skipped};
 use crate::names::{DiskName, DomainName, RunId};
 
 /// How a backup, or a disk within it, came about.
@@ -110,6 +110,9 @@ pub struct Manifest {
     pub warnings: Vec<String>,
     /// The disks, by name.
     pub disks: Vec<DiskManifest>,
+    /// What of the machine is not in the backup, and why.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
     /// The machine's files besides its disks.
     #[serde(default)]
     pub files: Vec<FileManifest>,
@@ -172,6 +175,12 @@ impl FileManifest {
 }
 
 impl Manifest {
+    /// The disks of the machine that are not in the backup.
+    pub fn missing_disks(&self) -> Vec<&str> {
+        let missing = self.skipped.iter().filter(|skipped| skipped.is_disk);
+        missing.map(|skipped| skipped.device.as_str()).collect()
+    }
+
     /// The version that this program writes and the newest it reads.
     pub const VERSION: u32 = 1;
 }

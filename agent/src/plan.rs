@@ -38,7 +38,17 @@ pub enum PlanError {
         /// What was asked for.
         disk: DiskName,
         /// What there is.
-        known: Vec<DiskName>,
+        known: Vec<String>,
+    },
+    /// A disk that was asked for cannot be backed up.
+    #[error("disk `{disk}` of domain `{domain}` is left out: {reason}")]
+    LeftOut {
+        /// The domain.
+        domain: DomainName,
+        /// What was asked for.
+        disk: DiskName,
+        /// Why it is left out.
+        reason: String,
     },
     /// A disk is larger than a snapshot can describe.
     #[error("disk `{disk}` has {size} bytes, at most {} TiB can be backed up", DISK_SIZE_MAX >> 40)]
@@ -57,15 +67,6 @@ fn reasons(skipped: &[(String, String)]) -> String {
         true => String::new(),
         false => format!(" ({})", reasons.join("; ")),
     }
-}
-
-/// What of a machine is backed up, and how.
-#[derive(Debug, Clone, Default)]
-pub struct Wanted {
-    /// Read everything, whatever the bitmaps say.
-    pub full: bool,
-    /// Only these disks; all where empty.
-    pub disks: Vec<DiskName>,
 }
 
 /// A backup about to be made: the machine, the earlier backup it continues, and what will be done.
@@ -139,6 +140,35 @@ pub fn claims<'a>(
     claims
 }
 
+/// Makes sure that the machine has the disks that are asked for.
+///
+/// # Errors
+/// [`PlanError::UnknownDisk`], [`PlanError::LeftOut`].
+pub fn check_wanted(
+    machine: &Machine,
+    domain: &DomainName,
+    wanted: &[DiskName],
+) -> Result<(), PlanError> {
+    for disk in wanted {
+        if machine.disks.iter().any(|known| &known.target == disk) {
+            continue;
+        }
+        let (domain, disk) = (domain.clone(), disk.clone());
+        return Err(match machine.skipped.iter().find(|left| left.device == disk.as_str()) {
+            Some(left) => PlanError::LeftOut { domain, disk, reason: left.reason.clone() },
+            None => {
+                let there = machine.disks.iter().map(|known| known.target.to_string());
+                let left = machine.skipped.iter().filter(|left| left.is_disk);
+                let known = there.chain(left.map(|left| left.device.clone()));
+                let mut known: Vec<String> = known.collect();
+                known.sort_unstable();
+                PlanError::UnknownDisk { domain, disk, known }
+            }
+        });
+    }
+    Ok(())
+}
+
 /// Decides what a backup of a machine would do, given the earlier ones, newest first. Changes nothing.
 ///
 /// # Errors
@@ -149,31 +179,23 @@ pub fn plan<'a>(
     newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
     catalog: &Catalog,
     index: &Index,
-    wanted: &Wanted,
+    full: bool,
 ) -> Result<Plan, PlanError> {
-    for disk in &wanted.disks {
-        if !machine.disks.iter().any(|known| &known.target == disk) {
-            let known = machine.disks.iter().map(|known| known.target.clone()).collect();
-            return Err(PlanError::UnknownDisk { domain, disk: disk.clone(), known });
-        }
-    }
-    let is_wanted = |disk: &&Disk| wanted.disks.is_empty() || wanted.disks.contains(&disk.target);
-    let disks: Vec<Disk> = machine.disks.iter().filter(is_wanted).cloned().collect();
-    if disks.is_empty() {
+    if machine.disks.is_empty() {
         let skipped = machine.skipped.into_iter().map(|s| (s.device, s.reason)).collect();
         return Err(PlanError::NoDisk { domain, skipped });
     }
-    if let Some(disk) = disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
+    if let Some(disk) = machine.disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
         return Err(PlanError::TooLarge { disk: disk.target.clone(), size: disk.size });
     }
     let mut folders = HashMap::new();
     let mut parent: Option<&Backup> = None;
     let mut planned = Vec::new();
-    for disk in disks {
+    for disk in machine.disks.iter().cloned() {
         let earlier = find_parent(&disk, newest_first);
         parent =
             earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
-        planned.push(plan_disk(disk, earlier, catalog, index, wanted, &mut folders));
+        planned.push(plan_disk(disk, earlier, catalog, index, full, &mut folders));
     }
     let parent = parent.map(|parent| parent.id);
     let folder = parent.and_then(|parent| folders.remove(&parent)?.ok());
@@ -208,10 +230,10 @@ fn plan_disk(
     parent: Option<(&Backup, &DiskManifest)>,
     catalog: &Catalog,
     index: &Index,
-    wanted: &Wanted,
+    full: bool,
     folders: &mut HashMap<FileId, Result<Tree, String>>,
 ) -> PlannedDisk {
-    let mut decision = decide(&disk, parent.map(|(_, earlier)| earlier), wanted.full);
+    let mut decision = decide(&disk, parent.map(|(_, earlier)| earlier), full);
     let (mut content, mut changed) = (Vec::new(), None);
     if let (Kind::Incremental, Some((parent, earlier))) = (decision.kind, parent) {
         let folder = folders

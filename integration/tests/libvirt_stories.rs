@@ -170,6 +170,54 @@ fn p3_disks_that_were_left_out_stay_incremental() {
     assert!(unknown.stderr.contains("it has vda, vdb, vdc"), "{unknown:?}");
 }
 
+/// Whether the domain runs or not.
+#[test]
+fn p1_a_disk_that_is_left_out_is_not_touched_and_its_absence_stays_known() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    scene.domain.start();
+    fs::remove_file(scene.domain.disk_path("vdb")).expect("an image of ours");
+    let here = format!("{}/vdb", scene.domain.name());
+    let reasons = ["excluded with --exclude-disk", "only other disks were asked for with --disk"];
+    for method in ["bitmap", "offline"] {
+        if method == "offline" {
+            scene.domain.destroy();
+        }
+        for (more, reason) in [
+            (&["--exclude-disk", "vdb"][..], reasons[0]),
+            (&["--exclude-disk", &here], reasons[0]),
+            (&["--disk", "vda", "--disk", "vdc"], reasons[1]),
+        ] {
+            let outcome = scene.try_backup(more);
+            assert_eq!(outcome.code, Some(0), "{method}: {outcome:?}");
+            let made = snapshots(&outcome.stdout).remove(0);
+            assert_eq!(made["method"], method, "{made}");
+            assert_eq!(kinds(&made).into_keys().collect::<Vec<_>>(), ["vda", "vdc"], "{made}");
+            let left_out = json!([{"device": "vdb", "reason": reason, "is_disk": true}]);
+            assert_eq!(made["skipped"], left_out, "{made}");
+            assert_eq!(scene.host.list().last(), Some(&made));
+        }
+    }
+
+    let failed = scene.try_backup(&[]);
+
+    assert_says(&failed, 1, "hint: --exclude-disk leaves the disk out");
+    let latest = format!("latest:{}", scene.domain.name());
+    let shown = scene.host.ok(["show", &latest]);
+    assert!(shown.contains(&format!("left out     vdb: {}", reasons[1])), "{shown}");
+    let table = scene.host.ok(["list"]);
+    assert!(table.lines().next().is_some_and(|line| line.ends_with("LEFT OUT")), "{table}");
+    assert!(table.lines().skip(1).all(|line| line.ends_with("vdb")), "{table}");
+    let to = scene.host.new_folder().join("restored");
+    let restored = scene.host.run(["restore", &latest, "--to", &to.to_string_lossy()]);
+    assert_eq!(restored.code, Some(0), "{restored:?}");
+    assert!(restored.stderr.contains("disk `vdb` is not in this snapshot"), "{restored:?}");
+    let unknown = scene.try_backup(&["--disk", "vdz"]);
+    assert!(unknown.stderr.contains("hint: it has vda, vdb, vdc"), "{unknown:?}");
+    assert_says(&scene.try_backup(&["--disk", "vdb", "--exclude-disk", "vdb"]), 2, "is left out");
+    scene.host.assert_nothing_left();
+}
+
 // ---- others that use the same domain ------------------------------------------------------------
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -15,11 +16,11 @@ use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::qmp::BareQemu;
-use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach, Skipped};
+use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
 use crate::journal::Journal;
 use crate::lock::{DomainLock, LockError};
-use crate::names::{DiskName, DomainName};
-use crate::plan::{self, Plan, PlanError, Wanted};
+use crate::names::{DiskName, DomainName, NameError};
+use crate::plan::{self, Plan, PlanError};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
 use crate::quiesce::guest_agent::AgentAddress;
@@ -69,7 +70,7 @@ pub struct BackupArgs {
     disk: Vec<DiskName>,
     /// Not this disk, of all domains or of one (can be repeated)
     #[arg(long, value_name = "[DOMAIN/]DISK")]
-    exclude_disk: Vec<String>,
+    exclude_disk: Vec<Exclusion>,
     /// Read at most so many bytes a second, like 100MiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     limit_read: Option<u64>,
@@ -210,15 +211,21 @@ async fn back_up<H: Hypervisor>(
     if !args.dry_run {
         context.until_interrupted(recover_earlier(&hypervisor, &journal, run_dir)).await?;
     }
-    let discover = async { Ok(hypervisor.discover().await?) };
-    let mut machine = context.until_interrupted(discover).await?;
-    let domain = match &args.name {
-        Some(name) => name.clone(),
-        None => {
-            let name = machine.name.clone();
-            name.ok_or_else(|| CommandError::NoName { reach: reach.clone() })?.parse()?
-        }
+    let discover = async {
+        let domain: DomainName = match &args.name {
+            Some(name) => name.clone(),
+            None => {
+                let name = hypervisor.name().await?;
+                name.ok_or_else(|| CommandError::NoName { reach: reach.clone() })?.parse()?
+            }
+        };
+        let of_it = args.exclude_disk.iter().filter(|exclusion| exclusion.is_about(&domain));
+        let excluded = of_it.map(|exclusion| exclusion.disk.clone()).collect();
+        let choice = Choice { only: args.disk.clone(), excluded };
+        Ok((domain, hypervisor.discover(&choice).await?))
     };
+    let (domain, mut machine) = context.until_interrupted(discover).await?;
+    plan::check_wanted(&machine, &domain, &args.disk)?;
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
     let catalog = open.catalog();
     let earlier = catalog.history(&domain, &machine.uuid).map_err(PlanError::from)?;
@@ -234,10 +241,8 @@ async fn back_up<H: Hypervisor>(
         audit: args.audit.map_or(Audit::Usual, Audit::Share),
         timeout: Duration::from_secs(args.timeout),
     };
-    exclude(&mut machine, &domain, &args.exclude_disk)?;
-    let wanted = Wanted { full: args.full, disks: args.disk.clone() };
     let newest_first = earlier.newest_first();
-    let plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, &wanted)?;
+    let plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, args.full)?;
     if args.dry_run {
         return print_plan(&plan, context);
     }
@@ -277,26 +282,29 @@ async fn lock(run_dir: &Path, reach: &Reach) -> Result<DomainLock, CommandError>
     }
 }
 
-/// Leaves out the disks that the user does not want.
-fn exclude(
-    machine: &mut Machine,
-    domain: &DomainName,
-    excluded: &[String],
-) -> Result<(), CommandError> {
-    for excluded in excluded {
-        let target = match excluded.rsplit_once('/') {
-            Some((of, _)) if of != domain.as_str() => continue,
-            Some((_, target)) => target,
-            None => excluded,
-        };
-        let target: DiskName = target.parse()?;
-        if machine.disks.iter().any(|disk| disk.target == target) {
-            machine.disks.retain(|disk| disk.target != target);
-            let reason = "excluded with --exclude-disk".to_owned();
-            machine.skipped.push(Skipped { device: target.to_string(), reason });
-        }
+/// A disk that the user does not want, of all domains or of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Exclusion {
+    domain: Option<DomainName>,
+    disk: DiskName,
+}
+
+impl Exclusion {
+    fn is_about(&self, domain: &DomainName) -> bool {
+        self.domain.as_ref().is_none_or(|of| of == domain)
     }
-    Ok(())
+}
+
+impl FromStr for Exclusion {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        // Neither name can hold a slash.
+        let (domain, disk) = match text.rsplit_once('/') {
+            Some((domain, disk)) => (Some(domain.parse()?), disk),
+            None => (None, text),
+        };
+        Ok(Self { domain, disk: disk.parse()? })
+    }
 }
 
 /// Undoes what earlier runs left in this machine. What cannot be read may be of another one.
@@ -416,6 +424,18 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_is_excluded_of_all_domains_or_of_one() {
+        let web: DomainName = "web".parse().unwrap();
+        let excludes = |text: &str| text.parse::<Exclusion>().map(|it| it.is_about(&web));
+        assert_eq!(excludes("vdb"), Ok(true));
+        assert_eq!(excludes("web/vdb"), Ok(true));
+        assert_eq!(excludes("web-1/vdb"), Ok(false));
+        for text in ["", "web/", "/vdb", "a/b/c"] {
+            assert!(text.parse::<Exclusion>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn rates_are_read_with_binary_suffixes() {

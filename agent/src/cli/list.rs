@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::Context;
 use crate::catalog::{is_of, short};
 use crate::error::CommandError;
+use crate::hypervisor::Skipped;
 use crate::manifest::{Consistency, DiskManifest, Kind, Manifest, Method};
 use crate::progress::human_bytes;
 use crate::store::blocking;
@@ -45,6 +46,7 @@ pub struct BackupLine<'a> {
     duration_ms: u64,
     warnings: &'a [String],
     disks: &'a [DiskManifest],
+    skipped: &'a [Skipped],
 }
 
 impl<'a> BackupLine<'a> {
@@ -65,6 +67,7 @@ impl<'a> BackupLine<'a> {
             duration_ms: manifest.duration_ms,
             warnings: &manifest.warnings,
             disks: &manifest.disks,
+            skipped: &manifest.skipped,
         }
     }
 }
@@ -90,22 +93,18 @@ pub async fn run(args: ListArgs, context: &Context) -> Result<(), CommandError> 
     } else {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
-        table.set_header([
-            "ID",
-            "TIME",
-            "DOMAIN",
-            "KIND",
-            "CONSISTENCY",
-            "SIZE",
-            "CHANGED",
-            "STORED",
-        ]);
+        let mut header =
+            vec!["ID", "TIME", "DOMAIN", "KIND", "CONSISTENCY", "SIZE", "CHANGED", "STORED"];
+        // A column for what mostly is nothing would only be in the way.
+        let lacks_any = backups.iter().any(|backup| !backup.manifest.missing_disks().is_empty());
+        header.extend(lacks_any.then_some("LEFT OUT"));
+        table.set_header(header);
         for backup in &backups {
             let manifest = &backup.manifest;
             let sum = |field: fn(&DiskManifest) -> u64| {
                 human_bytes(manifest.disks.iter().map(field).sum())
             };
-            table.add_row([
+            let mut row = vec![
                 short(&backup.id),
                 local_time(manifest.time),
                 manifest.domain.to_string(),
@@ -114,7 +113,9 @@ pub async fn run(args: ListArgs, context: &Context) -> Result<(), CommandError> 
                 sum(|disk| disk.size),
                 sum(|disk| disk.bytes_changed),
                 sum(|disk| disk.bytes_stored),
-            ]);
+            ];
+            row.extend(lacks_any.then(|| manifest.missing_disks().join(", ")));
+            table.add_row(row);
         }
         writeln!(out, "{}", table.trim_fmt())?;
     }

@@ -180,6 +180,9 @@ fn print(
     dry_run: bool,
     context: &Context,
 ) -> Result<(), CommandError> {
+    for skipped in source.backup.manifest.skipped.iter().filter(|skipped| skipped.is_disk) {
+        tracing::warn!("disk `{}` is not in this snapshot: {}", skipped.device, skipped.reason);
+    }
     let mut out = std::io::stdout().lock();
     for Restored { disk, path, size } in restored {
         if context.global.json {

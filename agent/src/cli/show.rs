@@ -60,6 +60,9 @@ pub async fn run(args: ShowArgs, context: &Context) -> Result<(), CommandError> 
         writeln!(out, "  stored     {}", human_bytes(disk.bytes_stored))?;
         writeln!(out, "  bitmap     {}", disk.bitmap.as_deref().unwrap_or("none"))?;
     }
+    for skipped in &manifest.skipped {
+        writeln!(out, "left out     {}: {}", skipped.device, skipped.reason)?;
+    }
     for warning in &manifest.warnings {
         writeln!(out, "warning      {warning}")?;
     }

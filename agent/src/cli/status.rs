@@ -15,12 +15,12 @@ use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
-use crate::hypervisor::{Hypervisor, HypervisorError, Machine, Reach};
+use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Machine, Reach};
 use crate::journal::Recorded;
 use crate::lock::{DomainLock, LockError};
 use crate::manifest::Kind;
 use crate::names::DomainName;
-use crate::plan::{self, Plan, PlanError, Wanted};
+use crate::plan::{self, Plan, PlanError};
 use crate::store::blocking;
 
 /// Show for each domain its last backup, how the next one will be taken and why, and what is left
@@ -147,10 +147,11 @@ async fn line<L>(
         let machine = match known.is_active {
             true => {
                 let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
-                domain.discover().await?
+                domain.discover(&Choice::default()).await?
             }
             false => {
-                ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false).discover().await?
+                let domain = ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false);
+                domain.discover(&Choice::default()).await?
             }
         };
         next(machine, &known.name, open, backups)
@@ -182,9 +183,9 @@ fn next<L>(
     let uuid = machine.uuid.clone();
     let of_it = |backup: &&Backup| backup.manifest.uuid == uuid && backup.manifest.domain == domain;
     let newest_first = backups.iter().rev().filter(of_it);
-    let wanted = Wanted::default();
+
     let plan: Result<Plan, PlanError> =
-        plan::plan(machine, domain.clone(), &newest_first, &open.catalog(), &open.index, &wanted);
+        plan::plan(machine, domain.clone(), &newest_first, &open.catalog(), &open.index, false);
     Ok(plan?)
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Bitmap, BitmapHealth, Disk, HypervisorError, Machine, Skipped, Tracking};
+use super::{Bitmap, BitmapHealth, Choice, Disk, HypervisorError, Machine, Skipped, Tracking};
 use crate::names::DiskName;
 
 /// Drivers that pass a disk through and hold no format of their own.
@@ -203,28 +203,26 @@ fn device_path(qdev: &str) -> String {
 /// [`HypervisorError::TwoDisks`] and [`HypervisorError::DiskName`]: nothing is stored under a name that
 /// means two things or could be a path.
 pub fn read_machine(
-    name: Option<String>,
     uuid: String,
     runs: bool,
     devices: &[BlockDevice],
     graph: &Graph,
+    choice: &Choice,
 ) -> Result<Machine, HypervisorError> {
     let mut machine =
-        Machine { name, uuid, runs, shut_off: None, disks: Vec::new(), skipped: Vec::new() };
+        Machine { uuid, runs, shut_off: None, disks: Vec::new(), skipped: Vec::new() };
     for (index, device) in devices.iter().enumerate() {
         let fallback = format!("disk{index}");
         let label = device_name(device).map_or_else(
             || Some(device.device.clone()).filter(|name| !name.is_empty()).unwrap_or(fallback),
             str::to_owned,
         );
-        match read_disk(device, &label, graph)? {
+        match read_disk(device, &label, graph, choice)? {
             Ok(disk) if machine.disks.iter().any(|other| other.target == disk.target) => {
                 return Err(HypervisorError::TwoDisks { disk: disk.target });
             }
             Ok(disk) => machine.disks.push(disk),
-            Err(reason) => {
-                machine.skipped.push(Skipped { device: label, reason: reason.to_owned() });
-            }
+            Err(skipped) => machine.skipped.push(skipped),
         }
     }
     Ok(machine)
@@ -234,19 +232,25 @@ fn read_disk(
     device: &BlockDevice,
     label: &str,
     graph: &Graph,
-) -> Result<Result<Disk, &'static str>, HypervisorError> {
-    let Some(inserted) = &device.inserted else { return Ok(Err("no medium is inserted")) };
-    let Some(qdev) = &device.qdev else { return Ok(Err("no device uses it")) };
+    choice: &Choice,
+) -> Result<Result<Disk, Skipped>, HypervisorError> {
+    let no_disk = |reason: &str| Ok(Err(Skipped::no_disk(label, reason)));
+    let Some(inserted) = &device.inserted else { return no_disk("no medium is inserted") };
+    let Some(qdev) = &device.qdev else { return no_disk("no device uses it") };
     if device.removable {
-        return Ok(Err("it is a removable medium"));
-    }
-    if inserted.ro {
-        return Ok(Err("it is read-only"));
+        return no_disk("it is a removable medium");
     }
     if inserted.image.virtual_size == 0 {
-        return Ok(Err("it is empty: 0 bytes"));
+        return no_disk("it is empty: 0 bytes");
     }
-    let Some(root) = &inserted.node_name else { return Ok(Err("its node has no name")) };
+    if let Some(skipped) = choice.leaves_out(label) {
+        return Ok(Err(skipped));
+    }
+    let disk = |reason: &str| Ok(Err(Skipped::disk(label, reason)));
+    if inserted.ro {
+        return disk("it is read-only");
+    }
+    let Some(root) = &inserted.node_name else { return disk("its node has no name") };
     let target: DiskName = label.parse().map_err(HypervisorError::DiskName)?;
     let format = graph.format_node(root);
     let driver = format.map_or("unknown", |node| node.drv.as_str());
@@ -303,7 +307,7 @@ mod tests {
             &serde_json::from_value(raw).unwrap(),
         );
         let devices: Vec<BlockDevice> = serde_json::from_value(devices).unwrap();
-        read_machine(None, String::new(), true, &devices, &graph)
+        read_machine(String::new(), true, &devices, &graph, &Choice::default())
     }
 
     #[test]

@@ -222,8 +222,6 @@ pub struct Claim {
 /// A machine as it is now.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// The name its owner gave it, if any.
-    pub name: Option<String>,
     /// Its uuid; all zero where it has none.
     pub uuid: String,
     /// Whether the guest's processors run.
@@ -274,12 +272,48 @@ pub enum Role {
 }
 
 /// A device that is not backed up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// The device, as QEMU calls it.
     pub device: String,
     /// Why.
     pub reason: String,
+    /// Whether it is a disk with something on it, which whoever restores the machine may miss.
+    pub is_disk: bool,
+}
+
+impl Skipped {
+    /// A disk.
+    pub fn disk(device: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { device: device.into(), reason: reason.into(), is_disk: true }
+    }
+
+    /// A device that holds nothing of the machine.
+    pub fn no_disk(device: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { device: device.into(), reason: reason.into(), is_disk: false }
+    }
+}
+
+/// The disks of a machine that a backup is to have.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// Only these; all where empty.
+    pub only: Vec<DiskName>,
+    /// Not these.
+    pub excluded: Vec<DiskName>,
+}
+
+impl Choice {
+    /// A disk that is not chosen, as one that is left out: nobody may look at its image.
+    pub fn leaves_out(&self, target: &str) -> Option<Skipped> {
+        let names = |list: &[DiskName]| list.iter().any(|disk| disk.as_str() == target);
+        let reason = match (names(&self.excluded), self.only.is_empty() || names(&self.only)) {
+            (true, _) => "excluded with --exclude-disk",
+            (false, false) => "only other disks were asked for with --disk",
+            (false, true) => return None,
+        };
+        Some(Skipped::disk(target, reason))
+    }
 }
 
 /// A disk of a running machine.
@@ -409,8 +443,11 @@ pub enum Care {
 /// One way to reach QEMU.
 #[allow(async_fn_in_trait, reason = "the flow is generic over it; futures stay on one task")]
 pub trait Hypervisor {
-    /// Looks at the machine. Changes nothing.
-    async fn discover(&self) -> Result<Machine, HypervisorError>;
+    /// The name that the machine's owner gave it, if any. Changes nothing.
+    async fn name(&self) -> Result<Option<String>, HypervisorError>;
+
+    /// Looks at the machine, and of its disks at those that are chosen. Changes nothing.
+    async fn discover(&self, choice: &Choice) -> Result<Machine, HypervisorError>;
 
     /// The files of the machine besides its disks: those that a running guest does not change.
     async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError>;

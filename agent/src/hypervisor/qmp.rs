@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use super::graph::{self, BlockDevice};
 use super::monitor::Monitor;
 use super::{
-    Care, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
-    Reach,
+    Care, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
+    MachineFile, Reach,
 };
 use crate::capture::{self, Scratch, filter, job, node_name};
 use crate::journal::{DiskRecord, Process, Recorded};
@@ -190,14 +190,17 @@ fn recipe(schema: &[SchemaEntry]) -> Option<Recipe> {
 }
 
 impl Hypervisor for BareQemu {
-    async fn discover(&self) -> Result<Machine, HypervisorError> {
-        let name: Name = self.monitor.query("query-name", json!({})).await?;
+    async fn name(&self) -> Result<Option<String>, HypervisorError> {
+        Ok(self.monitor.query::<Name>("query-name", json!({})).await?.name)
+    }
+
+    async fn discover(&self, choice: &Choice) -> Result<Machine, HypervisorError> {
         let uuid: Uuid = self.monitor.query("query-uuid", json!({})).await?;
         let devices: Vec<BlockDevice> = self.monitor.query("query-block", json!({})).await?;
         let graph = self.monitor.graph().await?;
         self.monitor.check_stays().await?;
         let runs = self.monitor.guest_runs().await?;
-        graph::read_machine(name.name, uuid.uuid, runs, &devices, &graph)
+        graph::read_machine(uuid.uuid, runs, &devices, &graph, choice)
     }
 
     async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError> {

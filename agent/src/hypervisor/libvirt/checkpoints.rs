@@ -81,11 +81,15 @@ impl LibvirtDomain {
     ) -> Result<(), HypervisorError> {
         let has = |disk: &Disk| disk.tracking.bitmaps().iter().any(|b| b.name == claim.bitmap);
         let claimed = machine.disks.iter().filter(|disk| claim.disks.contains(&disk.target));
-        let (known, lost): (Vec<&Disk>, Vec<&Disk>) = claimed.partition(|disk| has(disk));
+        let lost: Vec<&Disk> = claimed.filter(|disk| !has(disk)).collect();
         if lost.is_empty() {
             return Ok(());
         }
-        let mut covered: Vec<&str> = known.iter().map(|disk| disk.target.as_str()).collect();
+        // Also of disks that nobody has asked for.
+        let known = self.checkpoints(false).await?;
+        let known = known.iter().find(|(name, _)| *name == claim.bitmap);
+        let known = known.iter().flat_map(|(_, bitmaps)| bitmaps).map(|(on, _)| on.as_str());
+        let mut covered: Vec<&str> = known.collect();
         let mut found = Vec::new();
         for disk in &lost {
             let target = disk.target.as_str();

@@ -22,8 +22,8 @@ use virt::domain::{
 };
 
 use super::{
-    Bitmap, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
-    Reach, Tracking,
+    Bitmap, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
+    MachineFile, Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::journal::{DiskRecord, Record, Recorded};
@@ -198,7 +198,11 @@ fn qcow2_version(image: &Path) -> Option<u32> {
 }
 
 impl Hypervisor for LibvirtDomain {
-    async fn discover(&self) -> Result<Machine, HypervisorError> {
+    async fn name(&self) -> Result<Option<String>, HypervisorError> {
+        Ok(Some(self.look().await?.name.clone()))
+    }
+
+    async fn discover(&self, choice: &Choice) -> Result<Machine, HypervisorError> {
         let seen = self.look().await?;
         let state = self.state().await?;
         if !is_active(state) {
@@ -211,7 +215,6 @@ impl Hypervisor for LibvirtDomain {
             }
         }
         let mut machine = Machine {
-            name: Some(seen.name.clone()),
             uuid: self.handle.address().uuid,
             runs: state == DomainState::Running,
             shut_off: None,
@@ -219,6 +222,10 @@ impl Hypervisor for LibvirtDomain {
             skipped: seen.skipped.clone(),
         };
         for disk in &seen.disks {
+            if let Some(skipped) = choice.leaves_out(&disk.target) {
+                machine.skipped.push(skipped);
+                continue;
+            }
             let of_disk = bitmaps.get(&disk.target).map_or(&[][..], Vec::as_slice);
             machine.disks.push(self.disk(disk, of_disk).await?);
         }

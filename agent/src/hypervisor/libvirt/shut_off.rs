@@ -21,8 +21,8 @@ use crate::capture::image::{self, Chain, Image, Reason, Use};
 use crate::capture::libvirt_job;
 use crate::capture::offline::{self, Server};
 use crate::hypervisor::{
-    Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile, Reach,
-    Skipped, Tracking,
+    Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
+    Reach, Skipped, Tracking,
 };
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::manifest::Consistency;
@@ -58,23 +58,23 @@ impl ShutOffDomain {
         }
     }
 
-    /// The domain, asked for once, the volumes of its disks looked up.
+    /// The domain, asked for once.
     async fn look(&self) -> Result<&xml::Domain, HypervisorError> {
-        let ask = async || {
-            let mut domain = self.handle.describe().await?;
-            for disk in &mut domain.disks {
-                if let Some((pool, volume)) = disk.volume.clone() {
-                    let step = format!("find the volume of `{}`", disk.target);
-                    let find = move |connection: &Connect| {
-                        let pool = connection.lookup_storage_pool_by_name(&pool)?;
-                        pool.lookup_storage_vol_by_name(&volume)?.path()
-                    };
-                    disk.file = Some(self.handle.libvirt().ask(&step, find).await?.into());
-                }
-            }
-            Ok(domain)
-        };
-        self.seen.get_or_try_init(ask).await
+        self.seen.get_or_try_init(async || self.handle.describe().await).await
+    }
+
+    /// A disk, the volume that it names looked up.
+    async fn with_volume(&self, disk: &DomainDisk) -> Result<DomainDisk, HypervisorError> {
+        let mut disk = disk.clone();
+        if let Some((pool, volume)) = disk.volume.clone() {
+            let step = format!("find the volume of `{}`", disk.target);
+            let find = move |connection: &Connect| {
+                let pool = connection.lookup_storage_pool_by_name(&pool)?;
+                pool.lookup_storage_vol_by_name(&volume)?.path()
+            };
+            disk.file = Some(self.handle.libvirt().ask(&step, find).await?.into());
+        }
+        Ok(disk)
     }
 
     /// Makes sure that the domain does not run.
@@ -120,7 +120,8 @@ impl ShutOffDomain {
     async fn drop_from_images(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
         for (target, bitmap) in bitmaps {
             let disk = self.look().await?.disks.iter().find(|disk| disk.target == *target);
-            let image = disk.and_then(top);
+            let Some(disk) = disk else { continue };
+            let image = top(&self.with_volume(disk).await?);
             // A bitmap in an image that is gone is gone with it.
             if let Some(image) = image.filter(|i| i.format == "qcow2" && i.path.exists()) {
                 image.remove_bitmap(bitmap).await?;
@@ -184,14 +185,22 @@ fn disk(target: DiskName, chain: &Chain) -> Result<Disk, HypervisorError> {
 }
 
 impl Hypervisor for ShutOffDomain {
-    async fn discover(&self) -> Result<Machine, HypervisorError> {
+    async fn name(&self) -> Result<Option<String>, HypervisorError> {
+        Ok(Some(self.look().await?.name.clone()))
+    }
+
+    async fn discover(&self, choice: &Choice) -> Result<Machine, HypervisorError> {
         self.check_off().await?;
         let consistency = self.consistency().await?;
         let seen = self.look().await?;
         let (mut disks, mut chains, mut skipped) = (Vec::new(), Vec::new(), seen.skipped.clone());
         for seen in &seen.disks {
+            if let Some(left_out) = choice.leaves_out(&seen.target) {
+                skipped.push(left_out);
+                continue;
+            }
             let target: DiskName = seen.target.parse().map_err(HypervisorError::DiskName)?;
-            let chain = match named(seen) {
+            let chain = match named(&self.with_volume(seen).await?) {
                 Ok((images, goes_on)) => image::chain(images, goes_on).await?,
                 Err(reason) => Err(reason),
             };
@@ -202,14 +211,13 @@ impl Hypervisor for ShutOffDomain {
                 }
                 Err(reason) => {
                     tracing::warn!("disk `{target}` is left out: {reason}");
-                    skipped.push(Skipped { device: target.to_string(), reason });
+                    skipped.push(Skipped::disk(target.to_string(), reason));
                 }
             }
         }
         // A second look finds the same.
         let _ = self.chains.set(chains);
         Ok(Machine {
-            name: Some(seen.name.clone()),
             uuid: self.handle.address().uuid,
             runs: false,
             shut_off: Some(consistency),

@@ -136,21 +136,22 @@ pub fn read_domain(domain: &Element) -> Domain {
 
 fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
     let target = attribute(disk, "target", "dev").unwrap_or("?").to_owned();
-    let skip = |reason: &str| Skipped { device: target.clone(), reason: reason.to_owned() };
+    let no_disk = |reason: &str| Skipped::no_disk(&target, reason);
     match disk.attributes.get("device").map_or("disk", String::as_str) {
         "disk" | "lun" => {}
-        "cdrom" => return Err(skip("it is a CD-ROM")),
-        "floppy" => return Err(skip("it is a floppy disk")),
-        other => return Err(skip(&format!("it is a {other}"))),
+        "cdrom" => return Err(no_disk("it is a CD-ROM")),
+        "floppy" => return Err(no_disk("it is a floppy disk")),
+        other => return Err(no_disk(&format!("it is a {other}"))),
     }
+    if disk.get_child("source").is_none() {
+        return Err(no_disk("it has no medium"));
+    }
+    let skip = |reason: &str| Skipped::disk(&target, reason);
     if disk.get_child("readonly").is_some() {
         return Err(skip("it is read-only"));
     }
     if disk.get_child("transient").is_some() {
         return Err(skip("it is transient: it loses its changes when the domain stops"));
-    }
-    if disk.get_child("source").is_none() {
-        return Err(skip("it has no medium"));
     }
     let source = |name| attribute(disk, "source", name).map(PathBuf::from);
     let format = attribute(disk, "driver", "type").unwrap_or("raw").to_owned();
