@@ -507,7 +507,7 @@ impl<H: Hypervisor> Run<'_, H> {
         released?;
         let mut bitmaps = recover::obsolete_bitmaps(recorded.record());
         for planned in &self.plan.disks {
-            let stale = stale_bitmaps(&planned.disk, names);
+            let stale = stale_bitmaps(&planned.disk, names, &self.plan.kept);
             bitmaps.extend(stale.into_iter().map(|name| (planned.disk.format.clone(), name)));
         }
         bitmaps.sort_unstable();

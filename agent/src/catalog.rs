@@ -219,6 +219,41 @@ impl Catalog {
         Ok(History { catalog: self.clone(), uuid: uuid.to_owned(), snapshots })
     }
 
+    /// Of these dirty bitmaps those that backups of a machine under other names tell of.
+    ///
+    /// # Errors
+    /// [`CatalogError::Repository`] when the snapshots cannot be listed.
+    pub fn claimed_by_other_names(
+        &self,
+        domain: &DomainName,
+        uuid: &str,
+        mut bitmaps: Vec<String>,
+    ) -> Result<Vec<String>, CatalogError> {
+        let mut claimed = Vec::new();
+        if bitmaps.is_empty() {
+            return Ok(claimed);
+        }
+        let other = |file: &SnapshotFile| {
+            let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_UUID));
+            !is_of(file, domain.as_str()) && is_ours(file) && tagged.is_none_or(|tag| tag == uuid)
+        };
+        let snapshots = self.repository.snapshots()?.good;
+        for (id, file) in snapshots.iter().rev().filter(|(_, file)| other(file)) {
+            // What one that cannot be read began is lost with it.
+            let Ok(manifest) = self.manifest(*id, file) else { continue };
+            if manifest.uuid != uuid {
+                continue;
+            }
+            let began: Vec<&String> =
+                manifest.disks.iter().filter_map(|disk| disk.bitmap.as_ref()).collect();
+            claimed.extend(bitmaps.extract_if(.., |name| began.contains(&&*name)));
+            if bitmaps.is_empty() {
+                break;
+            }
+        }
+        Ok(claimed)
+    }
+
     /// The backup of this name.
     ///
     /// # Errors

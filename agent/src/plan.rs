@@ -82,6 +82,32 @@ pub struct Plan {
     pub disks: Vec<PlannedDisk>,
     /// What else is in the parent's folder, without the content of disks.
     pub files: Vec<Node>,
+    /// Dirty bitmaps of this repository that stay, for backups of the machine under other names.
+    pub kept: Vec<String>,
+}
+
+impl Plan {
+    /// Looks for dirty bitmaps by which backups of this machine under other names go on. They stay, as
+    /// long as there is a backup that tells of them.
+    ///
+    /// # Errors
+    /// [`PlanError::Catalog`] when the backups cannot be listed.
+    pub fn keep_of_other_names(
+        &mut self,
+        catalog: &Catalog,
+        names: &BitmapNames,
+    ) -> Result<(), PlanError> {
+        let of_disk = |planned: &PlannedDisk| {
+            let mut bitmaps = stale_bitmaps(&planned.disk, names, &[]);
+            bitmaps.retain(|name| planned.decision.bitmap_old.as_ref() != Some(name));
+            bitmaps
+        };
+        let mut unknown: Vec<String> = self.disks.iter().flat_map(of_disk).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        self.kept = catalog.claimed_by_other_names(&self.domain, &self.machine.uuid, unknown)?;
+        Ok(())
+    }
 }
 
 /// A disk about to be backed up.
@@ -99,6 +125,10 @@ pub struct PlannedDisk {
 
 /// Lengths of a chunk in bytes that a manifest may name.
 const CHUNK_SIZES: RangeInclusive<u32> = 4096..=8 << 20;
+
+/// How a disk will be read whose checkpoint libvirt does not know any more.
+const LOST: &str = "dirty bitmap, if QEMU still has it: libvirt has lost its checkpoint, which a \
+                    backup looks for; else a rescan";
 
 /// How one disk will be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,7 +232,7 @@ pub fn plan<'a>(
     let is_disk = |node: &Node| planned.iter().any(|p| disk_file(&p.disk.target) == node.name);
     let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
     let files = files.into_iter().filter(|node| !is_disk(node)).collect();
-    Ok(Plan { domain, machine, parent, disks: planned, files })
+    Ok(Plan { domain, machine, parent, disks: planned, files, kept: Vec::new() })
 }
 
 /// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the
@@ -318,16 +348,19 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
                     .into()
             }
             BitmapHealth::Transient => "the dirty bitmap is not the one of the last backup".into(),
-            BitmapHealth::Good if disk.size < parent.size => "the disk was shrunk".into(),
-            BitmapHealth::Good if decision.chunk_size != parent.chunk_size => {
+            BitmapHealth::Good | BitmapHealth::Lost if disk.size < parent.size => {
+                "the disk was shrunk".into()
+            }
+            BitmapHealth::Good | BitmapHealth::Lost if decision.chunk_size != parent.chunk_size => {
                 "the last backup has chunks of another size".into()
             }
-            BitmapHealth::Good => {
+            health @ (BitmapHealth::Good | BitmapHealth::Lost) => {
                 decision.kind = Kind::Incremental;
                 decision.bitmap_old = Some(wanted.clone());
-                match disk.size > parent.size {
-                    true => "dirty bitmap; the grown part counts as changed".into(),
-                    false => "dirty bitmap".into(),
+                match (health, disk.size > parent.size) {
+                    (BitmapHealth::Lost, _) => LOST.into(),
+                    (_, true) => "dirty bitmap; the grown part counts as changed".into(),
+                    (_, false) => "dirty bitmap".into(),
                 }
             }
         },
@@ -336,10 +369,9 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
 }
 
 /// Dirty bitmaps of this repository on a disk that no backup needs any more.
-pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames) -> Vec<String> {
-    let names =
-        disk.tracking.bitmaps().iter().map(|bitmap| &bitmap.name).filter(|name| names.owns(name));
-    names.cloned().collect()
+pub fn stale_bitmaps(disk: &Disk, names: &BitmapNames, kept: &[String]) -> Vec<String> {
+    let bitmaps = disk.tracking.bitmaps().iter().map(|bitmap| &bitmap.name);
+    bitmaps.filter(|name| names.owns(name) && !kept.contains(name)).cloned().collect()
 }
 
 /// Length of a chunk for a disk of `size` bytes: small enough that scattered writes stay cheap, large
@@ -408,6 +440,7 @@ mod tests {
         assert_eq!(kind(bitmaps("c1", NotRecording)), Kind::Rescan);
         assert_eq!(kind(bitmaps("c1", Partial)), Kind::Rescan);
         assert_eq!(kind(bitmaps("c1", Transient)), Kind::Rescan);
+        assert_eq!(kind(bitmaps("c1", Lost)), Kind::Incremental, "it is what a backup hopes for");
         assert_eq!(kind(Tracking::Bitmaps(Vec::new())), Kind::Rescan);
         assert_eq!(kind(Tracking::Unsupported("raw".into())), Kind::Rescan);
     }
@@ -448,6 +481,7 @@ mod tests {
         let bitmap = |name: &&str| Bitmap { name: (*name).into(), health: BitmapHealth::Good };
         let all: Vec<&str> = all.iter().map(AsRef::as_ref).collect();
         let disk = disk(1, Tracking::Bitmaps(all.iter().map(bitmap).collect()));
-        assert_eq!(stale_bitmaps(&disk, &names), [old, new]);
+        assert_eq!(stale_bitmaps(&disk, &names, &[]), [old.clone(), new.clone()]);
+        assert_eq!(stale_bitmaps(&disk, &names, &[old]), [new]);
     }
 }

@@ -9,6 +9,7 @@ use crate::capture::{self, libvirt_job};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::monitor::ANSWER_TIMEOUT;
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Process, Record, Recorded};
@@ -97,15 +98,17 @@ enum Machine {
 /// Reaches the machine of a record; `None` where it has ended.
 async fn reach(record: &Record, run_dir: &Path) -> Result<Option<Machine>, HypervisorError> {
     match &record.reach {
-        Reach::Monitor(socket) => match BareQemu::connect(socket, run_dir, None, false).await {
-            // A socket can be moved; a process that ended has ended.
-            Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
-                if !record.qemu.is_some_and(Process::is_alive) =>
-            {
-                Ok(None)
+        Reach::Monitor(socket) => {
+            match BareQemu::connect(socket, run_dir, None, false, ANSWER_TIMEOUT).await {
+                // A socket can be moved; a process that ended has ended.
+                Err(HypervisorError::Monitor { source: QmpError::Connect { .. }, .. })
+                    if !record.qemu.is_some_and(Process::is_alive) =>
+                {
+                    Ok(None)
+                }
+                connected => Ok(Some(Machine::Bare(connected?))),
             }
-            connected => Ok(Some(Machine::Bare(connected?))),
-        },
+        }
         Reach::Domain(address) => {
             let libvirt = Libvirt::connect(&address.uri).await?;
             let known = libvirt::domains(&libvirt).await?;

@@ -355,6 +355,28 @@ fn assert_next(status: &Value, expected: [(&str, &str); 3]) {
     }
 }
 
+/// `status` and `--dry-run` change nothing, so they cannot know.
+#[test]
+fn status_does_not_announce_a_rescan_where_a_lost_checkpoint_may_be_found_again() {
+    const RAW: (&str, &str) = ("rescan", "raw images keep no dirty bitmaps");
+    const HOPE: (&str, &str) = ("incremental", "if QEMU still has it");
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    scene.backup();
+    scene.domain.start();
+    assert_eq!(scene.checkpoints(), Vec::<String>::new());
+
+    let status = status(&scene);
+    let planned = snapshots(&scene.host.ok(["backup", "--dry-run", "--json", scene.domain.name()]));
+
+    assert_next(&status, [HOPE, HOPE, RAW]);
+    assert_next(&json!({"next": planned, "problem": null}), [HOPE, HOPE, RAW]);
+    assert_eq!(scene.checkpoints(), Vec::<String>::new(), "nothing was changed");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
+}
+
 #[test]
 fn status_tells_how_the_next_backup_is_taken_and_what_is_left() {
     const RAW: (&str, &str) = ("rescan", "raw images keep no dirty bitmaps");

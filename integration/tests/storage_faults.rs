@@ -451,6 +451,32 @@ fn r22_bitmaps_of_others_stay_and_forgotten_ones_of_ours_go() {
 }
 
 #[test]
+fn p3_a_guest_under_two_names_has_a_chain_under_each() {
+    let Some((guest, mut contents)) = machine(4 * MIB) else { return };
+    let host = Host::new();
+    let bitmaps = || guest.bitmaps(&Disk::format_node("vda")).len();
+    for turn in 0..3 {
+        for (index, name) in ["web", "db"].into_iter().enumerate() {
+            contents.scribble(&guest, 2 * turn + index);
+            let snapshot = host.backup_and_compare(&guest, &contents, &["--name", name]);
+            let expected = if turn == 0 { "full" } else { "incremental" };
+            assert_eq!(kind(&snapshot), expected, "{name}: {snapshot}");
+            assert_eq!(bitmaps(), if turn == 0 { index + 1 } else { 2 }, "{name}, {turn}");
+        }
+    }
+
+    // Where all backups under a name are gone nobody needs its bitmap.
+    let of_db = host.list().into_iter().filter(|snapshot| snapshot["domain"] == "db");
+    let ids: Vec<String> = of_db.filter_map(|s| Some(s["id"].as_str()?.to_owned())).collect();
+    assert_eq!(ids.len(), 3);
+    let ids = ids.iter().map(String::as_str);
+    host.restic(&["forget"].into_iter().chain(ids).collect::<Vec<_>>());
+    contents.scribble(&guest, 9);
+    let last = host.backup_and_compare(&guest, &contents, &["--name", "web"]);
+    assert_eq!((kind(&last), bitmaps()), ("incremental".to_owned(), 1), "{last}");
+}
+
+#[test]
 fn r22_two_repositories_keep_their_own_bitmaps() {
     let Some((guest, mut contents)) = machine(4 * MIB) else { return };
     let (one, other) = (Host::new(), Host::new());

@@ -15,11 +15,12 @@ use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::monitor::ANSWER_TIMEOUT;
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
 use crate::journal::Journal;
 use crate::lock::{DomainLock, LockError};
-use crate::names::{DiskName, DomainName, NameError};
+use crate::names::{BitmapNames, DiskName, DomainName, NameError};
 use crate::plan::{self, Plan, PlanError};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
@@ -87,7 +88,7 @@ pub struct BackupArgs {
     /// Store the domain's description with its secrets, such as passwords of consoles
     #[arg(long, conflicts_with = "qmp")]
     with_secrets: bool,
-    /// How long QEMU's export may keep silent, in seconds
+    /// How long QEMU's export may keep silent, in seconds; its monitor 10 at most
     #[arg(long, value_name = "SECONDS", default_value = "30", env = "KVMSNAP_TIMEOUT",
           value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
@@ -107,8 +108,10 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     if let Some(socket) = &args.qmp {
         // One socket has one undo record and one lock, under whatever name it is given.
         let monitor = fs::canonicalize(socket).unwrap_or_else(|_| socket.clone());
-        let (run_dir, scratch_dir) = (&context.global.run_dir, args.scratch_dir.as_deref());
-        let connect = BareQemu::connect(&monitor, run_dir, scratch_dir, args.implicit_filter);
+        let answer = ANSWER_TIMEOUT.min(Duration::from_secs(args.timeout));
+        let (implicit, run_dir) = (args.implicit_filter, &context.global.run_dir);
+        let scratch_dir = args.scratch_dir.as_deref();
+        let connect = BareQemu::connect(&monitor, run_dir, scratch_dir, implicit, answer);
         let agent = args.qga.clone().map(AgentAddress::Socket);
         return back_up(Reach::Monitor(monitor.clone()), connect, |_| agent, &args, context).await;
     }
@@ -229,8 +232,10 @@ async fn back_up<H: Hypervisor>(
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
     let catalog = open.catalog();
     let earlier = catalog.history(&domain, &machine.uuid).map_err(PlanError::from)?;
-    if !args.dry_run {
-        let claims = plan::claims(&machine, &earlier.newest_first());
+    let claims = plan::claims(&machine, &earlier.newest_first());
+    if args.dry_run {
+        hypervisor.presume(&mut machine, &claims);
+    } else {
         let reclaim = async { Ok(hypervisor.reclaim(&mut machine, &claims).await?) };
         context.until_interrupted(reclaim).await?;
     }
@@ -242,9 +247,13 @@ async fn back_up<H: Hypervisor>(
         timeout: Duration::from_secs(args.timeout),
     };
     let newest_first = earlier.newest_first();
-    let plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, args.full)?;
+    let mut plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, args.full)?;
     if args.dry_run {
         return print_plan(&plan, context);
+    }
+    if args.qmp.is_some() {
+        // Only there one machine may be backed up under several names.
+        plan.keep_of_other_names(&catalog, &BitmapNames::of_repository(open.repository.id()))?;
     }
     print_reasons(&plan, context);
     let target = Target { repository: open.repository, index: open.index };
@@ -348,6 +357,7 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
                     "domain": plan.domain, "target": disk.target, "size": disk.size,
                     "kind": decision.kind, "reason": decision.reason,
                     "parent": plan.parent.map(|parent| parent.to_string()),
+                    "tracked": decision.bitmap_old.is_some(),
                 }),
             )?;
         } else {

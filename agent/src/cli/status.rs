@@ -15,12 +15,12 @@ use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
-use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Machine, Reach};
+use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
 use crate::journal::Recorded;
 use crate::lock::{DomainLock, LockError};
 use crate::manifest::Kind;
 use crate::names::DomainName;
-use crate::plan::{self, Plan, PlanError};
+use crate::plan;
 use crate::store::blocking;
 
 /// Show for each domain its last backup, how the next one will be taken and why, and what is left
@@ -144,17 +144,27 @@ async fn line<L>(
         }),
     };
     let planned = async {
+        let domain: DomainName = known.name.parse()?;
+        let of_it = |backup: &&Backup| {
+            backup.manifest.uuid == known.uuid && backup.manifest.domain == domain
+        };
+        let newest_first = backups.iter().rev().filter(of_it);
         let machine = match known.is_active {
             true => {
-                let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
-                domain.discover(&Choice::default()).await?
+                let hypervisor = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
+                let mut machine = hypervisor.discover(&Choice::default()).await?;
+                let claims = plan::claims(&machine, &newest_first);
+                hypervisor.presume(&mut machine, &claims);
+                machine
             }
             false => {
-                let domain = ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false);
-                domain.discover(&Choice::default()).await?
+                let hypervisor = ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false);
+                hypervisor.discover(&Choice::default()).await?
             }
         };
-        next(machine, &known.name, open, backups)
+        let (catalog, index) = (open.catalog(), &open.index);
+        let plan = plan::plan(machine, domain.clone(), &newest_first, &catalog, index, false)?;
+        Ok::<_, CommandError>(plan)
     };
     match planned.await {
         Ok(plan) => {
@@ -169,24 +179,6 @@ async fn line<L>(
         Err(error) => line.problem = Some(error.to_string()),
     }
     line
-}
-
-/// How the next backup of a machine will be taken. Checkpoints that libvirt has lost are found again
-/// only by a backup.
-fn next<L>(
-    machine: Machine,
-    name: &str,
-    open: &OpenRepository<L>,
-    backups: &[Backup],
-) -> Result<Plan, CommandError> {
-    let domain: DomainName = name.parse()?;
-    let uuid = machine.uuid.clone();
-    let of_it = |backup: &&Backup| backup.manifest.uuid == uuid && backup.manifest.domain == domain;
-    let newest_first = backups.iter().rev().filter(of_it);
-
-    let plan: Result<Plan, PlanError> =
-        plan::plan(machine, domain.clone(), &newest_first, &open.catalog(), &open.index, false);
-    Ok(plan?)
 }
 
 /// Machines that the repository or the journal knows and libvirt does not.

@@ -378,6 +378,8 @@ pub enum BitmapHealth {
     NotRecording,
     /// It goes on in an image beneath: it counted only a part of the writes.
     Partial,
+    /// The way to QEMU has lost it; a backup will find out whether QEMU still has it.
+    Lost,
     /// It goes away with QEMU, so somebody else made it.
     Transient,
 }
@@ -459,6 +461,9 @@ pub trait Hypervisor {
     /// Finds dirty bitmaps again that the way to QEMU, not QEMU itself, has lost.
     async fn reclaim(&self, machine: &mut Machine, claims: &[Claim])
     -> Result<(), HypervisorError>;
+
+    /// Takes for granted what [`Self::reclaim`] would find, to say beforehand how a backup is taken.
+    fn presume(&self, _machine: &mut Machine, _claims: &[Claim]) {}
 
     /// How the machine is reached.
     fn reach(&self) -> Reach;

@@ -16,7 +16,7 @@ use crate::effect;
 use crate::journal::Process;
 
 /// How long QEMU may take to greet and to answer; it answers within milliseconds unless it hangs.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node may stay in use after its last user was told to go.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 const RELEASE_POLL: Duration = Duration::from_millis(20);
@@ -82,12 +82,12 @@ struct FdSetMember {
 }
 
 impl Monitor {
-    /// Connects to a monitor socket.
+    /// Connects to a monitor socket. `timeout` is how long QEMU may take to greet and to answer.
     ///
     /// # Errors
     /// [`HypervisorError::Monitor`], whose source tells a wrong socket from a taken one.
-    pub async fn connect(socket: &Path) -> Result<Self, HypervisorError> {
-        let options = Options { timeout: ANSWER_TIMEOUT, ..Options::default() };
+    pub async fn connect(socket: &Path, timeout: Duration) -> Result<Self, HypervisorError> {
+        let options = Options { timeout, ..Options::default() };
         let qmp = Qmp::connect(socket, options)
             .await
             .map_err(|source| HypervisorError::Monitor { socket: socket.to_owned(), source })?;

@@ -89,7 +89,7 @@ struct Stats {
 }
 
 impl BareQemu {
-    /// Connects, and asks what this QEMU can do.
+    /// Connects, and asks what this QEMU can do. `timeout` is how long it may take for an answer.
     ///
     /// # Errors
     /// [`HypervisorError::Monitor`], [`HypervisorError::NoMethod`].
@@ -98,8 +98,9 @@ impl BareQemu {
         run_dir: &Path,
         scratch_dir: Option<&Path>,
         implicit_filter: bool,
+        timeout: Duration,
     ) -> Result<Self, HypervisorError> {
-        let monitor = Monitor::connect(socket).await?;
+        let monitor = Monitor::connect(socket, timeout).await?;
         let schema: Vec<SchemaEntry> = monitor.query("query-qmp-schema", json!({})).await?;
         let recipe = match recipe(&schema) {
             Some(Recipe::Filter) if implicit_filter || filter_is_deadly(&monitor).await? => {

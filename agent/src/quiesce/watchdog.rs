@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::guest_agent::{Agent, AgentAddress, AgentError};
 use super::{FREEZE_TIMEOUT, guest_agent};
-use crate::hypervisor::monitor::Monitor;
+use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor};
 use crate::hypervisor::{HypervisorError, Reach};
 
 /// Name of the hidden subcommand that this process runs as.
@@ -365,7 +365,7 @@ async fn let_go_on(reach: &Reach) -> Result<(), HypervisorError> {
     let Reach::Monitor(monitor) = reach else { return Ok(()) };
     let start = Instant::now();
     loop {
-        let attempt = async { Monitor::connect(monitor).await?.let_go_on().await };
+        let attempt = async { Monitor::connect(monitor, ANSWER_TIMEOUT).await?.let_go_on().await };
         match attempt.await {
             Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
             outcome => return outcome,

@@ -22,8 +22,8 @@ use virt::domain::{
 };
 
 use super::{
-    Bitmap, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
-    MachineFile, Reach, Tracking,
+    Bitmap, BitmapHealth, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError,
+    Machine, MachineFile, Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::journal::{DiskRecord, Record, Recorded};
@@ -249,6 +249,19 @@ impl Hypervisor for LibvirtDomain {
             self.reclaim_one(machine, claim).await?;
         }
         Ok(())
+    }
+
+    fn presume(&self, machine: &mut Machine, claims: &[Claim]) {
+        for disk in &mut machine.disks {
+            let claimed = claims.iter().filter(|claim| claim.disks.contains(&disk.target));
+            let Tracking::Bitmaps(bitmaps) = &mut disk.tracking else { continue };
+            for claim in claimed {
+                if bitmaps.iter().all(|known| known.name != claim.bitmap) {
+                    let (name, health) = (claim.bitmap.clone(), BitmapHealth::Lost);
+                    bitmaps.push(Bitmap { name, health });
+                }
+            }
+        }
     }
 
     fn reach(&self) -> Reach {
