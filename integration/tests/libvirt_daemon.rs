@@ -1,10 +1,19 @@
-//! R03: libvirtd ends and is started anew. In a file of its own, for its test has to be alone.
+//! R03: libvirtd ends and is started anew. R04: a guest makes it deaf for a while. In a file of their own,
+//! for these tests have to be alone.
 
-use integration::faults::{kinds, noise};
+use std::time::{Duration, Instant};
+
+use integration::faults::{assert_says, kinds, noise, wait_until};
 use integration::finish;
-use integration::libvirt::{Scene, assert_incremental};
+use integration::libvirt::{SIZE, Scene, assert_incremental};
 use nix::sys::signal::Signal;
 use vm_fixtures::libvirt::Libvirt;
+use vm_fixtures::{Disk, Guest};
+
+/// How long a run may take to see that its guest is gone and that there is nothing to let go of.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+/// libvirt 9.0 waits twice 30 s for a lock that the job of a guest that is gone holds.
+const DEAF_MAX: Duration = Duration::from_secs(110);
 
 #[test]
 fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
@@ -24,4 +33,32 @@ fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
         assert_incremental(&scene.backup(), "bitmap");
         scene.assert_clean();
     }
+}
+
+#[test]
+fn r04_a_guest_with_an_agent_that_powers_itself_off_in_mid_job_keeps_nobody_waiting() {
+    let Some(libvirt) = Libvirt::alone() else { return };
+    let plan = Guest::builder().disk(Disk::new("vda", SIZE)).under_libvirt();
+    let mut scene = Scene::of(plan, &["vda"], SIZE, &libvirt);
+    scene.domain.start();
+    assert_eq!(scene.backup()["consistency"], "filesystem");
+    scene.write("vda", 0, &noise(2 << 20, 1));
+    let running = scene.backup_slowly(&[]);
+
+    scene.domain.spawn(&["poweroff", "-f"]);
+
+    let off = Instant::now();
+    let outcome = finish(running);
+    assert!(off.elapsed() < END_TIMEOUT, "{:?}: {outcome:?}", off.elapsed());
+    assert_says(&outcome, 1, "died during the backup");
+    wait_until(DEAF_MAX, "libvirt sees it", || scene.domain.state() == "shut off");
+    scene.write("vda", 3 << 20, &noise(64 << 10, 2));
+    let next = scene.backup();
+    assert_eq!(next["method"], "offline", "{next}");
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    scene.assert_clean();
+    scene.domain.start();
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean();
 }
