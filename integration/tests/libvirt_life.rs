@@ -1,10 +1,13 @@
-//! R05 and what else happens to a domain of libvirt while it is backed up: it is migrated, its job is ended.
+//! R05 and what else others do to a domain of libvirt: they migrate it, end its job, back it up too.
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use integration::faults::{STILL_MAX, assert_says, kinds, noise, wait_until};
 use integration::libvirt::{SIZE, Scene, assert_incremental};
-use integration::{Host, Outcome, finish, spawn};
+use integration::{Host, Outcome, finish, spawn, tool};
 use serde_json::Value;
 use vm_fixtures::libvirt::{Libvirt, OtherHost};
 use vm_fixtures::{Disk, Guest};
@@ -17,11 +20,18 @@ const NOISE_LEN: usize = 2 << 20;
 /// A running domain that keeps dirty bitmaps on all of its disks, with one backup.
 #[track_caller]
 fn migratable(libvirt: &Libvirt) -> Scene {
+    let scene = tracked(libvirt);
+    assert_eq!(scene.backup()["kind"], "full");
+    scene
+}
+
+/// The same without a backup.
+#[track_caller]
+fn tracked(libvirt: &Libvirt) -> Scene {
     let disks = ["vda", "vdb"];
     let plan = disks.iter().fold(Guest::without_os(), |plan, id| plan.disk(Disk::new(id, SIZE)));
     let scene = Scene::of(plan.under_libvirt(), &disks, SIZE, libvirt);
     scene.domain.start();
-    assert_eq!(scene.backup()["kind"], "full");
     scene
 }
 
@@ -126,4 +136,67 @@ fn r05_a_domain_that_was_migrated_stays_incremental_there_and_back_again() {
     assert_incremental(&scene.backup(), "bitmap");
     scene.assert_clean();
     scene.host.assert_restic_is_content();
+}
+
+// ---- another tool -------------------------------------------------------------------------------
+
+/// A backup of the domain by virtnbdbackup.
+#[track_caller]
+fn virtnbdbackup(scene: &Scene, level: &str) -> Outcome {
+    let mut command = Command::new("virtnbdbackup");
+    command.args(["-n", "-d", scene.domain.name(), "-l", level, "-S"]).arg(scene.domain.folder());
+    command.arg("-o").arg(scene.host.folder().join("virtnbdbackup"));
+    finish(spawn(command))
+}
+
+/// What virtnbdbackup restores is what the disks held.
+#[track_caller]
+fn assert_virtnbdrestore_yields(scene: &Scene, target: &Path) {
+    let mut restore = Command::new("virtnbdrestore");
+    restore.args(["-n", "-a", "restore", "-i"]).arg(scene.host.folder().join("virtnbdbackup"));
+    restore.arg("-L").arg(scene.host.folder().join("restore.log")).arg("-o").arg(target);
+    tool(restore);
+    for disk in scene.contents.names() {
+        let (image, raw) = (target.join(format!("{disk}.qcow2")), target.join("raw"));
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "qcow2", "-O", "raw"]).args([&image, &raw]);
+        tool(convert);
+        let same = fs::read(&raw).is_ok_and(|restored| restored == scene.contents.of(disk));
+        assert!(same, "virtnbdbackup's backup of {disk}");
+    }
+}
+
+#[test]
+fn virtnbdbackup_and_kvmsnap_leave_each_others_checkpoints_alone() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    if !vm_fixtures::available("virtnbdbackup", "virtnbdbackup") {
+        return;
+    }
+    let mut scene = tracked(&libvirt);
+    let theirs = virtnbdbackup(&scene, "full");
+    assert_eq!(theirs.code, Some(0), "{theirs:?}");
+    assert_eq!(scene.checkpoints(), ["virtnbdbackup.0"]);
+    scene.scribble();
+
+    assert_eq!(scene.backup()["kind"], "full");
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+
+    let known = scene.checkpoints();
+    let (ours, others): (Vec<_>, Vec<_>) = known.iter().partition(|c| c.starts_with("kvmsnap-"));
+    assert_eq!((ours.len(), others), (1, vec![&"virtnbdbackup.0".to_owned()]));
+    // It wants the domain for itself; libvirt can forget our checkpoint, its bitmaps stay.
+    let refused = virtnbdbackup(&scene, "inc");
+    assert_ne!(refused.code, Some(0), "{refused:?}");
+    assert!(refused.stderr.contains("Foreign checkpoint found"), "{refused:?}");
+    scene.domain.virsh("checkpoint-delete", &[ours[0], "--metadata"]);
+    let theirs = virtnbdbackup(&scene, "inc");
+    assert_eq!(theirs.code, Some(0), "{theirs:?}");
+    assert_virtnbdrestore_yields(&scene, &scene.host.folder().join("theirs"));
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    assert_eq!(scene.checkpoints().len(), 3, "{:?}", scene.checkpoints());
+    scene.scribble();
+    assert_incremental(&scene.backup(), "bitmap");
+    scene.assert_clean_but_bitmaps();
 }
