@@ -125,18 +125,6 @@ id! {
     FileId
 }
 
-impl BlobId {
-    /// Of so many contents [`Self::of_each`] makes the best.
-    pub(crate) const AT_ONCE: usize = 16;
-
-    /// As [`Self::of`], of each: a processor with AVX-512 hashes sixteen in the time of eight.
-    pub(crate) fn of_each(contents: &[&[u8]]) -> Vec<Self> {
-        let mut digests = vec![[0; 32]; contents.len()];
-        tape_sha256::hash_many(contents, &mut digests);
-        digests.into_iter().map(Self).collect()
-    }
-}
-
 impl FileId {
     /// Stands for the one file without an id, `config`.
     pub const CONFIG: Self = Self([0; 32]);
@@ -144,11 +132,9 @@ impl FileId {
 
 #[cfg(test)]
 mod tests {
-    use proptest::{collection::vec, prelude::*};
+    use proptest::prelude::*;
 
     use super::*;
-
-    const CHUNK_LEN: usize = 128 << 10;
 
     proptest! {
         #[test]
@@ -158,24 +144,6 @@ mod tests {
             prop_assert_eq!(id.to_string().parse(), Ok(id));
             let json = serde_json::to_string(&id).unwrap();
             prop_assert_eq!(serde_json::from_str::<BlobId>(&json).unwrap(), id);
-        }
-
-        /// Lengths of all kinds around those of blocks, and those of chunks.
-        #[test]
-        fn many_at_once_have_the_ids_that_each_has_alone(
-            lens in vec(prop_oneof![0..300_usize, Just(CHUNK_LEN), CHUNK_LEN - 70..CHUNK_LEN], 0..40),
-            seed: u64,
-        ) {
-            let mut noise = seed | 1;
-            let mut byte = |_| {
-                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                (noise >> 56) as u8
-            };
-            let contents: Vec<Vec<u8>> =
-                lens.into_iter().map(|len| (0..len).map(&mut byte).collect()).collect();
-            let contents: Vec<&[u8]> = contents.iter().map(Vec::as_slice).collect();
-            let alone: Vec<_> = contents.iter().map(|content| BlobId::of(content)).collect();
-            prop_assert_eq!(BlobId::of_each(&contents), alone);
         }
 
         #[test]

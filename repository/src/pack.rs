@@ -65,11 +65,6 @@ impl PackedBlob {
         }
     }
 
-    /// Of the plain blob, in bytes.
-    pub(crate) fn plain_len(&self) -> u32 {
-        self.uncompressed_len.unwrap_or(self.len.saturating_sub(OVERHEAD))
-    }
-
     /// Bytes that this blob adds to the plain header.
     pub(crate) fn entry_len(&self) -> u64 {
         if self.uncompressed_len.is_some() { 41 } else { 37 }

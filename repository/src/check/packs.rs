@@ -1,13 +1,13 @@
 //! Packs: there, as long as they should be, and every byte as it was written.
 
-use std::{collections::HashMap, convert::Infallible, sync::Mutex, thread};
+use std::{collections::HashMap, sync::Mutex, thread};
 
 use rand::RngExt;
+use zstd::bulk::Decompressor;
 
 use super::{Affects, CheckProgress, CheckReport, Finding, unreadable};
 use crate::{
-    Defect, FileId, FileKind, FileRef, Index, Repository, RepositoryError,
-    blob::Opener,
+    Defect, FileId, FileKind, FileRef, Index, Repository, RepositoryError, blob,
     crypto::MasterKey,
     pack::{self, PackedBlob},
 };
@@ -122,7 +122,8 @@ impl Repository {
         }
         let named = FileId::of(&reader.content) == *id;
         let header = reader.check_header(expected);
-        let mut findings = reader.check_blobs(file, expected);
+        let mut findings: Vec<_> =
+            expected.iter().filter_map(|blob| reader.check_blob(file, blob)).collect();
         // The header matters only when an index must be rebuilt; the blobs may be all right.
         if let Err(defect) = header {
             findings.push(Finding::new(file, defect, Affects::Nobody));
@@ -138,12 +139,15 @@ impl Repository {
 struct PackReader<'a> {
     key: &'a MasterKey,
     content: Vec<u8>,
-    opener: Opener<'a>,
+    plain: Vec<u8>,
+    decompressor: Decompressor<'static>,
 }
 
 impl<'a> PackReader<'a> {
     fn new(key: &'a MasterKey) -> Result<Self, RepositoryError> {
-        Ok(Self { key, content: Vec::new(), opener: Opener::new(key)? })
+        let decompressor = Decompressor::new()
+            .map_err(|source| RepositoryError::Compress { source: std::sync::Arc::new(source) })?;
+        Ok(Self { key, content: Vec::new(), plain: Vec::new(), decompressor })
     }
 
     fn check_header(&mut self, expected: &[PackedBlob]) -> Result<(), Defect> {
@@ -161,15 +165,16 @@ impl<'a> PackReader<'a> {
         }
     }
 
-    fn check_blobs(&mut self, file: FileRef, blobs: &[PackedBlob]) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        let Ok(()) = self.opener.open_each(blobs, 0, &mut self.content, |n, opened| {
-            let PackedBlob { id, kind, .. } = blobs[n];
-            let affects = Affects::Copies(vec![(kind, id)]);
-            let found = |defect| Finding { file: Some(file), blob: Some(id), defect, affects };
-            findings.extend(opened.err().map(found));
-            Ok::<_, Infallible>(())
-        });
-        findings
+    fn check_blob(&mut self, file: FileRef, blob: &PackedBlob) -> Option<Finding> {
+        let range = blob.offset as usize..blob.offset as usize + blob.len as usize;
+        let checked = match self.content.get_mut(range) {
+            Some(sealed) => {
+                blob::open(self.key, &mut self.decompressor, blob, sealed, &mut self.plain)
+            }
+            None => Err(Defect::Truncated { len: self.content.len() as u64 }),
+        };
+        let affects = Affects::Copies(vec![(blob.kind, blob.id)]);
+        let found = |defect| Finding { file: Some(file), blob: Some(blob.id), defect, affects };
+        checked.err().map(found)
     }
 }

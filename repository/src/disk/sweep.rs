@@ -1,20 +1,21 @@
 //! All chunks of a disk in one sweep over the packs: each is read once, from front to back, in pieces
 //! that several threads open at once.
 //!
-//! Memory: for each thread one piece of a pack and its chunks, at most 4 MiB of these or one, and 24
-//! bytes for each wanted chunk.
+//! Memory: for each thread one piece of a pack and one chunk, and 24 bytes for each wanted chunk.
 
-use std::{collections::HashMap, sync::Mutex, thread};
-
-use super::DiskReader;
-use crate::{
-    BlobId, BlobKind, FileId, FileKind, RepositoryError,
-    blob::{BATCH, Opener},
-    pack::PackedBlob,
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    thread,
 };
 
+use zstd::bulk::Decompressor;
+
+use super::DiskReader;
+use crate::{BlobId, BlobKind, FileId, FileKind, RepositoryError, blob, pack::PackedBlob};
+
 /// A pack is read in pieces of at most so many bytes, or one blob: they stay in a core's cache.
-const PIECE_LEN: usize = 2 << 20;
+const PIECE_LEN: usize = 1 << 20;
 /// Blobs that nobody wants are read along when they are not longer than this.
 const GAP_LEN_MAX: usize = 64 << 10;
 
@@ -56,14 +57,12 @@ impl DiskReader {
             }
         };
         let work = || {
-            let mut sealed = Vec::new();
-            let mut opener = match Opener::new(self.reader.repository().key()) {
+            let mut opener = match Opener::new() {
                 Ok(opener) => opener,
                 Err(error) => return fail(error.into()),
             };
             while let Some(piece) = next() {
-                if let Err(error) = self.open_piece(&packs, piece, &mut opener, &mut sealed, &take)
-                {
+                if let Err(error) = self.open_piece(&packs, piece, &mut opener, &take) {
                     fail(error);
                 }
             }
@@ -109,48 +108,38 @@ impl DiskReader {
         &self,
         packs: &[FileId],
         piece: &[Wanted],
-        opener: &mut Opener<'_>,
-        sealed: &mut Vec<u8>,
+        opener: &mut Opener,
         take: &impl Fn(usize, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let (Some(first), Some(last)) = (piece.first(), piece.last()) else { return Ok(()) };
         let len = end(last) - first.offset as usize;
-        if sealed.len() < len {
-            sealed.resize(len, 0);
+        if opener.sealed.len() < len {
+            opener.sealed.resize(len, 0);
         }
-        let backend = self.reader.repository().backend();
+        let repository = self.reader.repository();
         let (pack, offset) = (&packs[first.pack as usize], first.offset.into());
-        let sealed = match backend.read_range(FileKind::Pack, pack, offset, &mut sealed[..len]) {
-            Ok(()) => &mut sealed[..len],
-            // Then each blob is tried alone.
-            Err(_) => &mut [],
-        };
-        let equal: Vec<_> = piece.chunk_by(|one, other| one.offset == other.offset).collect();
-        let place = |same: &&[Wanted]| Ok(self.place(&self.content[same[0].chunk])?.1);
-        let blobs = equal.iter().map(place).collect::<Result<Vec<_>, RepositoryError>>()?;
-        opener.open_each(&blobs, first.offset, sealed, |n, opened| match opened {
-            Ok(plain) => self.hand_on(equal[n], plain, take),
-            // On its own, and where that fails from another pack.
-            Err(_) => {
-                self.hand_on(equal[n], &self.reader.read(BlobKind::Data, &blobs[n].id)?, take)
+        let sealed = &mut opener.sealed[..len];
+        let read = repository.backend().read_range(FileKind::Pack, pack, offset, sealed).is_ok();
+        for same in piece.chunk_by(|one, other| one.offset == other.offset) {
+            let id = &self.content[same[0].chunk];
+            let (_, blob) = self.place(id)?;
+            let start = (blob.offset - first.offset) as usize;
+            let sealed = &mut sealed[start..start + blob.len as usize];
+            let Opener { plain, decompressor, .. } = opener;
+            let good =
+                read && blob::open(repository.key(), decompressor, &blob, sealed, plain).is_ok();
+            if !good {
+                // On its own, and where that fails from another pack.
+                *plain = self.reader.read(BlobKind::Data, id)?;
             }
-        })
-    }
-
-    /// Hands on equal chunks.
-    fn hand_on<E: From<RepositoryError>>(
-        &self,
-        equal: &[Wanted],
-        plain: &[u8],
-        take: &impl Fn(usize, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        for one in equal {
-            let range = self.chunk_range(one.chunk);
-            let (expected, actual) = (range.end - range.start, plain.len() as u64);
-            if expected != actual {
-                return Err(RepositoryError::SizeMismatch { expected, actual }.into());
+            for one in same {
+                let range = self.chunk_range(one.chunk);
+                let (expected, actual) = (range.end - range.start, plain.len() as u64);
+                if expected != actual {
+                    return Err(RepositoryError::SizeMismatch { expected, actual }.into());
+                }
+                take(one.chunk, plain)?;
             }
-            take(one.chunk, plain)?;
         }
         Ok(())
     }
@@ -159,17 +148,12 @@ impl DiskReader {
 /// Splits off what is read at once; `None` at the end.
 fn split_piece(wanted: &[Wanted]) -> Option<(&[Wanted], &[Wanted])> {
     let first = wanted.first()?;
-    let mut blobs = 1;
     let together = |pair: &&[Wanted]| {
         let (one, next) = (&pair[0], &pair[1]);
-        if (one.pack, one.offset) == (next.pack, next.offset) {
-            return true;
-        }
-        blobs += 1;
-        blobs <= BATCH
-            && one.pack == next.pack
+        one.pack == next.pack
             && end(next) - first.offset as usize <= PIECE_LEN
             && (next.offset as usize).saturating_sub(end(one)) <= GAP_LEN_MAX
+            || (one.pack, one.offset) == (next.pack, next.offset)
     };
     let more = wanted.windows(2).take_while(together).count();
     Some(wanted.split_at(1 + more))
@@ -178,6 +162,21 @@ fn split_piece(wanted: &[Wanted]) -> Option<(&[Wanted], &[Wanted])> {
 /// End of a sealed blob from the start of its pack, in bytes.
 fn end(wanted: &Wanted) -> usize {
     wanted.offset as usize + wanted.len as usize
+}
+
+/// What one thread needs to open blobs.
+struct Opener {
+    sealed: Vec<u8>,
+    plain: Vec<u8>,
+    decompressor: Decompressor<'static>,
+}
+
+impl Opener {
+    fn new() -> Result<Self, RepositoryError> {
+        let decompressor = Decompressor::new()
+            .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
+        Ok(Self { sealed: Vec::new(), plain: Vec::new(), decompressor })
+    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,8 @@
 //!                                └─► queue (packs) ─► uploader: name, write, fsync, index
 //! ```
 //! Memory: the queue of chunks, and for each worker and for the uploader twice a pack buffer of
-//! `pack_len` plus one chunk, and for each worker 4 MiB of chunks; with two threads and 16 MiB packs
-//! about 32 + 4 × 17 + 2 × 4 MiB, and about 40 to 80 bytes for each blob that this run stored. A tree
-//! takes its compressed length.
+//! `pack_len` plus one chunk; with two threads and 16 MiB packs about 32 + 4 × 17 MiB, and about 40
+//! to 80 bytes for each blob that this run stored. A tree takes its compressed length.
 
 mod builder;
 mod queue;

@@ -60,28 +60,18 @@ impl<T> Queue<T> {
 
     /// Waits for an item; `None` once the queue is closed and empty.
     pub(super) fn pop(&self) -> Option<T> {
-        self.pop_some(1, usize::MAX).pop()
-    }
-
-    /// Waits for items; there are none once the queue is closed and empty. Takes up to `count_max` of
-    /// `weight_max` together, or one of any weight, but only half of them: others want some too.
-    pub(super) fn pop_some(&self, count_max: usize, weight_max: usize) -> Vec<T> {
         let mut state = self.state();
-        while state.items.is_empty() && !state.closed {
+        loop {
+            if let Some((item, weight)) = state.items.pop_front() {
+                state.weight -= weight;
+                self.room.notify_all();
+                return Some(item);
+            }
+            if state.closed {
+                return None;
+            }
             state = self.items.wait(state).expect("no panic while locked");
         }
-        let mut taken = 0;
-        let fits = |(_, weight): &&(T, usize)| {
-            taken += weight;
-            taken <= weight_max
-        };
-        let half = state.items.len().div_ceil(2);
-        let count = state.items.iter().take(count_max.min(half)).take_while(fits).count();
-        let count = count.max(1).min(half);
-        let (items, weights): (Vec<T>, Vec<usize>) = state.items.drain(..count).unzip();
-        state.weight -= weights.into_iter().sum::<usize>();
-        self.room.notify_all();
-        items
     }
 
     /// Takes nothing more; what is in it can still be taken out.
@@ -124,22 +114,6 @@ mod tests {
         queue.close();
         assert_eq!(queue.push('d', 0, SOON), Err(Refused::Closed));
         assert_eq!((queue.pop(), queue.pop(), queue.pop()), (Some('b'), Some('c'), None));
-    }
-
-    #[test]
-    fn some_are_half_of_them_as_long_as_they_are_few_and_light() {
-        let queue = Queue::new(100);
-        for weight in [9, 1, 1, 1, 1, 1, 1, 1] {
-            queue.push(weight, weight, SOON).unwrap();
-        }
-        assert_eq!(queue.pop_some(9, 3), [9], "the first, however heavy");
-        assert_eq!(queue.pop_some(9, 3), [1, 1, 1], "as heavy as allowed");
-        assert_eq!(queue.pop_some(1, 3), [1], "as many as allowed");
-        assert_eq!(queue.pop_some(9, 3), [1, 1], "half");
-        queue.close();
-        assert_eq!(queue.pop_some(9, 9), [1]);
-        assert!(queue.pop_some(9, 9).is_empty());
-        assert_eq!(queue.push(99, 99, SOON), Err(Refused::Closed));
     }
 
     #[test]

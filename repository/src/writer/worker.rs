@@ -7,21 +7,14 @@ use super::{
     builder::PackBuilder,
     shared::{Job, Shared},
 };
-use crate::{
-    BlobId, BlobKind, RepositoryError,
-    blob::{BATCH, BATCH_LEN_MAX},
-};
+use crate::{BlobId, BlobKind, RepositoryError};
 
 /// Works until there are no more jobs, then hands on its unfinished pack.
 pub(super) fn run(shared: &Shared) -> Result<(), RepositoryError> {
     let mut worker =
         Worker { shared, builder: new_builder(shared), compressor: shared.compressor()? };
-    loop {
-        let jobs = shared.jobs.pop_some(BATCH, BATCH_LEN_MAX);
-        if jobs.is_empty() {
-            break;
-        }
-        worker.process(jobs)?;
+    while let Some(job) = shared.jobs.pop() {
+        worker.process(&job)?;
     }
     shared.check()?;
     worker.hand_on()
@@ -34,24 +27,14 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// First what has a name, then the others, whose names are made together.
-    fn process(&mut self, jobs: Vec<Job>) -> Result<(), RepositoryError> {
-        let mut unnamed = Vec::new();
-        for job in jobs {
-            let zero = is_zero(&job.plain);
-            match job.id {
-                Some(id) => self.store(&job, id, zero)?,
-                None if zero => self.store(&job, self.zero_id(&job), zero)?,
-                None => unnamed.push(job),
-            }
-        }
-        let contents: Vec<&[u8]> = unnamed.iter().map(|job| &*job.plain).collect();
-        let ids = BlobId::of_each(&contents);
-        unnamed.into_iter().zip(ids).try_for_each(|(job, id)| self.store(&job, id, false))
-    }
-
-    /// Puts a blob into the pack, unless it is known, and hands the pack on when it is full.
-    fn store(&mut self, job: &Job, id: BlobId, zero: bool) -> Result<(), RepositoryError> {
+    fn process(&mut self, job: &Job) -> Result<(), RepositoryError> {
+        let len = job.plain.len();
+        let zero = is_zero(&job.plain);
+        let id = match job.id {
+            Some(id) => id,
+            None if zero => self.zero_id(job),
+            None => BlobId::of(&job.plain),
+        };
         let fresh = self.shared.claim(BlobKind::Data, &id);
         let mut stored_len = 0;
         if fresh {
@@ -63,7 +46,7 @@ impl Worker<'_> {
             }
         }
         let report = |(disk, chunk)| Stored { disk, chunk, id, fresh, stored_len };
-        self.shared.done(job.plain.len(), fresh, zero, job.report.map(report));
+        self.shared.done(len, fresh, zero, job.report.map(report));
         Ok(())
     }
 
