@@ -1,7 +1,9 @@
 //! Domains of libvirt that are shut off: backed up as they lie there, in one chain with the backups of
 //! the running domain.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental, daemons, wait_
 use integration::restored::disk;
 use integration::{Host, Running, finish, spawn, tool};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
@@ -104,6 +106,114 @@ fn p1_a_disk_that_got_an_overlay_is_read_whole_once_with_what_lies_beneath() {
     scene.scribble();
     assert_incremental(&scene.backup(), "bitmap");
     scene.assert_clean();
+}
+
+/// Adds a disk of another kind to a domain that is shut off.
+#[track_caller]
+fn attach(scene: &Scene, target: &str, kind: &str, format: &str, source: &str) {
+    let xml = format!(
+        "<disk type='{kind}' device='disk'><driver name='qemu' type='{format}'/>{source}\
+         <target dev='{target}' bus='virtio'/><alias name='ua-{target}'/></disk>"
+    );
+    let file = scene.domain.folder().join(format!("{target}.xml"));
+    fs::write(&file, xml).expect("the domain's folder is writable");
+    scene.domain.virsh("attach-device", &[&file.to_string_lossy(), "--config"]);
+}
+
+fn one_disk(libvirt: &Libvirt, disk: Disk) -> Scene {
+    Scene::of(Guest::without_os().disk(disk).under_libvirt(), &["vda"], SIZE, libvirt)
+}
+
+#[test]
+fn p1_a_disk_on_the_network_is_read_whole_whether_the_domain_runs_or_not() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = one_disk(&libvirt, Disk::new("vda", SIZE));
+    let folder = scene.domain.folder().to_owned();
+    let (image, socket) = (folder.join("network.raw"), folder.join("nbd.sock"));
+    File::create(&image).and_then(|file| file.set_len(SIZE)).expect("the folder is writable");
+    let mut server = Command::new("qemu-nbd");
+    server.args(["-t", "-e", "8", "-f", "raw", "-x", "disk", "-k"]).arg(&socket).arg(&image);
+    let _server = spawn(server);
+    let listens = || UnixStream::connect(&socket).is_ok();
+    wait_until(WAIT, "the NBD server listens", listens);
+    let everybody = fs::Permissions::from_mode(0o666);
+    fs::set_permissions(&socket, everybody).expect("the socket is ours");
+    let host = format!("<host transport='unix' socket='{}'/>", socket.display());
+    let source = format!("<source protocol='nbd' name='disk'>{host}</source>");
+    attach(&scene, "vdb", "network", "raw", &source);
+    scene.contents.add("vdb", SIZE);
+    let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    for (turn, method) in ["offline", "bitmap", "bitmap", "offline"].into_iter().enumerate() {
+        match turn {
+            1 => scene.domain.start(),
+            3 => scene.domain.destroy(),
+            _ => {}
+        }
+        let (offset, bytes) = ((turn * 300) << 10, noise(200 << 10, turn as u64));
+        scene.write("vda", offset, &bytes);
+        let file = folder.join("buffer");
+        let write = format!("write -s {} {offset} {}", file.display(), bytes.len());
+        if method == "bitmap" {
+            scene.domain.qemu_io("vdb", &write);
+        } else {
+            let mut io = Command::new("qemu-io");
+            io.args(["-f", "raw", "-c", &write, &uri]);
+            tool(io);
+        }
+        scene.contents.note("vdb", offset, &bytes);
+
+        let made = scene.backup();
+
+        assert_eq!(made["method"], method, "{made}");
+        let expected = if turn == 0 { ["full", "full"] } else { ["incremental", "rescan"] };
+        assert_eq!(kinds(&made).values().collect::<Vec<_>>(), expected, "{made}");
+        assert_eq!(made["skipped"], json!([]), "{made}");
+        scene.assert_clean_but_bitmaps();
+    }
+    scene.host.assert_restic_is_content();
+}
+
+#[test]
+fn p1_an_image_with_its_data_in_another_file_is_read_with_it() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let options = format!("data_file={}", data.display());
+    let mut scene = one_disk(&libvirt, Disk::new("vda", SIZE).create_options(&options));
+    assert_eq!(kinds(&scene.backup())["vda"], "full");
+    scene.scribble();
+
+    assert_incremental(&scene.backup(), "offline");
+
+    scene.assert_clean();
+    scene.write("vda", 0, &noise(2 << 20, 7));
+    let running = backup_slowly(&scene);
+    // The data file alone.
+    File::options().write(true).open(&data).and_then(|f| f.write_at(&[1], 9)).expect("our file");
+    assert_says(&finish(running), 1, "was changed during the backup");
+}
+
+#[test]
+fn a_disk_that_only_a_running_domain_can_read_is_left_out_with_what_to_do() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = one_disk(&libvirt, Disk::new("vda", SIZE));
+    let secret = "<secret type='passphrase' uuid='0a81f5b2-8403-7b23-c8d6-21ccc2f80d6f'/>";
+    let luks = format!("<encryption format='luks'>{secret}</encryption>");
+    attach(&scene, "vdb", "file", "qcow2", &format!("<source file='/nowhere'>{luks}</source>"));
+    let ceph = "<source protocol='rbd' name='pool/image'><host name='mon' port='6789'/></source>";
+    attach(&scene, "vdc", "network", "raw", ceph);
+
+    let made = scene.backup();
+
+    let skipped = made["skipped"].as_array().expect("a list");
+    let status = scene.host.ok(["status", scene.domain.name()]);
+    assert!(status.contains("vdb: left out (its image is encrypted"), "{status}");
+    assert_eq!(skipped.len(), 2, "{made}");
+    for (skipped, (disk, why)) in skipped.iter().zip([("vdb", "encrypted"), ("vdc", "rbd")]) {
+        assert_eq!((&skipped["device"], &skipped["is_disk"]), (&json!(disk), &json!(true)));
+        let reason = skipped["reason"].as_str().expect("words");
+        assert!(reason.contains(why) && reason.ends_with("back it up while it runs"), "{reason}");
+    }
 }
 
 #[test]

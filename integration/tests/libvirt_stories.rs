@@ -214,6 +214,8 @@ fn p1_a_disk_that_is_left_out_is_not_touched_and_its_absence_stays_known() {
     assert!(restored.stderr.contains("disk `vdb` is not in this snapshot"), "{restored:?}");
     let unknown = scene.try_backup(&["--disk", "vdz"]);
     assert!(unknown.stderr.contains("hint: it has vda, vdb, vdc"), "{unknown:?}");
+    let typo = scene.try_backup(&["--exclude-disk", "vdb", "--exclude-disk", &format!("{here}x")]);
+    assert!(typo.code == Some(0) && typo.stderr.contains("has no disk `vdbx`"), "{typo:?}");
     assert_says(&scene.try_backup(&["--disk", "vdb", "--exclude-disk", "vdb"]), 2, "is left out");
     scene.host.assert_nothing_left();
 }

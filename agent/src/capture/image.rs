@@ -4,11 +4,12 @@
 //! as QEMU takes it. Each image is opened with its graph spelled out, so that nothing which an image
 //! names is opened unasked.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -34,13 +35,78 @@ const CHAIN_LEN_MAX: usize = 200;
 const LOCK_WRITES: i64 = 101;
 pub const LOCK_NO_WRITERS: i64 = 201;
 
-/// An image on this host.
+/// An image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// The file or block device.
-    pub path: PathBuf,
+    /// Where it lies.
+    pub place: Place,
     /// Its format, in QEMU's words.
     pub format: String,
+    /// The file or block device that holds its data, where that is another one.
+    pub data_file: Option<PathBuf>,
+}
+
+/// Where an image lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A file or block device of this host.
+    Local(PathBuf),
+    /// The export of an NBD server.
+    Nbd(NbdExport),
+}
+
+/// An export of an NBD server that talks without TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NbdExport {
+    /// The server.
+    pub server: NbdServer,
+    /// The name of the export; empty for the only one.
+    pub name: String,
+}
+
+/// How an NBD server is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NbdServer {
+    /// Its socket on this host.
+    Unix(PathBuf),
+    /// Its host and port.
+    Tcp(String, String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local(path) => write!(f, "{}", path.display()),
+            Self::Nbd(NbdExport { server: NbdServer::Unix(socket), name }) => {
+                write!(f, "nbd+unix:///{name}?socket={}", socket.display())
+            }
+            Self::Nbd(NbdExport { server: NbdServer::Tcp(host, port), name }) => {
+                write!(f, "nbd://{host}:{port}/{name}")
+            }
+        }
+    }
+}
+
+impl Place {
+    /// It as a node of QEMU's block layer.
+    fn node(&self) -> Value {
+        match self {
+            Self::Local(path) => {
+                let is_device = fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+                let driver = if is_device { "host_device" } else { "file" };
+                json!({"driver": driver, "filename": path})
+            }
+            Self::Nbd(NbdExport { server, name }) => {
+                let server = match server {
+                    NbdServer::Unix(socket) => json!({"type": "unix", "path": socket}),
+                    NbdServer::Tcp(host, port) => {
+                        json!({"type": "inet", "host": host, "port": port})
+                    }
+                };
+                json!({"driver": "nbd", "server": server, "export": name})
+            }
+        }
+    }
 }
 
 /// What an image says of itself.
@@ -52,8 +118,8 @@ pub struct Header {
     pub bitmaps: Option<Vec<Bitmap>>,
     /// The image beneath it: where it is, and its format where it is told.
     pub backing: Option<(String, Option<String>)>,
-    /// Whether its data lie in another file.
-    pub has_data_file: bool,
+    /// The file that holds its data, where that is another one.
+    pub data_file: Option<String>,
 }
 
 impl Header {
@@ -99,7 +165,7 @@ struct Qcow2Bitmap {
 }
 
 /// How another process uses an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Use {
     /// Not at all, or without minding us.
     None,
@@ -110,15 +176,35 @@ pub enum Use {
 }
 
 impl Image {
+    /// An image that is a file or block device of this host.
+    pub fn local(path: impl Into<PathBuf>, format: impl Into<String>) -> Self {
+        Self { place: Place::Local(path.into()), format: format.into(), data_file: None }
+    }
+
+    /// The file or block device of this host that it is.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Local(path) => Some(path),
+            Place::Nbd(_) => None,
+        }
+    }
+
+    /// All files and block devices of this host that hold a part of it.
+    fn files(&self) -> impl Iterator<Item = &Path> {
+        self.path().into_iter().chain(self.data_file.as_deref())
+    }
+
     /// The image as a node of QEMU's block layer, above this one.
     fn node_above(&self, backing: &Value) -> Value {
-        let is_device = fs::metadata(&self.path).is_ok_and(|m| m.file_type().is_block_device());
-        let driver = if is_device { "host_device" } else { "file" };
-        let file = json!({"driver": driver, "filename": self.path});
-        match self.format.as_str() {
+        let file = self.place.node();
+        let mut node = match self.format.as_str() {
             "raw" => json!({"driver": "raw", "file": file}),
             format => json!({"driver": format, "file": file, "backing": backing}),
+        };
+        if let Some(data) = &self.data_file {
+            node["data-file"] = Place::Local(data.clone()).node();
         }
+        node
     }
 
     /// The image alone, as `qemu-img` takes it.
@@ -131,7 +217,7 @@ impl Image {
     /// # Errors
     /// [`HypervisorError::Tool`].
     pub async fn header(&self) -> Result<Header, HypervisorError> {
-        let step = format!("read the header of {}", self.path.display());
+        let step = format!("read the header of {}", self.place);
         let arguments = ["info", "--output=json", "--force-share", &self.alone()];
         let text = qemu_img(&step, &arguments).await?;
         let info: Info = serde_json::from_slice(&text)
@@ -144,7 +230,7 @@ impl Image {
     /// # Errors
     /// [`HypervisorError::ImageInUse`], [`HypervisorError::Tool`].
     pub async fn add_bitmap(&self, name: &str) -> Result<(), HypervisorError> {
-        let step = format!("begin a dirty bitmap in {}", self.path.display());
+        let step = format!("begin a dirty bitmap in {}", self.place);
         self.change(&step, &["bitmap", "--add", &self.alone(), name]).await
     }
 
@@ -153,17 +239,19 @@ impl Image {
     /// # Errors
     /// [`HypervisorError::ImageInUse`], [`HypervisorError::Tool`].
     pub async fn remove_bitmap(&self, name: &str) -> Result<(), HypervisorError> {
-        let step = format!("remove a dirty bitmap from {}", self.path.display());
+        let step = format!("remove a dirty bitmap from {}", self.place);
         let start = Instant::now();
         // A killed run may still be adding it.
         while self.used()? == Use::Writes && start.elapsed() < LOCK_TIMEOUT {
             tokio::time::sleep(LOCK_POLL).await;
         }
-        let bitmaps = self.header().await?.bitmaps.unwrap_or_default();
-        if !bitmaps.iter().any(|bitmap| bitmap.name == name) {
+        let header = self.header().await?;
+        if !header.bitmaps.iter().flatten().any(|bitmap| bitmap.name == name) {
             return Ok(());
         }
-        self.change(&step, &["bitmap", "--remove", &self.alone(), name]).await
+        let data_file = header.data_file.map(PathBuf::from);
+        let whole = Self { data_file, ..self.clone() };
+        self.change(&step, &["bitmap", "--remove", &whole.alone(), name]).await
     }
 
     async fn change(&self, step: &str, arguments: &[&str]) -> Result<(), HypervisorError> {
@@ -177,63 +265,79 @@ impl Image {
                 Err(error) => return Err(error),
             }
             if start.elapsed() > LOCK_TIMEOUT {
-                return Err(HypervisorError::ImageInUse { image: self.path.clone() });
+                return Err(HypervisorError::ImageInUse { image: self.place.to_string() });
             }
             tokio::time::sleep(LOCK_POLL).await;
         }
     }
 
-    /// Asks how other processes use the image, by the locks that QEMU takes. Takes none.
+    /// Asks how other processes use the image, by the locks that QEMU takes. Takes none. What lies on
+    /// the network has none.
     ///
     /// # Errors
     /// [`HypervisorError::Host`] when it cannot be opened for reading.
     pub fn used(&self) -> Result<Use, HypervisorError> {
-        let host = |source| HypervisorError::Host {
-            step: format!("look at the image {}", self.path.display()),
-            source,
-        };
-        let mut options = File::options();
-        options.read(true).custom_flags(libc::O_NONBLOCK);
-        let file = options.open(&self.path).map_err(host)?;
-        let is_locked = |byte| is_locked(&file, byte).map_err(host);
-        Ok(match (is_locked(LOCK_WRITES)?, is_locked(LOCK_NO_WRITERS)?) {
-            (true, _) => Use::Writes,
-            (false, true) => Use::Reads,
-            (false, false) => Use::None,
-        })
+        let mut used = Use::None;
+        for path in self.files() {
+            used = used.max(use_of(path).map_err(|source| cannot_look_at(path, source))?);
+        }
+        Ok(used)
     }
 
     /// What shows that somebody wrote to the image. Block devices are asked how often they were
     /// written to, and `top` ones also when anything about them changed, which happens to images
-    /// beneath when another guest starts.
+    /// beneath when another guest starts. What lies on the network does not show it.
     ///
     /// # Errors
     /// [`HypervisorError::Host`].
     pub fn mark(&self, is_top: bool) -> Result<Mark, HypervisorError> {
-        let host = |source| HypervisorError::Host {
-            step: format!("look at the image {}", self.path.display()),
-            source,
-        };
-        let meta = fs::metadata(&self.path).map_err(host)?;
-        let is_device = meta.file_type().is_block_device();
-        Ok(Mark {
-            inode: (meta.dev(), meta.ino()),
-            len: meta.len(),
-            modified: (!is_device).then(|| (meta.mtime(), meta.mtime_nsec())),
-            changed: (is_top && !is_device).then(|| (meta.ctime(), meta.ctime_nsec())),
-            written: is_device.then(|| writes_to(meta.rdev())).transpose().map_err(host)?,
-        })
+        let mark =
+            |path: &Path| FileMark::of(path, is_top).map_err(|source| cannot_look_at(path, source));
+        Ok(Mark { files: self.files().map(mark).collect::<Result<_, _>>()? })
     }
+}
+
+fn cannot_look_at(path: &Path, source: io::Error) -> HypervisorError {
+    HypervisorError::Host { step: format!("look at the image {}", path.display()), source }
+}
+
+fn use_of(path: &Path) -> io::Result<Use> {
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    Ok(match (is_locked(&file, LOCK_WRITES)?, is_locked(&file, LOCK_NO_WRITERS)?) {
+        (true, _) => Use::Writes,
+        (false, true) => Use::Reads,
+        (false, false) => Use::None,
+    })
 }
 
 /// An image as it was at one moment, as far as writes to it go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
+    files: Vec<FileMark>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FileMark {
     inode: (u64, u64),
     len: u64,
     modified: Option<(i64, i64)>,
     changed: Option<(i64, i64)>,
     written: Option<[u64; 2]>,
+}
+
+impl FileMark {
+    fn of(path: &Path, is_top: bool) -> io::Result<Self> {
+        let meta = fs::metadata(path)?;
+        let is_device = meta.file_type().is_block_device();
+        Ok(Self {
+            inode: (meta.dev(), meta.ino()),
+            len: meta.len(),
+            modified: (!is_device).then(|| (meta.mtime(), meta.mtime_nsec())),
+            changed: (is_top && !is_device).then(|| (meta.ctime(), meta.ctime_nsec())),
+            written: is_device.then(|| writes_to(meta.rdev())).transpose()?,
+        })
+    }
 }
 
 /// Finished writes and discards of a block device since it is there (the kernel's
@@ -272,7 +376,7 @@ fn is_lock(words: &str) -> bool {
 fn read_header(format: &str, info: Info) -> Header {
     let qcow2 = info.format_specific.filter(|_| format == "qcow2");
     let qcow2 = qcow2.and_then(|specific| serde_json::from_value::<Qcow2>(specific.data).ok());
-    let has_data_file = qcow2.as_ref().is_some_and(|qcow2| qcow2.data_file.is_some());
+    let data_file = qcow2.as_ref().and_then(|qcow2| qcow2.data_file.clone());
     let read = |bitmap: Qcow2Bitmap| {
         let has = |flag| bitmap.flags.iter().any(|known| known == flag);
         let health = match (has("in-use"), has("auto")) {
@@ -286,7 +390,7 @@ fn read_header(format: &str, info: Info) -> Header {
     let bitmaps = qcow2.filter(keeps).map(|qcow2| qcow2.bitmaps.into_iter().map(read).collect());
     let backing = info.full_backing_filename.or(info.backing_filename);
     let backing = backing.map(|path| (path, info.backing_filename_format));
-    Header { size: info.virtual_size, bitmaps, backing, has_data_file }
+    Header { size: info.virtual_size, bitmaps, backing, data_file }
 }
 
 /// Why what lies beneath an image cannot be followed, in words.
@@ -312,11 +416,17 @@ pub async fn chain(
 ) -> Result<Result<Chain, Reason>, HypervisorError> {
     let mut top: Option<Header> = None;
     let mut next = 0;
-    while let Some(image) = images.get(next) {
-        let above = image.path.display();
+    while let Some(image) = images.get_mut(next) {
         let header = image.header().await?;
-        if header.has_data_file {
-            return Ok(Err(format!("{above} keeps its data in another file")));
+        let above = image.place.to_string();
+        if let Some(data) = header.data_file.clone().map(PathBuf::from) {
+            if !data.is_absolute() {
+                let data = data.display();
+                return Ok(Err(format!(
+                    "where {above} keeps its data is not told in full: {data}"
+                )));
+            }
+            image.data_file = Some(data);
         }
         next += 1;
         if let (Some((path, format)), true) = (&header.backing, goes_on && next == images.len()) {
@@ -335,7 +445,7 @@ pub async fn chain(
             if next == CHAIN_LEN_MAX {
                 return Ok(Err(format!("more than {CHAIN_LEN_MAX} images lie beneath each other")));
             }
-            images.push(Image { path, format });
+            images.push(Image::local(path, format));
         }
         match &mut top {
             None => top = Some(header),
@@ -433,21 +543,35 @@ mod tests {
 
     #[test]
     fn nothing_of_a_chain_is_left_for_qemu_to_find_out() {
-        let image = |path: &str, format: &str| Image { path: path.into(), format: format.into() };
+        let image = |path: &str, format: &str| Image::local(path, format);
         let file = |path: &str| json!({"driver": "file", "filename": path});
         let expected = json!({
             "driver": "qcow2", "file": file("/a,b"), "read-only": true, "force-share": true,
             "backing": {"driver": "raw", "file": file("/c"), "read-only": true, "force-share": true},
         });
         assert_eq!(node(&[image("/a,b", "qcow2"), image("/c", "raw")]), expected);
+        let data = Image { data_file: Some("/d".into()), ..image("/a", "qcow2") };
+        assert_eq!(node(&[data])["data-file"], file("/d"));
         let alone = image("/c", "qcow2").alone();
         assert!(alone.starts_with("json:{") && alone.contains("\"backing\":null"), "{alone}");
     }
 
     #[test]
+    fn an_export_is_named_as_it_is_opened() {
+        let nbd = |server| Place::Nbd(NbdExport { server, name: "disk".into() });
+        let unix = nbd(NbdServer::Unix("/run/s".into()));
+        let tcp = nbd(NbdServer::Tcp("::1".into(), "10809".into()));
+        assert_eq!(unix.to_string(), "nbd+unix:///disk?socket=/run/s");
+        let server = json!({"type": "unix", "path": "/run/s"});
+        assert_eq!(unix.node(), json!({"driver": "nbd", "server": server, "export": "disk"}));
+        let server = json!({"type": "inet", "host": "::1", "port": "10809"});
+        assert_eq!(tcp.node(), json!({"driver": "nbd", "server": server, "export": "disk"}));
+    }
+
+    #[test]
     fn a_file_that_is_written_to_is_told_from_one_that_is_not() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let image = Image { path: file.path().to_owned(), format: "raw".into() };
+        let image = Image::local(file.path(), "raw");
         let before = image.mark(true).unwrap();
         assert_eq!(image.mark(true).unwrap(), before);
         file.as_file().set_len(1).unwrap();

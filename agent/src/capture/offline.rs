@@ -52,7 +52,7 @@ pub struct Server {
 pub fn check_unused(chains: &[Chain]) -> Result<(), HypervisorError> {
     for image in chains.iter().flat_map(|chain| &chain.images) {
         if image.used()? == Use::Writes {
-            return Err(HypervisorError::ImageInUse { image: image.path.clone() });
+            return Err(HypervisorError::ImageInUse { image: image.place.to_string() });
         }
     }
     Ok(())
@@ -173,7 +173,7 @@ impl Server {
         for (disk, chain) in recorded.record().disks.iter().zip(chains) {
             for (depth, image) in chain.images.iter().enumerate() {
                 if before.next() != Some(&image.mark(depth == 0)?) {
-                    let what = format!("{} was changed during the backup", image.path.display());
+                    let what = format!("{} was changed during the backup", image.place);
                     return Err(HypervisorError::PointInTimeLost { disk: disk.disk.clone(), what });
                 }
             }

@@ -229,6 +229,12 @@ async fn back_up<H: Hypervisor>(
     };
     let (domain, mut machine) = context.until_interrupted(discover).await?;
     plan::check_wanted(&machine, &domain, &args.disk)?;
+    for exclusion in args.exclude_disk.iter().filter(|exclusion| exclusion.domain.is_some()) {
+        let disk = exclusion.disk.as_str();
+        if exclusion.is_about(&domain) && machine.skipped.iter().all(|left| left.device != disk) {
+            tracing::warn!("domain `{domain}` has no disk `{disk}`, which --exclude-disk names");
+        }
+    }
     let _domain_lock = DomainLock::on_domain(run_dir, &domain, &machine.uuid)?;
     let catalog = open.catalog();
     let earlier = catalog.history(&domain, &machine.uuid).map_err(PlanError::from)?;

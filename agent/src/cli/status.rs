@@ -15,7 +15,7 @@ use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
-use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
+use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach, Skipped};
 use crate::journal::Recorded;
 use crate::lock::{DomainLock, LockError};
 use crate::manifest::Kind;
@@ -44,6 +44,8 @@ struct Line {
     state: &'static str,
     last: Option<Last>,
     next: Vec<Next>,
+    /// What the next one leaves out.
+    skipped: Vec<Skipped>,
     /// Why no backup can be taken.
     problem: Option<String>,
     /// Runs that left something behind.
@@ -137,6 +139,7 @@ async fn line<L>(
         state: if known.is_active { "running" } else { "shut off" },
         last: last(&known.name, &known.uuid, backups),
         next: Vec::new(),
+        skipped: Vec::new(),
         problem: None,
         leftovers: left_by(left, |reach| match reach {
             Reach::Domain(address) => address.uuid == known.uuid,
@@ -175,6 +178,7 @@ async fn line<L>(
                 tracked: planned.decision.bitmap_old.is_some(),
             });
             line.next = next.collect();
+            line.skipped = plan.machine.skipped;
         }
         Err(error) => line.problem = Some(error.to_string()),
     }
@@ -200,6 +204,7 @@ fn elsewhere<'a>(
             state: "not here",
             last: last(domain, uuid, backups),
             next: Vec::new(),
+            skipped: Vec::new(),
             problem: None,
             leftovers: left
                 .iter()
@@ -262,7 +267,9 @@ fn summary(line: &Line) -> String {
             None => groups.push((what, vec![&next.target])),
         }
     }
-    let groups: Vec<_> =
+    let mut parts: Vec<_> =
         groups.iter().map(|(what, targets)| format!("{}: {what}", targets.join(", "))).collect();
-    groups.join("; ")
+    let left_out = line.skipped.iter().filter(|skipped| skipped.is_disk);
+    parts.extend(left_out.map(|left| format!("{}: left out ({})", left.device, left.reason)));
+    parts.join("; ")
 }

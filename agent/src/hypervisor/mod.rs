@@ -143,10 +143,10 @@ pub enum HypervisorError {
     #[error("the guest is being migrated")]
     Migrating,
     /// An image that should lie still is used.
-    #[error("the image {} is in use by another process", .image.display())]
+    #[error("the image {image} is in use by another process")]
     ImageInUse {
         /// The image.
-        image: PathBuf,
+        image: String,
     },
     /// A tool of QEMU failed.
     #[error("`{tool}` could not {step}: {words}")]

@@ -262,9 +262,9 @@ fn named_before(image: &Path, suffix: &str) -> PathBuf {
 /// Refuses an image that somebody writes to, or that lies beneath the disk of a running guest.
 fn check_unused(path: &Path) -> Result<(), InPlaceError> {
     // The format does not matter for how it is used.
-    let image = Image { path: path.to_owned(), format: "raw".to_owned() };
+    let image = Image::local(path, "raw");
     match path.exists() && image.used()? != Use::None {
-        true => Err(InPlaceError::InUse { image: image.path }),
+        true => Err(InPlaceError::InUse { image: path.to_owned() }),
         false => Ok(()),
     }
 }
@@ -357,9 +357,9 @@ fn lock(path: &Path) -> Result<Option<File>, InPlaceError> {
 
 /// The same under our own lock, which is not that of a writer.
 fn check_unused_but_by_us(path: &Path) -> Result<(), InPlaceError> {
-    let image = Image { path: path.to_owned(), format: "raw".to_owned() };
+    let image = Image::local(path, "raw");
     match path.exists() && image.used()? == Use::Writes {
-        true => Err(InPlaceError::InUse { image: image.path }),
+        true => Err(InPlaceError::InUse { image: path.to_owned() }),
         false => Ok(()),
     }
 }

@@ -15,9 +15,9 @@ use virt::domain::{
 };
 
 use super::connection::DomainHandle;
-use super::xml::{self, Backing, DomainDisk};
+use super::xml::{self, Backing, DomainDisk, Remote};
 use super::{LibvirtDomain, Places, definition, sys, was_migrated};
-use crate::capture::image::{self, Chain, Image, Reason, Use};
+use crate::capture::image::{self, Chain, Image, Place, Reason, Use};
 use crate::capture::libvirt_job;
 use crate::capture::offline::{self, Server};
 use crate::hypervisor::{
@@ -123,7 +123,8 @@ impl ShutOffDomain {
             let Some(disk) = disk else { continue };
             let image = top(&self.with_volume(disk).await?);
             // A bitmap in an image that is gone is gone with it.
-            if let Some(image) = image.filter(|i| i.format == "qcow2" && i.path.exists()) {
+            let is_there = |image: &Image| image.path().is_some_and(Path::exists);
+            if let Some(image) = image.filter(|i| i.format == "qcow2" && is_there(i)) {
                 image.remove_bitmap(bitmap).await?;
             }
         }
@@ -132,22 +133,32 @@ impl ShutOffDomain {
 }
 
 fn top(disk: &DomainDisk) -> Option<Image> {
-    let path = disk.file.clone().or_else(|| disk.device.clone())?;
-    Some(Image { path, format: disk.format.clone() })
+    let local = disk.file.clone().or_else(|| disk.device.clone()).map(Place::Local);
+    let nbd = || disk.remote.as_ref()?.nbd.clone().map(Place::Nbd);
+    let place = local.or_else(nbd)?;
+    Some(Image { place, format: disk.format.clone(), data_file: None })
 }
 
 /// The images that a description names for a disk, from the top down, and whether it leaves open what
 /// lies beneath the last one.
 fn named(disk: &DomainDisk) -> Result<(Vec<Image>, bool), Reason> {
     if disk.is_encrypted {
-        return Err("its image is encrypted, and only a domain that runs has the key".into());
+        return Err("its image is encrypted, and only a domain that runs has the key: back it up \
+                    while it runs"
+            .into());
     }
-    let elsewhere = || "an image of it is not on this host; it can be read while it runs";
+    let elsewhere = || match &disk.remote {
+        Some(Remote { protocol, .. }) => format!(
+            "its image is reached by {protocol}, with what only a domain that runs has: back it up \
+             while it runs"
+        ),
+        None => "an image of it is not on this host: back it up while it runs".to_owned(),
+    };
     let mut images = vec![top(disk).ok_or_else(elsewhere)?];
     let mut backing = &disk.backing;
     while let Backing::Image { format, path, backing: next } = backing {
         let path = path.clone().ok_or_else(elsewhere)?;
-        images.push(Image { path, format: format.clone() });
+        images.push(Image::local(path, format));
         backing = next;
     }
     Ok((images, *backing == Backing::Unsaid))
@@ -161,6 +172,10 @@ fn tracking(chain: &Chain) -> Result<Tracking, HypervisorError> {
             "qcow2" => super::OLD_QCOW2.to_owned(),
             format => format!("{format} images keep no dirty bitmaps"),
         }),
+        Some(_) if image.path().is_none() => Tracking::Unsupported(
+            "its image lies on the network, where no dirty bitmap is begun while the domain is off"
+                .to_owned(),
+        ),
         Some(_) if image.used()? == Use::Reads => Tracking::Unsupported(
             "its image lies beneath the disk of a guest that runs, and can keep no new dirty bitmap \
              until that ends"
@@ -179,7 +194,7 @@ fn disk(target: DiskName, chain: &Chain) -> Result<Disk, HypervisorError> {
         format: name,
         driver: chain.images[0].format.clone(),
         size: chain.header.size,
-        image: Some(chain.images[0].path.clone()),
+        image: chain.images[0].path().map(Path::to_owned),
         tracking: tracking(chain)?,
     })
 }

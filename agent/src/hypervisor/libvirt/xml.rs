@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use xmltree::{Element, ParseError, XMLNode};
 
+use crate::capture::image::{NbdExport, NbdServer};
 use crate::hypervisor::{Bitmap, BitmapHealth, Skipped};
 use crate::journal::DiskRecord;
 
@@ -57,12 +58,23 @@ pub struct DomainDisk {
     pub file: Option<PathBuf>,
     /// The image, where it is a block device of the host.
     pub device: Option<PathBuf>,
+    /// Where the image lies on the network, where it does.
+    pub remote: Option<Remote>,
     /// The pool and the volume of it, where the image is named that way.
     pub volume: Option<(String, String)>,
     /// Whether QEMU needs a key to read the image.
     pub is_encrypted: bool,
     /// What lies beneath the image.
     pub backing: Backing,
+}
+
+/// An image on the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remote {
+    /// By what it is reached: `nbd`, `rbd`, `iscsi`.
+    pub protocol: String,
+    /// The export that it is, where nothing but its name is needed to open it.
+    pub nbd: Option<NbdExport>,
 }
 
 /// What lies beneath an image, by the domain's description.
@@ -82,6 +94,9 @@ pub enum Backing {
         backing: Box<Backing>,
     },
 }
+
+/// Where NBD servers listen that are not told otherwise (NBD's doc/proto.md).
+const NBD_PORT: &str = "10809";
 
 /// Reads a document.
 ///
@@ -162,11 +177,29 @@ fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
         format,
         file: source("file"),
         device: source("dev"),
+        remote: disk.get_child("source").and_then(read_remote),
         volume: part("pool").zip(part("volume")),
         is_encrypted,
         backing: read_backing(disk),
         target,
     })
+}
+
+fn read_remote(source: &Element) -> Option<Remote> {
+    let get = |name| source.attributes.get(name).map(String::as_str);
+    let protocol = get("protocol")?.to_owned();
+    let is_plain = protocol == "nbd" && get("tls") != Some("yes");
+    let of_host = |name| attribute(source, "host", name);
+    let server = match of_host("transport").unwrap_or("tcp") {
+        "unix" => of_host("socket").map(|socket| NbdServer::Unix(socket.into())),
+        "tcp" => of_host("name").map(|host| {
+            NbdServer::Tcp(host.to_owned(), of_host("port").unwrap_or(NBD_PORT).to_owned())
+        }),
+        _ => None,
+    };
+    let name = get("name").unwrap_or_default().to_owned();
+    let nbd = server.filter(|_| is_plain).map(|server| NbdExport { server, name });
+    Some(Remote { protocol, nbd })
 }
 
 fn read_backing(above: &Element) -> Backing {
@@ -357,6 +390,23 @@ mod tests {
         };
         assert_eq!(named(""), expected(Backing::Unsaid));
         assert_eq!(named("<backingStore/>"), expected(Backing::Nothing));
+    }
+
+    #[test]
+    fn an_image_on_the_network_is_known_where_its_name_is_all_that_is_needed() {
+        let remote = |source: &str| read_remote(&parse(source).unwrap());
+        let nbd = |source: &str| remote(source).unwrap().nbd;
+        let export = |server| Some(NbdExport { server, name: "e".into() });
+        let host = "<source protocol='nbd' name='e'><host name='h'/></source>";
+        assert_eq!(nbd(host), export(NbdServer::Tcp("h".into(), "10809".into())));
+        let unix = "<source protocol='nbd' name='e'><host transport='unix' socket='/s'/></source>";
+        assert_eq!(nbd(unix), export(NbdServer::Unix("/s".into())));
+        assert_eq!(
+            nbd("<source protocol='nbd' name='e' tls='yes'><host name='h'/></source>"),
+            None
+        );
+        assert_eq!(nbd("<source protocol='rbd' name='p/i'><host name='h'/></source>"), None);
+        assert_eq!(remote("<source file='/f'/>"), None);
     }
 
     #[test]
