@@ -206,7 +206,7 @@ impl CommandError {
             | Self::InPlace(InPlaceError::Hypervisor(error)) => return hypervisor_hint(error),
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
-            Self::Plan(PlanError::UnknownDisk { known, .. }) => {
+            Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));
             }
             Self::NoDomain { known, .. } => {

@@ -49,6 +49,8 @@ pub enum PlanError {
         disk: DiskName,
         /// Why it is left out.
         reason: String,
+        /// What there is besides.
+        known: Vec<String>,
     },
     /// A disk is larger than a snapshot can describe.
     #[error("disk `{disk}` has {size} bytes, at most {} TiB can be backed up", DISK_SIZE_MAX >> 40)]
@@ -184,16 +186,15 @@ pub fn check_wanted(
             continue;
         }
         let (domain, disk) = (domain.clone(), disk.clone());
+        let there = machine.disks.iter().map(|known| known.target.to_string());
+        // Nobody has looked at what was not asked for.
+        let left =
+            machine.skipped.iter().filter(|left| left.is_disk && left.device != disk.as_str());
+        let mut known: Vec<String> = there.chain(left.map(|left| left.device.clone())).collect();
+        known.sort_unstable();
         return Err(match machine.skipped.iter().find(|left| left.device == disk.as_str()) {
-            Some(left) => PlanError::LeftOut { domain, disk, reason: left.reason.clone() },
-            None => {
-                let there = machine.disks.iter().map(|known| known.target.to_string());
-                let left = machine.skipped.iter().filter(|left| left.is_disk);
-                let known = there.chain(left.map(|left| left.device.clone()));
-                let mut known: Vec<String> = known.collect();
-                known.sort_unstable();
-                PlanError::UnknownDisk { domain, disk, known }
-            }
+            Some(left) => PlanError::LeftOut { domain, disk, reason: left.reason.clone(), known },
+            None => PlanError::UnknownDisk { domain, disk, known },
         });
     }
     Ok(())

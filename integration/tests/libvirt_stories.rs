@@ -2,11 +2,12 @@
 //! other tools in turn, what belongs to a machine besides its disks, and what `status` tells of it all.
 
 use std::fs;
+use std::process::Command;
 
 use integration::faults::{assert_says, kinds, noise, signal, wait_until};
 use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental};
 use integration::restored::{disk, text};
-use integration::{Host, finish};
+use integration::{Host, finish, tool};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::libvirt::{Domain, Libvirt};
@@ -218,6 +219,73 @@ fn p1_a_disk_that_is_left_out_is_not_touched_and_its_absence_stays_known() {
     assert!(typo.code == Some(0) && typo.stderr.contains("has no disk `vdbx`"), "{typo:?}");
     assert_says(&scene.try_backup(&["--disk", "vdb", "--exclude-disk", "vdb"]), 2, "is left out");
     scene.host.assert_nothing_left();
+}
+
+/// A secret of libvirt's that goes away.
+struct Secret {
+    libvirt: Libvirt,
+    uuid: String,
+}
+
+impl Secret {
+    #[track_caller]
+    fn new(domain: &Domain, content: &str) -> Self {
+        let (uuid, folder) = (domain.uuid(), domain.folder());
+        let (xml, file) = (folder.join("secret.xml"), folder.join("secret"));
+        let described =
+            format!("<secret ephemeral='yes' private='no'><uuid>{uuid}</uuid></secret>");
+        fs::write(&xml, described).and_then(|()| fs::write(&file, content)).expect("our folder");
+        domain.libvirt().virsh(&["secret-define", &xml.to_string_lossy()]);
+        let secret = Self { libvirt: domain.libvirt().clone(), uuid };
+        let set = ["secret-set-value", &secret.uuid, "--plain", "--file", &file.to_string_lossy()];
+        domain.libvirt().virsh(&set);
+        secret
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        // Where it cannot be removed it goes with libvirtd.
+        let _ = self.libvirt.try_virsh(&["secret-undefine", &self.uuid]);
+    }
+}
+
+#[test]
+fn p1_an_encrypted_disk_is_stored_as_its_guest_sees_it() {
+    const PASSPHRASE: &str = "correct horse";
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", SIZE));
+    let mut scene = Scene::of(plan.under_libvirt(), &["vda"], SIZE, &libvirt);
+    let folder = scene.domain.folder().to_owned();
+    let (image, xml) = (folder.join("vdb.luks"), folder.join("vdb.xml"));
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "luks", "--object"]);
+    create.arg(format!("secret,id=key,data={PASSPHRASE}"));
+    create.args(["-o", "key-secret=key,iter-time=10"]).arg(&image).arg(SIZE.to_string());
+    tool(create);
+    let (place, uuid) = (image.display(), scene.domain.uuid());
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{place}'>\
+         <encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption></source>\
+         <target dev='vdb' bus='virtio'/><alias name='ua-vdb'/></disk>"
+    );
+    fs::write(&xml, disk).expect("the domain's folder is writable");
+    scene.domain.virsh("attach-device", &[&xml.to_string_lossy(), "--config"]);
+    scene.contents.add("vdb", SIZE);
+    let _secret = Secret::new(&scene.domain, PASSPHRASE);
+    scene.domain.start();
+    // What was never written reads as nobody knows what.
+    scene.write("vdb", 0, &noise(SIZE as usize, 9));
+    for (turn, expected) in [["full", "full"], ["incremental", "rescan"]].iter().enumerate() {
+        let bytes = noise(200 << 10, turn as u64);
+        scene.write("vda", turn << 20, &bytes);
+        scene.write("vdb", turn << 20, &bytes);
+
+        let made = scene.backup();
+
+        assert_eq!(kinds(&made).values().collect::<Vec<_>>(), expected, "{made}");
+        scene.assert_clean_but_bitmaps();
+    }
 }
 
 // ---- others that use the same domain ------------------------------------------------------------
