@@ -110,13 +110,16 @@ pub async fn serve(
     crate::effect::about_to("storage daemon: start").map_err(host)?;
     let mut command = Command::new("/proc/self/exe");
     command.arg(SUBCOMMAND).arg("--parent").arg(std::process::id().to_string()).arg("--");
-    command.args(["--nbd-server", "addr.type=fd,addr.str=0"]);
-    for (index, (disk, chain)) in record.disks.iter().zip(chains).enumerate() {
-        let id = format!("disk{index}");
+    let id = |index: usize| format!("disk{index}");
+    for (index, chain) in chains.iter().enumerate() {
         let mut node = image::node(&chain.images);
-        node["node-name"] = id.as_str().into();
+        node["node-name"] = id(index).into();
         command.arg("--blockdev").arg(node.to_string());
-        command.arg("--export").arg(export(&id, disk).to_string());
+    }
+    // Only now: newer daemons (11.1, tried) answer while they open an image, and would know no export.
+    command.args(["--nbd-server", "addr.type=fd,addr.str=0"]);
+    for (index, disk) in record.disks.iter().enumerate() {
+        command.arg("--export").arg(export(&id(index), disk).to_string());
     }
     command.process_group(0).kill_on_drop(true);
     command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped());
