@@ -177,7 +177,8 @@ impl Host {
             entries.unwrap_or_else(|_| Vec::new()).iter().map(fs::DirEntry::file_name).collect()
         };
         assert_eq!(self.undo_records(), 0, "an undo record is left");
-        assert!(names(&self.repository.join("locks")).is_empty(), "a lock is left");
+        let locks = names(&self.repository.join("locks"));
+        assert!(locks.is_empty(), "locks are left: {locks:?}");
     }
 }
 

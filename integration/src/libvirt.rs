@@ -252,6 +252,15 @@ pub fn wait_with(running: Running, what: &str, is_true: impl Fn() -> bool) -> Ru
     running.expect("it goes on")
 }
 
+/// Whether this libvirt takes the socket of a backup job from us. 11.3 says so and refuses.
+pub fn takes_sockets(libvirt: &Libvirt) -> bool {
+    let told = libvirt.virsh(&["version", "--daemon"]);
+    let version = told.lines().find_map(|line| line.strip_prefix("Running against daemon: "));
+    let mut numbers = version.expect("its version").trim().split('.').map(str::parse::<u32>);
+    let mut next = || numbers.next().expect("three numbers").expect("a number");
+    (next(), next()) >= (11, 4)
+}
+
 /// Each disk that keeps dirty bitmaps was read by one, a little of it, and the others were scanned;
 /// nothing was to be warned of.
 ///

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use integration::faults::{assert_says, kinds, noise, wait_until};
 use integration::finish;
-use integration::libvirt::{SIZE, Scene, assert_incremental};
+use integration::libvirt::{SIZE, Scene, assert_incremental, takes_sockets};
 use nix::sys::signal::Signal;
 use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest};
@@ -23,6 +23,7 @@ fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
         scene.write("vda", 0, &noise(512 << 10, turn as u64));
         let running = scene.backup_slowly(&[]);
         let job = scene.domain.virsh("backup-dumpxml", &[]);
+        assert_eq!(job.contains("transport='fd'"), takes_sockets(&libvirt), "{job}");
 
         libvirt.restart(ending);
 

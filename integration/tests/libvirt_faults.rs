@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use integration::faults::{STILL_MAX, SmallDisk, assert_says, kinds, noise, signal, wait_until};
-use integration::libvirt::{CHUNK_LEN, SIZE, Scene, assert_incremental};
+use integration::libvirt::{CHUNK_LEN, SIZE, Scene, assert_incremental, takes_sockets};
 use integration::restored::{disk, text};
 use integration::{Host, Outcome, finish, spawn};
 use nix::sys::signal::Signal;
@@ -609,6 +609,26 @@ fn p2_answers_that_nobody_takes_do_not_hold_the_guest_up() {
         });
         assert!(scene.checkpoints().is_empty());
     }
+    scene.backup();
+    scene.assert_clean();
+}
+
+/// QEMU's user may make nothing there; where libvirt takes a socket from us it need not.
+#[test]
+fn p2_a_folder_of_roots_for_the_socket_is_refused_only_where_qemu_makes_it() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::running(&libvirt);
+    let folder = tempfile::tempdir().expect("a folder that only root may use");
+
+    let outcome =
+        scene.try_backup(&["--socket-dir", folder.path().to_str().expect("a plain path")]);
+
+    match takes_sockets(&libvirt) {
+        true => drop(scene.assert_good(&outcome)),
+        false => assert_says(&outcome, 1, "Permission denied"),
+    }
+    let left: Vec<_> = fs::read_dir(folder.path()).expect("it is there").collect();
+    assert!(left.is_empty(), "{left:?}");
     scene.backup();
     scene.assert_clean();
 }

@@ -7,8 +7,9 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +25,7 @@ use virt::error::Error;
 
 use super::Scratch;
 use super::job::{reserve, scratch_len};
+use crate::effect;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::libvirt::{sys, xml};
 use crate::hypervisor::{Care, Cut, Disk, Export, Exports, HypervisorError};
@@ -59,7 +61,8 @@ pub fn check_room(record: &Record, disks: &[Disk]) -> Result<(), HypervisorError
     Ok(())
 }
 
-/// Starts the job: the point in time of all disks, and the new checkpoint with it.
+/// Starts the job: the point in time of all disks, and the new checkpoint with it. Where libvirt
+/// `takes_sockets`, QEMU gets the one that it is to listen at, and need not be able to make it.
 ///
 /// # Errors
 /// libvirt's refusal; `release` takes away what was made.
@@ -67,9 +70,42 @@ pub async fn cut(
     domain: &DomainHandle,
     recorded: &Recorded,
     others: &[String],
+    takes_sockets: bool,
+) -> Result<Cut, HypervisorError> {
+    if takes_sockets {
+        let begun = match listen(recorded.record()) {
+            Ok(socket) => begin(domain, recorded, others, Some(socket)).await,
+            Err(error) => Err(error),
+        };
+        match begun {
+            // Nothing has begun.
+            Err(error @ (HypervisorError::Libvirt { .. } | HypervisorError::Host { .. })) => {
+                tracing::debug!(?error, "no socket can be passed: QEMU makes one");
+                remove_files(recorded.record())?;
+            }
+            begun => return begun,
+        }
+    }
+    begin(domain, recorded, others, None).await
+}
+
+/// Listens at the socket of a run in QEMU's stead.
+fn listen(record: &Record) -> Result<OwnedFd, HypervisorError> {
+    let socket = socket(record);
+    let bound = effect::about_to("socket: create").and_then(|()| UnixListener::bind(socket));
+    let step = || format!("make the socket {}", socket.display());
+    bound.map(OwnedFd::from).map_err(|source| HypervisorError::Host { step: step(), source })
+}
+
+/// Starts the job, with a socket that is passed or one that QEMU makes.
+async fn begin(
+    domain: &DomainHandle,
+    recorded: &Recorded,
+    others: &[String],
+    passed: Option<OwnedFd>,
 ) -> Result<Cut, HypervisorError> {
     let record = recorded.record();
-    let backup = xml::write_backup(socket(record), &record.disks, others);
+    let backup = xml::write_backup(socket(record), passed.is_some(), &record.disks, others);
     let checkpoint = checkpoint_name(record).map(|name| {
         let (mut tracked, mut left) = (Vec::new(), Vec::new());
         for disk in &record.disks {
@@ -81,9 +117,15 @@ pub async fn cut(
     });
     tracing::debug!(backup, checkpoint, "starting a backup job");
     let time = Timestamp::now();
-    let ours = record.socket.clone();
+    let (ours, passed) = (record.socket.clone(), passed.map(Arc::new));
     let begin = move |domain: &Domain| {
-        match sys::backup_begin(domain, &backup, checkpoint.as_deref()) {
+        let begin = || {
+            if let (Some(passed), Some(socket)) = (&passed, &ours) {
+                sys::fd_associate(domain, &socket.to_string_lossy(), passed.as_fd())?;
+            }
+            sys::backup_begin(domain, &backup, checkpoint.as_deref())
+        };
+        match begin() {
             // Begun by a first attempt whose answer was lost.
             Err(_) if job_socket(domain)?.is_some_and(|socket| Some(socket) == ours) => Ok(()),
             begun => begun,

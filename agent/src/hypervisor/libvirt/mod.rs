@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
+use virt::connect::Connect;
 use virt::domain::{
     Domain, DomainShutoffReason, DomainShutoffReasonEnum, DomainState, DomainStateReason,
     DomainStateReasonEnum,
@@ -37,6 +38,9 @@ const SCRATCH_POLL: Duration = Duration::from_millis(10);
 /// Where libvirt keeps what belongs to one running domain: QEMU may make sockets there, whatever
 /// confines it (libvirt's `qemuDomainSetPrivatePathsOld`, and virt-aa-helper's rule for it).
 const DOMAIN_FOLDERS: &str = "/var/lib/libvirt/qemu";
+/// From which libvirt on a backup job is offered a socket, as `major * 1000000 + minor * 1000 + micro`. One
+/// that refuses it notes that as an error in its log, and 11.3, whose documents have it first, refuses.
+const SOCKETS_FROM: u32 = 11_004_000;
 /// Length in bytes to which libvirt cuts a domain's name in such a path.
 const SHORT_NAME_LEN: usize = 20;
 
@@ -83,7 +87,7 @@ pub struct KnownDomain {
 /// # Errors
 /// libvirt's.
 pub async fn domains(libvirt: &Libvirt) -> Result<Vec<KnownDomain>, HypervisorError> {
-    let list = |connection: &virt::connect::Connect| {
+    let list = |connection: &Connect| {
         let known = |domain: &Domain| {
             let (name, uuid) = (domain.name()?, domain.uuid_string()?);
             Ok(KnownDomain { name, uuid, is_active: domain.is_active()? })
@@ -128,6 +132,13 @@ impl LibvirtDomain {
     async fn state(&self) -> Result<DomainState, HypervisorError> {
         let state = self.handle.ask("tell its state", Domain::state).await?.0;
         Ok(state.unwrap_or(DomainState::NoState))
+    }
+
+    /// Whether libvirt may take the socket of a backup job. To QEMU under SELinux it would be of no use: a
+    /// socket bears the label of the process that made it, and nobody changes that.
+    async fn takes_sockets(&self) -> Result<bool, HypervisorError> {
+        let version = self.handle.libvirt().ask("tell its version", Connect::lib_version).await?;
+        Ok(version >= SOCKETS_FROM && !self.seen().has_selinux)
     }
 
     /// The disks of the domain that a record does not name.
@@ -328,7 +339,8 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError> {
-        libvirt_job::cut(&self.handle, recorded, &self.others(recorded.record())).await
+        let others = self.others(recorded.record());
+        libvirt_job::cut(&self.handle, recorded, &others, self.takes_sockets().await?).await
     }
 
     async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {

@@ -7,10 +7,13 @@
 #![allow(unsafe_code, reason = "C functions; each is called with pointers that outlive the call")]
 
 use std::ffi::{CStr, CString};
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::raw::{c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Once;
 
+use nix::libc;
 use virt::domain::Domain;
 use virt::error::{Error, ErrorNumberEnum};
 use virt_sys as sys;
@@ -42,6 +45,29 @@ pub fn backup_begin(domain: &Domain, backup: &str, checkpoint: Option<&str>) -> 
     let checkpoint = checkpoint.as_ref().map_or(ptr::null(), |text| text.as_ptr());
     // SAFETY: the domain is referenced by its wrapper, the texts live until the call returns.
     check(unsafe { sys::virDomainBackupBegin(domain.as_ptr(), backup.as_ptr(), checkpoint, 0) })
+}
+
+/// Gives libvirt a copy of a descriptor for a domain (`virDomainFDAssociate`): its XML may name it as
+/// this `fdgroup` for as long as the connection lives.
+///
+/// # Errors
+/// libvirt's; it has the call from 9.0 on.
+pub fn fd_associate(domain: &Domain, group: &str, fd: BorrowedFd<'_>) -> Result<(), Error> {
+    type Call =
+        unsafe extern "C" fn(sys::virDomainPtr, *const c_char, c_uint, *mut c_int, c_uint) -> c_int;
+    let group = text(group)?;
+    // Looked up and not linked, for this program runs with libraries of libvirt that do not have it.
+    // SAFETY: the name ends with a zero.
+    let call = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"virDomainFDAssociate".as_ptr()) };
+    if call.is_null() {
+        return Err(Error::last_error());
+    }
+    // SAFETY: what libvirt has by this name is this function, for good.
+    let call = unsafe { mem::transmute::<*mut c_void, Call>(call) };
+    let mut fds = [fd.as_raw_fd()];
+    // SAFETY: the domain is referenced by its wrapper; name and list live until the call returns, and
+    // libvirt copies the descriptor.
+    check(unsafe { call(domain.as_ptr(), group.as_ptr(), 1, fds.as_mut_ptr(), 0) })
 }
 
 /// The backup job that runs, as libvirt describes it; `None` where none does.
@@ -203,7 +229,7 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
     };
     ask(ptr::null_mut(), &mut len)?;
     // SAFETY: a parameter is plain data, for which zeros are a value.
-    let zero: sys::virTypedParameter = unsafe { std::mem::zeroed() };
+    let zero: sys::virTypedParameter = unsafe { mem::zeroed() };
     let mut params = vec![zero; usize::try_from(len).unwrap_or(0)];
     ask(params.as_mut_ptr(), &mut len)?;
     params.truncate(usize::try_from(len).unwrap_or(0));

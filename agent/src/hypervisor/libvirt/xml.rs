@@ -28,6 +28,8 @@ pub struct Domain {
     pub has_agent: bool,
     /// Whether it has an emulated TPM.
     pub has_tpm: bool,
+    /// Whether SELinux confines its QEMU.
+    pub has_selinux: bool,
     /// The memory of its firmware, where that is a file.
     pub nvram: Option<PathBuf>,
     /// The kernel that it boots directly.
@@ -108,6 +110,8 @@ pub fn parse(xml: &str) -> Result<Element, ParseError> {
 
 /// Reads a domain's description.
 pub fn read_domain(domain: &Element) -> Domain {
+    let labels = elements(domain).filter(|element| element.name == "seclabel");
+    let mut labels = labels.filter_map(|label| label.attributes.get("model"));
     let mut read = Domain {
         id: domain.attributes.get("id").and_then(|id| id.parse().ok()),
         name: text(domain, "name").unwrap_or_default(),
@@ -116,6 +120,7 @@ pub fn read_domain(domain: &Element) -> Domain {
         skipped: Vec::new(),
         has_agent: false,
         has_tpm: false,
+        has_selinux: labels.any(|label| label == "selinux"),
         nvram: None,
         kernel: None,
         initrd: None,
@@ -250,15 +255,23 @@ pub fn read_checkpoint(name: &str, checkpoint: &Element) -> Vec<(String, Bitmap)
     elements(disks).filter_map(bitmap).collect()
 }
 
-/// The socket that a backup job's server listens at.
+/// The socket that a backup job's server listens at, whoever made it.
 pub fn read_backup_socket(backup: &Element) -> Option<PathBuf> {
-    attribute(backup, "server", "socket").map(PathBuf::from)
+    let server = |name| attribute(backup, "server", name);
+    server("socket").or_else(|| server("fdgroup")).map(PathBuf::from)
 }
 
-/// A pull-mode backup of these disks at a socket; all others are left alone.
-pub fn write_backup(socket: &Path, disks: &[DiskRecord], others: &[String]) -> String {
-    let mut server = element("server", &[("transport", "unix")]);
-    set(&mut server, "socket", &socket.to_string_lossy());
+/// A pull-mode backup of these disks at a socket; all others are left alone. QEMU makes the socket, or
+/// it `is_passed`, as a descriptor that libvirt knows by the socket's path.
+pub fn write_backup(
+    socket: &Path,
+    is_passed: bool,
+    disks: &[DiskRecord],
+    others: &[String],
+) -> String {
+    let (transport, by) = if is_passed { ("fd", "fdgroup") } else { ("unix", "socket") };
+    let socket = socket.to_string_lossy();
+    let server = element("server", &[("transport", transport), (by, &socket)]);
     let mut list = element("disks", &[]);
     for disk in disks {
         let mut entry = element("disk", &[("backup", "yes"), ("type", "file")]);
