@@ -6,6 +6,7 @@ pub mod image;
 pub mod job;
 pub mod libvirt_job;
 pub mod offline;
+pub mod place;
 
 use std::fs::{self, File};
 use std::io;

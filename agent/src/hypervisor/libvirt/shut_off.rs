@@ -17,9 +17,10 @@ use virt::domain::{
 use super::connection::DomainHandle;
 use super::xml::{self, Backing, DomainDisk, Remote};
 use super::{LibvirtDomain, Places, definition, sys, was_migrated};
-use crate::capture::image::{self, Chain, Image, Place, Reason, Use};
+use crate::capture::image::{self, Chain, Image, Reason, Use};
 use crate::capture::libvirt_job;
 use crate::capture::offline::{self, Server};
+use crate::capture::place::Place;
 use crate::hypervisor::{
     Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
     Reach, Skipped, Tracking,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use xmltree::{Element, ParseError, XMLNode};
 
-use crate::capture::image::{NbdExport, NbdServer};
+use crate::capture::place::{NbdExport, NbdServer};
 use crate::hypervisor::{Bitmap, BitmapHealth, Skipped};
 use crate::journal::DiskRecord;
 
