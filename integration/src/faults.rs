@@ -121,7 +121,49 @@ impl Contents {
     }
 }
 
+/// What happens at one of the effects that a command has on the world outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// SIGKILL just before the effect.
+    Crash,
+    /// The effect fails.
+    FailOnce,
+    /// The effect fails, and all that follow.
+    FailForGood,
+}
+
+impl Fault {
+    /// Each of them.
+    pub const ALL: [Self; 3] = [Self::Crash, Self::FailOnce, Self::FailForGood];
+
+    /// The same command, to which this happens at its `n`-th effect.
+    pub fn at(self, n: usize, mut command: Command) -> Command {
+        match self {
+            Self::Crash => command.env("KVMSNAP_CRASH_AT", n.to_string()),
+            Self::FailOnce => command.env("KVMSNAP_FAIL_AT", n.to_string()),
+            Self::FailForGood => command.env("KVMSNAP_FAIL_AT", format!("{n}+")),
+        };
+        command
+    }
+}
+
 impl Host {
+    /// A backup to which a fault happened was killed by it, or says that it failed and why, or has
+    /// stored what the disks held.
+    #[track_caller]
+    pub fn assert_honest(&self, case: &str, fault: Fault, outcome: &Outcome, contents: &Contents) {
+        match (fault, outcome.code) {
+            (Fault::Crash, code) => assert_eq!(code, None, "{case}: {outcome:?}"),
+            (_, Some(0)) => {
+                let snapshot = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+                self.assert_holds(&snapshot, contents);
+            }
+            (_, Some(1)) => assert!(outcome.stderr.contains("error: "), "{case}: {outcome:?}"),
+            _ => panic!("{case}: {outcome:?}"),
+        }
+        assert!(!outcome.stderr.contains("panicked"), "{case}: {outcome:?}");
+    }
+
     /// Backs up, which must succeed, restores what was stored and compares it with the model. Returns
     /// the snapshot's JSON line.
     #[track_caller]

@@ -11,10 +11,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use integration::faults::{
-    Contents, STILL_MAX, assert_goes_on, kinds, wait_for_export, wait_until,
+    Contents, Fault, STILL_MAX, assert_goes_on, kinds, wait_for_export, wait_until,
 };
 use integration::restored::assert_same_bytes;
-use integration::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
+use integration::{Host, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use vm_fixtures::{Disk, Guest, MIB};
 
@@ -32,16 +32,6 @@ struct Scene {
     guest: Guest,
     contents: Contents,
     more: &'static [&'static str],
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    /// SIGKILL just before the effect.
-    Crash,
-    /// The effect fails.
-    FailOnce,
-    /// The effect fails, and all that follow.
-    FailForGood,
 }
 
 impl Scene {
@@ -68,15 +58,12 @@ impl Scene {
         let case = format!("{fault:?} at {n}, {effect}");
         contents.scribble(guest, 2 * n);
 
-        let outcome = finish(spawn(injected(host.backup_command(guest, more), fault, n)));
+        let outcome = finish(spawn(fault.at(n, host.backup_command(guest, more))));
 
         let ended = Instant::now();
         assert_goes_on(guest);
         assert_eq!(guest.status(), "running", "{case}");
-        match fault {
-            Fault::Crash => assert_eq!(outcome.code, None, "{case}: {outcome:?}"),
-            _ => assert_is_honest(&case, host, &outcome, contents),
-        }
+        host.assert_honest(&case, fault, &outcome, contents);
         contents.scribble(guest, 2 * n + 1);
         assert!(ended.elapsed() < 3 * STILL_MAX, "{case}: {:?}", ended.elapsed());
         if fault != Fault::Crash && host.undo_records() == 0 {
@@ -90,28 +77,6 @@ impl Scene {
         host.assert_holds(&next, contents);
         host.assert_all_clean(guest, &DISKS);
     }
-}
-
-fn injected(mut command: Command, fault: Fault, n: usize) -> Command {
-    match fault {
-        Fault::Crash => command.env("KVMSNAP_CRASH_AT", n.to_string()),
-        Fault::FailOnce => command.env("KVMSNAP_FAIL_AT", n.to_string()),
-        Fault::FailForGood => command.env("KVMSNAP_FAIL_AT", format!("{n}+")),
-    };
-    command
-}
-
-/// A run that says it succeeded has stored the right bits, one that failed says why.
-fn assert_is_honest(case: &str, host: &Host, outcome: &Outcome, contents: &Contents) {
-    match outcome.code {
-        Some(0) => {
-            let snapshot = serde_json::from_str(&outcome.stdout).expect("one JSON object");
-            host.assert_holds(&snapshot, contents);
-        }
-        Some(1) => assert!(outcome.stderr.contains("error: "), "{case}: {outcome:?}"),
-        _ => panic!("{case}: {outcome:?}"),
-    }
-    assert!(!outcome.stderr.contains("panicked"), "{case}: {outcome:?}");
 }
 
 /// A fault at every `stride`-th effect of an incremental backup.
@@ -232,7 +197,7 @@ fn r01_p5_a_killed_restore_leaves_no_half_disk_under_a_final_name_and_is_taken_u
         assert!(effects.iter().filter(|effect| *effect == "restore: write").count() > 2);
         for n in 1..=effects.len() {
             let to = scene.host.folder().join(format!("{format}-{n}"));
-            let outcome = finish(spawn(injected(restore(&to, format, &[]), Fault::Crash, n)));
+            let outcome = finish(spawn(Fault::Crash.at(n, restore(&to, format, &[]))));
             assert_eq!(outcome.code, None, "{outcome:?}");
             let missing = |disk: &&str| !to.join(format!("{disk}.{format}")).exists();
             let missing: Vec<&str> = DISKS.iter().copied().filter(missing).collect();
@@ -282,7 +247,7 @@ fn p5_a_restore_takes_up_only_what_proves_to_be_right_and_sweeps_the_rest() {
         command
     };
     let begun = |format: &str| {
-        let outcome = finish(spawn(injected(restore(format), Fault::Crash, 4)));
+        let outcome = finish(spawn(Fault::Crash.at(4, restore(format))));
         assert_eq!(outcome.code, None, "{outcome:?}");
         let left: Vec<_> = names(&to).into_iter().collect();
         assert_eq!(left.len(), 1, "{left:?}");
@@ -313,7 +278,7 @@ fn r01_a_killed_repository_init_can_be_made_again() {
         for fault in [Fault::Crash, Fault::FailOnce, Fault::FailForGood] {
             let host = Host::without_repository();
             let init = host.command(["repository", "init"]);
-            let outcome = finish(spawn(injected(init, fault, n)));
+            let outcome = finish(spawn(fault.at(n, init)));
             assert_ne!(outcome.code, Some(0), "{fault:?} at {n}: {outcome:?}");
 
             host.ok(["repository", "init"]);

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use integration::faults::{assert_says, kinds, noise, signal, wait_until};
+use integration::faults::{Fault, assert_says, kinds, noise, signal, wait_until};
 use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental, daemons, wait_with};
 use integration::restored::disk;
 use integration::{Host, Running, finish, spawn, tool};
@@ -350,27 +350,13 @@ fn r01_killed_or_failing_at_each_effect_loses_only_the_run_in_progress() {
     let effects = scene.host.effects(scene.command(&[]));
     assert!(effects.iter().any(|effect| effect == "qemu-img: --remove"), "{effects:?}");
     for (n, effect) in effects.iter().enumerate().map(|(n, effect)| (n + 1, effect)) {
-        for (variable, value) in [
-            ("KVMSNAP_CRASH_AT", n.to_string()),
-            ("KVMSNAP_FAIL_AT", n.to_string()),
-            ("KVMSNAP_FAIL_AT", format!("{n}+")),
-        ] {
-            let case = format!("{variable}={value}, {effect}");
+        for fault in Fault::ALL {
+            let case = format!("{fault:?} at {n}, {effect}");
             scene.scribble();
-            let mut command = scene.command(&[]);
-            command.env(variable, &value);
 
-            let outcome = finish(spawn(command));
+            let outcome = finish(spawn(fault.at(n, scene.command(&[]))));
 
-            match outcome.code {
-                Some(0) => {
-                    let snapshot = serde_json::from_str(&outcome.stdout).unwrap();
-                    scene.host.assert_holds(&snapshot, &scene.contents);
-                }
-                Some(1) => assert!(outcome.stderr.contains("error: "), "{case}: {outcome:?}"),
-                None if variable == "KVMSNAP_CRASH_AT" => {}
-                _ => panic!("{case}: {outcome:?}"),
-            }
+            scene.host.assert_honest(&case, fault, &outcome, &scene.contents);
             scene.scribble();
             let next = scene.backup();
             let kinds = kinds(&next);
