@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::hypervisor::Reach;
 use crate::names::DomainName;
 
-/// How often, and how far apart, a lock is looked at for the name of its holder.
-const HOLDER_TRIES: u32 = 20;
+/// How often, and how far apart, a lock is tried while its holder has no name in it.
+const HOLDER_TRIES: u32 = 400;
 const HOLDER_PAUSE: Duration = Duration::from_millis(5);
 /// What a guard writes behind its process id.
 const GUARD: &str = " guard";
@@ -49,7 +49,7 @@ impl DomainLock {
     /// Locks the way to a machine: a monitor by the canonical path of its socket, a domain by its uuid.
     ///
     /// # Errors
-    /// [`LockError::Held`] when another process has it; this waits no longer than for its name.
+    /// [`LockError::Held`] when another process has it; this waits for its name, for two seconds at most.
     pub fn on_reach(run_dir: &Path, reach: &Reach) -> Result<Self, LockError> {
         Self::take_reach(run_dir, reach, "")
     }
@@ -91,17 +91,26 @@ impl DomainLock {
             .mode(0o600)
             .open(&path)
             .map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let holder = read_holder(&mut file).map_err(io)?;
-                let (holder, is_guard) = match holder.strip_suffix(GUARD) {
-                    Some(guard) => (guard.to_owned(), true),
-                    None => (holder, false),
-                };
-                return Err(LockError::Held { what, holder, is_guard });
+        let mut tries = 0;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
             }
-            Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
+            let holder = read_holder(&mut file).map_err(io)?;
+            // It has just taken the lock, or is about to let go of it.
+            if holder.is_empty() && tries < HOLDER_TRIES {
+                tries += 1;
+                std::thread::sleep(HOLDER_PAUSE);
+                continue;
+            }
+            let (holder, is_guard) = match holder.strip_suffix(GUARD) {
+                Some(guard) => (guard.to_owned(), true),
+                None if holder.is_empty() => ("unknown".to_owned(), false),
+                None => (holder, false),
+            };
+            return Err(LockError::Held { what, holder, is_guard });
         }
         file.set_len(0).and_then(|()| file.rewind()).map_err(io)?;
         write!(file, "{}{role}", std::process::id()).map_err(io)?;
@@ -116,18 +125,12 @@ impl Drop for DomainLock {
     }
 }
 
-/// Who holds a lock. A holder that has just taken it writes its name within microseconds.
+/// Who holds a lock, as far as it has said so yet.
 fn read_holder(file: &mut File) -> io::Result<String> {
     let mut holder = String::new();
-    for _ in 0..HOLDER_TRIES {
-        file.rewind()?;
-        file.read_to_string(&mut holder)?;
-        if !holder.is_empty() {
-            return Ok(holder);
-        }
-        std::thread::sleep(HOLDER_PAUSE);
-    }
-    Ok("unknown".to_owned())
+    file.rewind()?;
+    file.read_to_string(&mut holder)?;
+    Ok(holder)
 }
 
 /// A name for a file that says nothing and cannot be chosen to collide with another domain's.
@@ -138,6 +141,22 @@ fn digest(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn r16_a_holder_that_is_letting_go_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: DomainName = "web".parse().unwrap();
+        let first = DomainLock::on_domain(dir.path(), &name, "u").unwrap();
+        // Its name is gone, its lock is not yet.
+        first.file.set_len(0).unwrap();
+        let (dir, name) = (&dir, &name);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(move || DomainLock::on_domain(dir.path(), name, "u"));
+            std::thread::sleep(40 * HOLDER_PAUSE);
+            drop(first);
+            assert!(second.join().unwrap().is_ok());
+        });
+    }
 
     #[test]
     fn r16_the_second_run_on_a_domain_is_told_who_holds_it() {
