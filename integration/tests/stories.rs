@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use integration::faults::{Contents, kinds, signal, wait_for_export};
 use integration::restored::{assert_same_disk, disk, text};
@@ -374,4 +375,41 @@ fn r30_a_paused_guest_stays_paused_and_a_running_one_runs() {
     assert!(running["pause_ms"].as_u64().is_some_and(|ms| ms < 1000), "{running}");
     assert_eq!(running["kind"], "incremental");
     host.assert_all_clean(&guest, &["vda", "vdb"]);
+}
+
+#[test]
+fn r17_the_order_of_backups_comes_from_their_chain_whatever_the_clock_says() {
+    if !vm_fixtures::available("faketime", "faketime") {
+        return;
+    }
+    let Some(guest) = Guest::without_os().disk(Disk::new("vda", 4 * MIB)).boot() else { return };
+    let (host, mut contents) = (Host::new(), Contents::new(&["vda"], 4 * MIB));
+    let mut taken = Vec::new();
+    // The second and third clock are behind the first by a year, the fourth is ahead by one.
+    for (turn, days) in [0, -365, -364, 365, 0].into_iter().enumerate() {
+        contents.scribble(&guest, turn);
+        let command = host.backup_command(&guest, &[]);
+        let mut there = Command::new("faketime");
+        there.args(["-m", "-f", &format!("{days:+}d")]).arg(command.get_program());
+        there.args(command.get_args()).env("DONT_FAKE_MONOTONIC", "1");
+        there.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+
+        let outcome = finish(spawn(there));
+
+        assert_eq!(outcome.code, Some(0), "{days}: {outcome:?}");
+        let snapshot: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+        let expected = if turn == 0 { "full" } else { "incremental" };
+        assert_eq!(snapshot["kind"], expected, "{days}: {snapshot}");
+        assert_eq!(snapshot["parent"], taken.last().cloned().unwrap_or_default(), "{days}");
+        host.assert_holds(&snapshot, &contents);
+        taken.push(snapshot["id"].clone());
+        let listed: Vec<Value> = host.list().into_iter().map(|mut s| s["id"].take()).collect();
+        assert_eq!(listed, taken, "{days}");
+        let latest = host.restore(&format!("latest:{}", guest.name()));
+        contents.assert_restored(&latest);
+        host.assert_all_clean(&guest, &["vda"]);
+    }
+    let time = |at: usize| host.list()[at]["time"].as_str().map(str::to_owned);
+    assert!(time(1) < time(0) && time(3) > time(4), "the clocks were not set");
+    host.assert_restic_is_content();
 }

@@ -1,5 +1,7 @@
 //! Snapshot files: finished backups.
 
+use std::collections::HashMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -76,7 +78,7 @@ where
 /// All snapshots of a repository.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshots {
-    /// Those that can be read, oldest first.
+    /// Those that can be read, oldest first, each after the one that it continues.
     pub good: Vec<(FileId, SnapshotFile)>,
     /// Those that cannot, with the reason.
     pub damaged: Vec<(FileId, RepositoryError)>,
@@ -109,7 +111,7 @@ impl Repository {
                 Err(error) => snapshots.damaged.push((id, error)),
             }
         }
-        snapshots.good.sort_by_key(|(id, snapshot)| (snapshot.time, *id));
+        snapshots.good = in_order(snapshots.good);
         snapshots.damaged.sort_by_key(|&(id, _)| id);
         Ok(snapshots)
     }
@@ -130,5 +132,89 @@ impl Repository {
     /// Removes a snapshot file. What only it refers to is freed by the next prune.
     pub fn remove_snapshot(&self, id: &FileId) -> Result<(), RepositoryError> {
         Ok(self.backend().remove(FileKind::Snapshot, id)?)
+    }
+}
+
+/// Oldest first. The clock may have jumped, so the time of a snapshot counts as no earlier than that of
+/// the one that it continues.
+fn in_order(mut snapshots: Vec<(FileId, SnapshotFile)>) -> Vec<(FileId, SnapshotFile)> {
+    snapshots.sort_by_key(|(id, snapshot)| (snapshot.time, *id));
+    let mut places = HashMap::new();
+    for (place, (id, snapshot)) in snapshots.iter().enumerate() {
+        places.extend([Some(*id), snapshot.original].into_iter().flatten().map(|id| (id, place)));
+    }
+    let parents: Vec<Option<usize>> =
+        snapshots.iter().map(|(_, file)| places.get(&file.parent?).copied()).collect();
+    // The time that counts, and how many snapshots lie before in the chain.
+    let mut keys: Vec<Option<(Timestamp, usize)>> = vec![None; snapshots.len()];
+    for place in 0..snapshots.len() {
+        let (mut chain, mut next) = (Vec::new(), Some(place));
+        // Ids are digests of the content, so no chain is a ring; one that is ends here all the same.
+        while let Some(at) = next.filter(|&at| keys[at].is_none() && chain.len() < parents.len()) {
+            chain.push(at);
+            next = parents[at];
+        }
+        let mut before = next.and_then(|at| keys[at]);
+        for at in chain.into_iter().rev() {
+            let time = snapshots[at].1.time;
+            let key = before.map_or((time, 0), |(least, count)| (time.max(least), count + 1));
+            keys[at] = Some(key);
+            before = Some(key);
+        }
+    }
+    let mut keyed: Vec<_> = keys.into_iter().zip(snapshots).collect();
+    keyed.sort_by_key(|&(key, _)| key);
+    keyed.into_iter().map(|(_, snapshot)| snapshot).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A snapshot by a number, the day it was taken, and the number of the one it continues.
+    fn snapshot(number: u8, day: i64, parent: Option<u8>) -> (FileId, SnapshotFile) {
+        let time = Timestamp::from_second(day * 86_400).unwrap();
+        let mut file = SnapshotFile::new(BlobId::of(b"a tree"), time);
+        file.parent = parent.map(id);
+        (id(number), file)
+    }
+
+    fn id(number: u8) -> FileId {
+        FileId::of(&[number])
+    }
+
+    fn order(snapshots: Vec<(FileId, SnapshotFile)>) -> Vec<FileId> {
+        in_order(snapshots).into_iter().map(|(id, _)| id).collect()
+    }
+
+    #[test]
+    fn r17_no_snapshot_comes_before_the_one_it_continues_whatever_the_clock_said() {
+        let back = vec![snapshot(3, 12, Some(2)), snapshot(2, 10, Some(1)), snapshot(1, 400, None)];
+        assert_eq!(order(back), [1, 2, 3].map(id));
+        let ahead = vec![
+            snapshot(1, 10, None),
+            snapshot(4, 13, Some(3)),
+            snapshot(2, 400, Some(1)),
+            snapshot(3, 12, Some(2)),
+        ];
+        assert_eq!(order(ahead), [1, 2, 3, 4].map(id));
+        // Another machine's, in between.
+        let two = vec![snapshot(1, 10, None), snapshot(2, 30, Some(1)), snapshot(7, 20, None)];
+        assert_eq!(order(two), [1, 7, 2].map(id));
+    }
+
+    #[test]
+    fn r17_a_chain_holds_though_tags_were_changed_or_its_start_was_forgotten() {
+        let mut changed = snapshot(9, 400, None);
+        changed.1.original = Some(id(1));
+        assert_eq!(order(vec![snapshot(2, 10, Some(1)), changed]), [9, 2].map(id));
+        let forgotten = vec![snapshot(3, 12, Some(2)), snapshot(2, 10, Some(1))];
+        assert_eq!(order(forgotten), [2, 3].map(id));
+    }
+
+    #[test]
+    fn a_forged_ring_of_snapshots_ends() {
+        let ring = vec![snapshot(1, 10, Some(2)), snapshot(2, 11, Some(1))];
+        assert_eq!(order(ring).len(), 2);
     }
 }
