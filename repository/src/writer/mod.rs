@@ -288,7 +288,10 @@ impl io::Write for Digest {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.shared.stop();
+        // Here, and not where the last of the threads lets go of it: the process may have ended by then.
+        if self.shared.stop() {
+            drop(self.shared.lock.lock().expect("no panic while locked").take());
+        }
     }
 }
 

@@ -237,8 +237,9 @@ impl Shared {
         self.fail(RepositoryError::WriterStopped);
     }
 
-    /// Ends the threads; gives those that hang in the store up after a while.
-    pub(super) fn stop(&self) {
+    /// Ends the threads; gives those that hang in the store up after a while. Returns whether
+    /// all have ended.
+    pub(super) fn stop(&self) -> bool {
         self.abort();
         let deadline = Instant::now() + STOP_PATIENCE;
         let mut progress = self.progress();
@@ -246,11 +247,12 @@ impl Shared {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 tracing::warn!("threads of a writer hang in the store");
-                return;
+                return false;
             }
             let waited = self.progressed.wait_timeout(progress, left);
             progress = waited.expect("no panic while locked").0;
         }
+        true
     }
 
     /// Waits as long as anything happens at all.
