@@ -4,6 +4,8 @@
     deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::as_conversions)
 )]
 
+use std::thread;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{BlobId, Defect, crypto};
@@ -14,6 +16,15 @@ pub(crate) const DATA_LEN_MAX: u32 = 64 << 20;
 pub(crate) const TREE_LEN_MAX: u32 = 1 << 30;
 /// Most bytes a sealed header may have: some hundred thousand blobs.
 pub(crate) const HEADER_LEN_MAX: u64 = 16 << 20;
+
+/// Threads that each hold a pack or two: more would need more memory than any disk may cost (256 MiB),
+/// and four already compress faster than most stores write.
+const THREADS_MAX: usize = 4;
+
+/// How many threads make or check packs: one a processor, up to a bound of memory.
+pub(crate) fn threads() -> usize {
+    thread::available_parallelism().map_or(2, Into::into).min(THREADS_MAX)
+}
 
 /// What a blob is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

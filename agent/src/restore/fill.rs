@@ -19,6 +19,9 @@ const HOLE: usize = 4096;
 /// Written data is sent to the disk whenever there is so much of it.
 const FLUSH_LEN: u64 = 64 << 20;
 
+/// More threads would only take memory.
+const THREADS_MAX: usize = 16;
+
 /// A disk and the file it is written to.
 pub(super) struct Target<'a> {
     /// The image.
@@ -34,9 +37,9 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Threads that read, open and write.
+    /// Threads that read, open and write; each holds a few MiB.
     pub(super) fn threads() -> usize {
-        thread::available_parallelism().map_or(2, Into::into)
+        thread::available_parallelism().map_or(2, Into::into).min(THREADS_MAX)
     }
 
     /// Writes the chunks that are `wanted` and not zero, each to the offset in the image that `place`

@@ -86,7 +86,7 @@ impl Repository {
                 progress(CheckProgress::Packs { done: results.0, total, bytes: results.1 });
             }
         };
-        let threads = thread::available_parallelism().map_or(1, Into::into);
+        let threads = pack::threads();
         thread::scope(|scope| -> Result<(), RepositoryError> {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(read_all)).collect();
             let mut outcome = read_all();

@@ -5,8 +5,8 @@
 //!                                └─► queue (packs) ─► uploader: name, write, fsync, index
 //! ```
 //! Memory: the queue of chunks, and for each worker and for the uploader twice a pack buffer of
-//! `pack_len` plus one chunk; with two threads and 16 MiB packs about 32 + 4 × 17 MiB, and about 40
-//! to 80 bytes for each blob that this run stored. A tree takes its compressed length.
+//! `pack_len` plus one chunk; with two threads and 16 MiB packs about 32 + 4 × 17 MiB, with the four
+//! that there are at most 32 + 6 × 17, and about 40 to 80 bytes for each blob that this run stored. A tree takes its compressed length.
 
 mod builder;
 mod queue;
@@ -18,7 +18,6 @@ use std::{
     fmt,
     io::{self, BufWriter},
     sync::{Arc, Mutex},
-    thread,
     time::Duration,
 };
 
@@ -29,7 +28,9 @@ use self::{
     builder::PackBuilder,
     shared::{Job, Shared},
 };
-use crate::{AnnouncedLock, BlobId, BlobKind, Index, Lock, Repository, RepositoryError, Tree};
+use crate::{
+    AnnouncedLock, BlobId, BlobKind, Index, Lock, Repository, RepositoryError, Tree, pack,
+};
 
 /// How a [`Writer`] works.
 #[derive(Debug, Clone)]
@@ -54,7 +55,7 @@ pub struct WriterOptions {
 impl Default for WriterOptions {
     fn default() -> Self {
         Self {
-            threads: thread::available_parallelism().map_or(2, Into::into),
+            threads: pack::threads(),
             pack_len: 16 << 20,
             level: 1,
             queue_len: 32 << 20,
