@@ -92,22 +92,37 @@ fn build(cache: &Path, folder: &Path) {
     let scratch = scratch.expect("the cache is writable");
     let packages = scratch.path().join("packages");
     fs::create_dir(&packages).expect("the folder is new");
-    download(&packages, &[&kernel_package(), AGENT_PACKAGE]);
+    let kernel = kernel_packages();
+    let wanted: Vec<&str> = kernel.iter().map(String::as_str).chain([AGENT_PACKAGE]).collect();
+    download(&packages, &wanted);
 
     let result = scratch.path().join("result");
     fs::create_dir(&result).expect("the folder is new");
-    let kernel = only_file(&packages.join("boot"), "vmlinuz-");
+    // From Debian 14 on it lies beside its modules.
+    let kernel = match packages.join("boot") {
+        boot if boot.is_dir() => only_file(&boot, "vmlinuz-"),
+        _ => only_file(&packages.join("usr/lib/modules"), "").join("vmlinuz"),
+    };
     fs::copy(kernel, result.join("kernel")).expect("the kernel is readable");
     fs::write(result.join("base.cpio"), base_archive(&packages)).expect("the cache is writable");
     fs::rename(&result, folder).expect("nobody else builds under the lock");
 }
 
-/// `linux-image-cloud-amd64` is empty and depends on the kernel of the day.
-fn kernel_package() -> String {
-    let listing = run("apt-cache", &["depends", "--important", KERNEL_PACKAGE]);
-    let found = listing.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
+/// `linux-image-cloud-amd64` is empty and depends on the kernel of the day, which is in packages of its
+/// own from Debian 14 on.
+fn kernel_packages() -> Vec<String> {
     let hint = "apt knows no kernel: `apt-get update` fetches its lists";
-    found.unwrap_or_else(|| panic!("{hint}\n{listing}")).trim().to_owned()
+    let image = depends(KERNEL_PACKAGE, &["linux-image-"]).pop().expect(hint);
+    let parts = depends(&image, &["linux-binary-", "linux-modules-"]);
+    [vec![image], parts].concat()
+}
+
+/// The packages of these names that one depends on.
+fn depends(package: &str, names: &[&str]) -> Vec<String> {
+    let listing = run("apt-cache", &["depends", "--important", package]);
+    let lines = listing.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    let wanted = |package: &&str| names.iter().any(|name| package.starts_with(name));
+    lines.filter(wanted).map(str::to_owned).collect()
 }
 
 /// Downloads packages and unpacks them into one folder; nothing is installed.
