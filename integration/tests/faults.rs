@@ -520,7 +520,8 @@ fn r30_what_is_no_disk_is_left_out_and_nothing_left_is_an_error() {
     let guest = others().disk(Disk::new("vda", MIB)).boot().expect("QEMU is there");
     let snapshot = host.backup(&guest, &[]);
     assert_eq!(kinds(&snapshot).into_keys().collect::<Vec<_>>(), ["vda"]);
-    assert_says(&host.try_backup(&guest, &["--disk", "cd0"]), 2, "has no disk `cd0`");
+    let words = "`cd0` of domain `fixture` is left out: it is a removable medium";
+    assert_says(&host.try_backup(&guest, &["--disk", "cd0"]), 2, words);
     host.assert_all_clean(&guest, &["vda"]);
     assert!(host.list().len() == 1);
 }
