@@ -90,7 +90,7 @@ impl Target<'_> {
 }
 
 /// The parts of a chunk that are not zero, and where in it they begin.
-fn data_parts(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+pub(super) fn data_parts(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let is_hole = |block: &&[u8]| block.iter().all(|&byte| byte == 0);
     let mut at = 0;
     std::iter::from_fn(move || {

@@ -11,6 +11,7 @@ mod partial;
 pub mod plan;
 mod qcow2;
 mod raw;
+mod resume;
 
 use std::fs;
 use std::io::{self, Write as _};

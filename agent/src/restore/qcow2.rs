@@ -10,8 +10,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::RestoreError;
 use super::fill::Target;
+use super::resume::There;
+use super::{RestoreError, resume};
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER_LEN: u64 = 1 << CLUSTER_BITS;
@@ -29,22 +30,47 @@ const HEADER_LEN: u32 = 104;
 /// QEMU counts the disk in sectors.
 const SECTOR_LEN: u64 = 512;
 
-/// Writes a disk to an empty file.
+/// Writes a disk to a file that is new or holds a part of it already.
 pub(super) fn write(target: &Target<'_>) -> Result<(), RestoreError> {
     let size = target.reader.size();
     let data = target.reader.extents(0, size)?.into_iter();
     let data = data.filter(|extent| extent.kind == repository::ExtentKind::Data);
     let layout = Layout::new(size, data.map(|extent| extent.offset..extent.offset + extent.len));
     let used = Used::new(layout.data_len());
-    let sized = target.file.set_len(0).and_then(|()| target.file.set_len(layout.end * CLUSTER_LEN));
-    sized.map_err(|source| target.failed(source))?;
     let wrote = |offset, len| used.add(&layout, offset, len);
-    target.fill(|_| true, |offset| layout.place(offset), wrote)?;
+    let there = take_up(target, &layout, wrote)?;
+    target.fill(|chunk| !there.has(chunk), |offset| layout.place(offset), wrote)?;
     layout.metadata(&used, |cluster, content| {
         target.stop.check()?;
         let written = target.file.write_all_at(content, cluster * CLUSTER_LEN);
         written.map_err(|source| target.failed(source))
     })
+}
+
+/// What of the disk is in the file. All else in it becomes zero.
+fn take_up(
+    target: &Target<'_>,
+    layout: &Layout,
+    wrote: impl Fn(u64, u64) + Sync,
+) -> Result<There, RestoreError> {
+    let start = |chunk| target.reader.chunk_range(chunk).start;
+    let mut chunks = 0..target.reader.content().len();
+    // Where a cluster holds parts of several chunks, one of which is zero, nobody would clear that part.
+    if !chunks.all(|chunk| start(chunk).is_multiple_of(CLUSTER_LEN)) {
+        target.file.set_len(0).map_err(|source| target.failed(source))?;
+    }
+    let place = |chunk| (!target.reader.is_zero(chunk)).then(|| layout.place(start(chunk)));
+    let there = resume::take_up(target, layout.end * CLUSTER_LEN, place, wrote)?;
+    if there.is_new() {
+        return Ok(there);
+    }
+    resume::clear(target, 0..layout.data * CLUSTER_LEN)?;
+    if let Some(last) = layout.runs.last() {
+        // The last chunk of a disk may end within a cluster.
+        let end = layout.place((last.disk.end * CLUSTER_LEN).min(layout.size) - 1) + 1;
+        resume::clear(target, end..layout.end * CLUSTER_LEN)?;
+    }
+    Ok(there)
 }
 
 /// Neighbouring clusters of the disk that are neighbours in the image too.

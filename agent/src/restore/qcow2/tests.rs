@@ -63,21 +63,42 @@ fn qemu_img(arguments: &[&str], files: &[&Path]) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
-/// Restores a disk in both formats: QEMU finds no fault in the qcow2 image, no leak, and the same bytes.
+type Write = fn(&Target<'_>) -> Result<(), RestoreError>;
+
+/// Disks up to this size are also restored over what may be left of them, which is held in memory.
+const TAKEN_UP_MAX: u64 = 64 * MIB;
+
+/// Parts of an image, between them what should not be there, and more than it has.
+fn begun(whole: &[u8]) -> Vec<u8> {
+    let spoilt = |at: usize, byte: u8| if at / (80 << 10) % 3 == 1 { 0xee } else { byte };
+    let parts = whole.iter().enumerate().map(|(at, &byte)| spoilt(at, byte));
+    parts.chain([0xee; 1000]).collect()
+}
+
+/// Restores a disk in both formats, and once more over what may be left of it: QEMU finds no fault in the qcow2 image, no leak, and the same bytes.
 fn assert_whole(chunks: &[(u64, u8)]) -> Option<serde_json::Value> {
     has_qemu_img().then(|| {
         let folder = tempfile::tempdir().unwrap();
         let reader = disk_of(folder.path(), chunks);
         let [plain, image] = ["disk.raw", "disk.qcow2"].map(|name| folder.path().join(name));
-        let restore = |path: &Path, write: fn(&Target<'_>) -> Result<(), RestoreError>| {
+        let restore = |path: &Path, write: Write| {
             let (progress, stop) = (Progress::new(When::Never, true), Stop::default());
-            let options = File::options().read(true).write(true).create_new(true).open(path);
+            let options =
+                File::options().read(true).write(true).create(true).truncate(false).open(path);
             let file = &options.unwrap();
             let (progress, stop, reader) = (&progress, &stop, &reader);
             write(&Target { file, path, reader, progress, stop }).unwrap();
         };
         restore(&plain, raw::write);
         restore(&image, write);
+        if reader.size() < TAKEN_UP_MAX {
+            for (path, write) in [(&plain, raw::write as Write), (&image, write)] {
+                let whole = fs::read(path).unwrap();
+                fs::write(path, begun(&whole)).unwrap();
+                restore(path, write);
+                assert!(fs::read(path).unwrap() == whole, "{} is not as it was", path.display());
+            }
+        }
         assert_eq!(fs::metadata(&plain).unwrap().len(), reader.size());
 
         let check = qemu_img(&["check", "--output=json", "-f", "qcow2"], &[&image]);
