@@ -13,6 +13,7 @@ use crate::hypervisor::{HypervisorError, Reach};
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::names::NameError;
+use crate::overlay::OverlayError;
 use crate::plan::PlanError;
 use crate::quiesce::QuiesceError;
 use crate::read::ReadError;
@@ -42,6 +43,9 @@ pub enum CommandError {
     /// No backup can be planned.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// Images cannot hold still, or a guest cannot be brought back.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
     /// A restore stopped.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -183,6 +187,7 @@ impl CommandError {
             | Self::Plan(PlanError::UnknownDisk { .. } | PlanError::LeftOut { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
+            | Self::Overlay(OverlayError::Interrupted)
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
             Self::SomeFailed { .. } => SOME_FAILED,
             Self::Lock(LockError::Held { .. }) => LOCKED,
@@ -202,8 +207,10 @@ impl CommandError {
             | Self::Recover(RecoverError::Hypervisor { source: error, .. }) => {
                 return hypervisor_hint(error);
             }
-            Self::Define(DefineError::Hypervisor(error))
+            Self::Overlay(OverlayError::Hypervisor(error))
+            | Self::Define(DefineError::Hypervisor(error))
             | Self::InPlace(InPlaceError::Hypervisor(error)) => return hypervisor_hint(error),
+            Self::Overlay(error) => error.hint()?,
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {

@@ -268,12 +268,7 @@ impl Journal {
         let path = self.path(&record.run);
         let io = |source| JournalError::Io { path: path.clone(), source };
         effect::about_to("journal: write").map_err(io)?;
-        let mut partial = tempfile::Builder::new();
-        let mut file = partial.prefix(PARTIAL).tempfile_in(&self.folder).map_err(io)?;
-        let text = serde_json::to_vec_pretty(record).expect("a record has only string keys");
-        file.write_all(&text).and_then(|()| file.as_file().sync_all()).map_err(io)?;
-        file.persist(&path).map_err(|error| io(error.error))?;
-        self.sync_folder()
+        write_durably(&path, record).map_err(io)
     }
 
     fn sync_folder(&self) -> Result<(), JournalError> {
@@ -283,9 +278,23 @@ impl Journal {
     }
 }
 
+/// Puts a record in place of the one before, or of none; it is durable when this returns.
+///
+/// # Errors
+/// The system's; the file is then still the one before.
+pub fn write_durably(path: &Path, record: &impl Serialize) -> io::Result<()> {
+    let folder = path.parent().expect("a record lies in a folder");
+    let mut partial = tempfile::Builder::new();
+    let mut file = partial.prefix(PARTIAL).tempfile_in(folder)?;
+    let text = serde_json::to_vec_pretty(record).expect("a record has only string keys");
+    file.write_all(&text).and_then(|()| file.as_file().sync_all())?;
+    file.persist(path)?;
+    File::open(folder)?.sync_all()
+}
+
 /// Removes what a process that was killed while it wrote a record has left. It names nothing that was
 /// done: a record comes before the deed.
-fn sweep(path: &Path) {
+pub fn sweep(path: &Path) {
     let partial = path
         .file_name()
         .is_some_and(|name| name.as_encoded_bytes().starts_with(PARTIAL.as_bytes()));

@@ -17,6 +17,7 @@ mod location;
 mod lock;
 mod manifest;
 mod names;
+mod overlay;
 mod plan;
 mod progress;
 mod quiesce;

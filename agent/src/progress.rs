@@ -76,6 +76,12 @@ impl Progress {
         self.bar.set_position(done);
     }
 
+    /// So many of a growing number of things are done.
+    pub fn reach_of(&self, done: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+
     /// So many bytes more are done.
     pub fn read(&self, bytes: u64) {
         self.bar.inc(bytes);

@@ -306,7 +306,7 @@ fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
 }
 
 /// QEMU's words for an image that another process has locked.
-fn is_lock(words: &str) -> bool {
+pub fn is_lock(words: &str) -> bool {
     words.contains("Failed to get") && words.contains("lock")
 }
 
@@ -393,6 +393,12 @@ pub async fn chain(
     Ok(Ok(Chain { images, header }))
 }
 
+/// A chain as `qemu-img` takes it.
+pub fn stacked(chain: &[Image]) -> String {
+    let above = |backing, image: &Image| image.node_above(&backing);
+    format!("json:{}", chain.iter().rev().fold(Value::Null, above))
+}
+
 /// A chain as a read-only node of QEMU's block layer, which keeps nobody from using the images.
 pub fn node(chain: &[Image]) -> Value {
     chain.iter().rev().fold(Value::Null, |backing, image| {
@@ -406,12 +412,23 @@ pub fn node(chain: &[Image]) -> Value {
 /// Runs `qemu-img` and returns its output. What it has begun it ends, whatever becomes of us: stopped in
 /// between it would leave the image's bitmaps unusable.
 async fn qemu_img(step: &str, arguments: &[&str]) -> Result<Vec<u8>, HypervisorError> {
+    qemu_img_within(step, arguments, TOOL_TIMEOUT).await
+}
+
+/// The same with a deadline of its own.
+///
+/// # Errors
+/// [`HypervisorError::Tool`], [`HypervisorError::StillInUse`].
+pub async fn qemu_img_within(
+    step: &str,
+    arguments: &[&str],
+    waited: Duration,
+) -> Result<Vec<u8>, HypervisorError> {
     let host = |source| HypervisorError::Host { step: step.to_owned(), source };
     let mut command = tokio::process::Command::new(TOOL);
     command.args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).process_group(0);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let running = command.spawn().map_err(host)?.wait_with_output();
-    let waited = TOOL_TIMEOUT;
     let output = tokio::time::timeout(waited, running).await.map_err(|_| {
         HypervisorError::StillInUse { what: format!("{TOOL}, asked to {step},"), waited }
     })?;

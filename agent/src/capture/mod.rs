@@ -46,11 +46,7 @@ pub struct Scratch {
 impl Scratch {
     /// Says when so little room is left that the guest's own image could not grow.
     pub fn low(&self) -> Option<HypervisorError> {
-        // A file system that does not tell has no bounds that we could keep.
-        let stat = fstatvfs(&self.file).ok()?;
-        let (free, size) = (stat.blocks_available(), stat.blocks());
-        let (free, size) = (free * stat.fragment_size(), size * stat.fragment_size());
-        let kept = (size / KEPT_FRACTION).max(KEPT_MIN).min(size / KEPT_FRACTION_MAX);
+        let (free, kept) = room(&self.file)?;
         let disk = self.disk.clone();
         (free < kept).then_some(HypervisorError::ScratchLow { disk, free, kept })
     }
@@ -60,6 +56,15 @@ impl Scratch {
         // What cannot be cut goes with the filter.
         let _ = self.file.set_len(0);
     }
+}
+
+/// Bytes that are left on a file's file system, and how many of them are kept for the guest's own images;
+/// `None` where it does not tell, and so has no bounds that we could keep.
+pub fn room(file: &File) -> Option<(u64, u64)> {
+    let stat = fstatvfs(file).ok()?;
+    let (free, size) = (stat.blocks_available(), stat.blocks());
+    let (free, size) = (free * stat.fragment_size(), size * stat.fragment_size());
+    Some((free, (size / KEPT_FRACTION).max(KEPT_MIN).min(size / KEPT_FRACTION_MAX)))
 }
 
 /// A scratch file without a name: it can neither be left behind nor be opened by anybody else.

@@ -168,7 +168,10 @@ async fn back_up_domain(
 }
 
 /// The domains that are asked for, each once; all where nothing is.
-fn choose(known: &[KnownDomain], wanted: &[String]) -> Result<Vec<KnownDomain>, CommandError> {
+pub(super) fn choose(
+    known: &[KnownDomain],
+    wanted: &[String],
+) -> Result<Vec<KnownDomain>, CommandError> {
     if wanted.is_empty() {
         return Ok(known.to_vec());
     }
@@ -245,6 +248,7 @@ async fn back_up<H: Hypervisor>(
         let reclaim = async { Ok(hypervisor.reclaim(&mut machine, &claims).await?) };
         context.until_interrupted(reclaim).await?;
     }
+    super::overlays::leave_untracked(&mut machine, &reach, &context.global.state_dir)?;
     let request = Request {
         quiesce: args.quiesce,
         agent: agent(&hypervisor),
@@ -285,7 +289,7 @@ async fn back_up<H: Hypervisor>(
 }
 
 /// Locks the way to a machine. A guard that undoes an earlier run there is waited for.
-async fn lock(run_dir: &Path, reach: &Reach) -> Result<DomainLock, CommandError> {
+pub(super) async fn lock(run_dir: &Path, reach: &Reach) -> Result<DomainLock, CommandError> {
     let start = Instant::now();
     loop {
         match DomainLock::on_reach(run_dir, reach) {
@@ -323,7 +327,7 @@ impl FromStr for Exclusion {
 }
 
 /// Undoes what earlier runs left in this machine. What cannot be read may be of another one.
-async fn recover_earlier(
+pub(super) async fn recover_earlier(
     hypervisor: &impl Hypervisor,
     journal: &Journal,
     run_dir: &Path,
@@ -420,7 +424,7 @@ fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandErr
 }
 
 /// Bytes with an optional binary suffix: `1048576`, `512KiB`, `100MiB`, `2G`.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor: u64 = match unit.trim().to_ascii_lowercase().trim_end_matches("ib") {

@@ -11,6 +11,7 @@ use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::journal::{Journal, Recorded};
 use crate::lock::{DomainLock, LockError};
+use crate::overlay::record::{Held, Records, Stage};
 use crate::recover;
 use crate::restore::in_place;
 
@@ -44,8 +45,16 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
     let journal = context.journal()?;
     let (pending, damaged) = journal.pending()?;
     let exchanges = in_place::unfinished(&context.global.state_dir)?;
+    let (overlays, unread) = Records::open(&context.global.state_dir)?.all()?;
     let is_clean = pending.is_empty() && damaged.is_empty() && exchanges.is_empty();
-    let mut left = damaged.len();
+    let is_clean = is_clean && overlays.is_empty() && unread.is_empty();
+    let mut left = damaged.len() + unread.len();
+    for error in &unread {
+        tracing::error!("{error}: it tells of a guest that writes to overlays");
+    }
+    for held in &overlays {
+        left += usize::from(!examine_overlays(held, context)?);
+    }
     for record in &exchanges {
         left += usize::from(!examine_exchange(record, args.repair, context).await?);
     }
@@ -89,6 +98,35 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
         0 => Ok(()),
         count => Err(CommandError::Leftovers { count }),
     }
+}
+
+/// Tells of a machine that writes to overlays, and says whether that is as it was meant to be.
+fn examine_overlays(held: &Held, context: &Context) -> Result<bool, CommandError> {
+    let record = held.record();
+    let lock = DomainLock::on_reach(&context.global.run_dir, &record.reach);
+    if let Err(error @ LockError::Held { .. }) = lock {
+        tracing::info!(target: "progress", "{error}");
+        return Ok(true);
+    }
+    let is_whole = record.held.is_some() && record.disks.iter().all(|d| d.stage == Stage::Above);
+    let state = match is_whole {
+        true => "its images hold still, the guest writes to overlays",
+        false => "a create or purge of it did not end",
+    };
+    let since = record.held.map_or(record.begun, |held| held.time);
+    let mut out = std::io::stdout().lock();
+    if context.global.json {
+        let overlays: Vec<_> = record.disks.iter().map(|disk| &disk.overlay).collect();
+        let line = serde_json::json!({
+            "domain": record.domain, "reach": record.reach.to_string(), "since": since,
+            "overlays": overlays, "state": state,
+        });
+        context.print_json(&mut out, &line)?;
+    } else {
+        let time = super::list::local_time(since);
+        writeln!(out, "{} (overlays, {time}): {state}; `kvmsnap purge` ends it", record.domain)?;
+    }
+    Ok(is_whole)
 }
 
 /// Tells of a restore in place that stopped between two disks, and says whether it is finished now.

@@ -1,9 +1,12 @@
 //! The command line: one file for each command.
 
 mod backup;
+mod create;
 mod doctor;
 mod generate;
 mod list;
+mod overlays;
+mod purge;
 mod repository;
 mod restore;
 mod show;
@@ -120,6 +123,8 @@ enum Command {
     #[command(subcommand)]
     Repository(repository::RepositoryCommand),
     Backup(backup::BackupArgs),
+    Create(create::CreateArgs),
+    Purge(purge::PurgeArgs),
     List(list::ListArgs),
     Show(show::ShowArgs),
     Restore(restore::RestoreArgs),
@@ -183,6 +188,8 @@ impl Cli {
                 context.until_interrupted(repository::run(command, &context)).await
             }
             Command::Backup(args) => backup::run(args, &context).await,
+            Command::Create(args) => create::run(args, &context).await,
+            Command::Purge(args) => purge::run(args, &context).await,
             Command::List(args) => context.until_interrupted(list::run(args, &context)).await,
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,

@@ -1,9 +1,10 @@
 //! What QEMU says about its block graph, read into our terms. No I/O.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::{Bitmap, BitmapHealth, Choice, Disk, HypervisorError, Machine, Skipped, Tracking};
 use crate::names::DiskName;
@@ -17,6 +18,34 @@ const FILTERS: [&str; 7] = [
     "copy-on-read",
     "preallocate",
     "throttle",
+];
+/// Drivers of the file or device that an image lies in.
+const PROTOCOLS: [&str; 2] = ["file", "host_device"];
+/// Filters of jobs, which stand above the image that they pass through.
+const JOB_FILTERS: [&str; 2] = ["mirror_top", "commit_top"];
+/// The limits of a device's I/O, as `query-block` tells and `block_set_io_throttle` takes them; those that
+/// are always there come first.
+const LIMITS: [&str; 20] = [
+    "bps",
+    "bps_rd",
+    "bps_wr",
+    "iops",
+    "iops_rd",
+    "iops_wr",
+    "bps_max",
+    "bps_rd_max",
+    "bps_wr_max",
+    "iops_max",
+    "iops_rd_max",
+    "iops_wr_max",
+    "bps_max_length",
+    "bps_rd_max_length",
+    "bps_wr_max_length",
+    "iops_max_length",
+    "iops_rd_max_length",
+    "iops_wr_max_length",
+    "iops_size",
+    "group",
 ];
 /// A guard against a graph that names itself.
 const DEPTH_MAX: usize = 32;
@@ -39,6 +68,21 @@ struct Inserted {
     #[serde(default)]
     ro: bool,
     image: Image,
+    #[serde(default)]
+    cache: Cache,
+    /// Limits among others.
+    #[serde(flatten)]
+    more: Map<String, Value>,
+}
+
+/// How a disk's image is cached.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Cache {
+    /// Past the page cache.
+    pub direct: bool,
+    /// Flushes are left out.
+    pub no_flush: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -121,27 +165,88 @@ struct GraphEdge {
 pub struct Graph {
     nodes: HashMap<String, NamedNode>,
     below: HashMap<String, String>,
+    beneath: HashMap<String, String>,
+}
+
+/// The images of a disk, as QEMU has them open.
+#[derive(Debug)]
+pub struct NodeChain {
+    /// The disk.
+    pub disk: DiskName,
+    /// Its device, as `query-block` calls it.
+    pub qdev: String,
+    /// The node that the device uses.
+    pub root: String,
+    /// How the image is cached.
+    pub cache: Cache,
+    /// The limits of its I/O, as `block_set_io_throttle` takes them.
+    pub limits: Map<String, Value>,
+    /// Its images, from the top down, without filters.
+    pub layers: Vec<Layer>,
+}
+
+/// One image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Its node.
+    pub node: String,
+    /// The file, by the name that QEMU has for it.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: String,
 }
 
 impl Graph {
     /// Joins what the two queries say; `raw` may be empty where QEMU does not offer it.
     pub fn new(named: Vec<NamedNode>, raw: &RawGraph) -> Self {
         let names: HashMap<u64, &str> = raw.nodes.iter().map(|n| (n.id, n.name.as_str())).collect();
-        let mut below: HashMap<String, String> = HashMap::new();
-        for edge in raw.edges.iter().filter(|edge| edge.name == "file") {
-            if let (Some(parent), Some(child)) = (names.get(&edge.parent), names.get(&edge.child)) {
-                below.insert((*parent).to_owned(), (*child).to_owned());
+        let mut edges: Vec<(&str, &str, &str)> = Vec::new();
+        for GraphEdge { parent, child, name } in &raw.edges {
+            if let (Some(parent), Some(child)) = (names.get(parent), names.get(child)) {
+                edges.push((name, parent, child));
             }
         }
         for node in &named {
-            for child in node.children.iter().filter(|child| child.child == "file") {
-                if let Some(name) = &child.node_name {
-                    below.insert(node.node_name.clone(), name.clone());
-                }
+            for NodeChild { child, node_name } in &node.children {
+                edges.extend(node_name.as_ref().map(|name| (&**child, &*node.node_name, &**name)));
             }
         }
+        let of_kind = |kind: &str| {
+            let edges = edges.iter().filter(|(name, ..)| *name == kind);
+            edges.map(|(_, parent, child)| ((*parent).to_owned(), (*child).to_owned())).collect()
+        };
+        let (below, beneath) = (of_kind("file"), of_kind("backing"));
         let nodes = named.into_iter().map(|node| (node.node_name.clone(), node)).collect();
-        Self { nodes, below }
+        Self { nodes, below, beneath }
+    }
+
+    /// The nodes that have an image open: those of its format come before those of its file.
+    pub fn nodes_of(&self, image: &Path) -> Vec<&str> {
+        let nodes = self.nodes.values().filter(|node| Path::new(&node.file) == image);
+        let mut nodes: Vec<_> = nodes.collect();
+        nodes.sort_by_key(|node| PROTOCOLS.contains(&node.drv.as_str()));
+        nodes.into_iter().map(|node| node.node_name.as_str()).collect()
+    }
+
+    /// The images from a node down.
+    fn layers(&self, root: &str) -> Vec<Layer> {
+        let (mut layers, mut next) = (Vec::new(), Some(root));
+        while let Some(node) = next.and_then(|name| self.nodes.get(name)) {
+            let (name, driver) = (&node.node_name, node.drv.as_str());
+            next = match FILTERS.contains(&driver) {
+                true => self.below.get(name),
+                false => self.beneath.get(name),
+            }
+            .map(String::as_str);
+            if !FILTERS.contains(&driver) && !JOB_FILTERS.contains(&driver) {
+                let (path, format) = (PathBuf::from(&node.file), node.drv.clone());
+                layers.push(Layer { node: name.clone(), path, format });
+            }
+            if layers.len() > DEPTH_MAX {
+                break;
+            }
+        }
+        layers
     }
 
     /// Whether a node exists.
@@ -195,6 +300,24 @@ fn device_path(qdev: &str) -> String {
         true => qdev.to_owned(),
         false => format!("/machine/peripheral/{qdev}"),
     }
+}
+
+/// The images of each disk that can be named and has any.
+pub fn chains(devices: &[BlockDevice], graph: &Graph) -> Vec<NodeChain> {
+    let chain = |device: &BlockDevice| {
+        let inserted = device.inserted.as_ref()?;
+        let root = inserted.node_name.clone()?;
+        let limit = |name: &&str| Some(((*name).to_owned(), inserted.more.get(*name)?.clone()));
+        Some(NodeChain {
+            disk: device_name(device)?.parse().ok()?,
+            qdev: device.qdev.clone()?,
+            cache: inserted.cache,
+            limits: LIMITS.iter().filter_map(limit).collect(),
+            layers: graph.layers(&root),
+            root,
+        })
+    };
+    devices.iter().filter_map(chain).collect()
 }
 
 /// Says which devices are disks that can be backed up, and why the others are not.
@@ -287,12 +410,12 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn device(qdev: Option<&str>, name: &str, size: u64) -> serde_json::Value {
+    fn device(qdev: Option<&str>, name: &str, size: u64) -> Value {
         json!({"device": name, "qdev": qdev, "removable": false, "something": "newer",
             "inserted": {"node-name": "n", "ro": false, "image": {"virtual-size": size}}})
     }
 
-    fn machine(devices: serde_json::Value) -> Result<Machine, HypervisorError> {
+    fn machine(devices: Value) -> Result<Machine, HypervisorError> {
         let nodes = json!([{"node-name": "n", "drv": "throttle", "file": "/i", "image": {"virtual-size": 9}},
             {"node-name": "q", "drv": "qcow2", "file": "/i.qcow2", "image": {"virtual-size": 9},
              "dirty-bitmaps": [

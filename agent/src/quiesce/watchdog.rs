@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::guest_agent::{Agent, AgentAddress, AgentError};
 use super::{FREEZE_TIMEOUT, guest_agent};
+use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor};
 use crate::hypervisor::{HypervisorError, Reach};
 
@@ -361,11 +362,16 @@ fn tell_syslog(what: &str) {
 /// Lets a guest go on that the run had paused; one that runs is left alone. Somebody may hold the
 /// monitor: then again and again.
 async fn let_go_on(reach: &Reach) -> Result<(), HypervisorError> {
-    // Nothing of a run pauses a domain of libvirt.
-    let Reach::Monitor(monitor) = reach else { return Ok(()) };
     let start = Instant::now();
     loop {
-        let attempt = async { Monitor::connect(monitor, ANSWER_TIMEOUT).await?.let_go_on().await };
+        let attempt = async {
+            match reach {
+                Reach::Monitor(monitor) => {
+                    Monitor::connect(monitor, ANSWER_TIMEOUT).await?.let_go_on().await
+                }
+                Reach::Domain(address) => DomainHandle::connect(address).await?.let_go_on().await,
+            }
+        };
         match attempt.await {
             Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
             outcome => return outcome,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainPausedReason, DomainStateReason, DomainStateReasonEnum};
 use virt::error::Error;
 
 use super::{sys, xml};
@@ -164,6 +164,19 @@ impl DomainHandle {
     /// As [`Libvirt::ask`].
     pub async fn is_active(&self) -> Result<bool, HypervisorError> {
         self.ask("tell whether the domain runs", Domain::is_active).await
+    }
+
+    /// Lets a paused guest go on. One that stands still for any other reason is left alone.
+    ///
+    /// # Errors
+    /// As [`Libvirt::ask`].
+    pub async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        let (_, reason) = self.ask("tell its state", Domain::state).await?;
+        let by_a_user = DomainStateReason::Paused(DomainPausedReason::User.into());
+        match reason == DomainStateReasonEnum::from(by_a_user) {
+            true => self.change("let the guest go on", Domain::resume).await,
+            false => Ok(()),
+        }
     }
 
     /// Asks about the domain; changes nothing.

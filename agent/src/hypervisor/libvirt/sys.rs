@@ -228,9 +228,7 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
         })
     };
     ask(ptr::null_mut(), &mut len)?;
-    // SAFETY: a parameter is plain data, for which zeros are a value.
-    let zero: sys::virTypedParameter = unsafe { mem::zeroed() };
-    let mut params = vec![zero; usize::try_from(len).unwrap_or(0)];
+    let mut params = vec![no_param(); usize::try_from(len).unwrap_or(0)];
     ask(params.as_mut_ptr(), &mut len)?;
     params.truncate(usize::try_from(len).unwrap_or(0));
     let mut stats = BlockStats::default();
@@ -251,6 +249,138 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
         }
     }
     Ok(stats)
+}
+
+/// A job on one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockJob {
+    /// Whether it writes the image on top into the one beneath.
+    pub commits_top: bool,
+    /// Bytes that are done.
+    pub done: u64,
+    /// All bytes.
+    pub total: u64,
+}
+
+/// Begins to write the image on top of a disk into the one beneath it, at so many bytes a second at most
+/// (0 for no limit). The guest stays on the upper one until [`block_job_end`].
+///
+/// # Errors
+/// libvirt's.
+pub fn commit_top(domain: &Domain, disk: &str, rate: u64) -> Result<(), Error> {
+    let disk = text(disk)?;
+    let flags = sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        | sys::VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+        | sys::VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES;
+    // SAFETY: the domain is referenced by its wrapper, the text lives until the call returns; no base and
+    // no top means the two images on top.
+    check(unsafe {
+        sys::virDomainBlockCommit(
+            domain.as_ptr(),
+            disk.as_ptr(),
+            ptr::null(),
+            ptr::null(),
+            rate as _,
+            flags as c_uint,
+        )
+    })
+}
+
+/// The job on a disk, where one runs.
+///
+/// # Errors
+/// libvirt's.
+pub fn block_job(domain: &Domain, disk: &str) -> Result<Option<BlockJob>, Error> {
+    let disk = text(disk)?;
+    let mut info = sys::virDomainBlockJobInfo { type_: 0, bandwidth: 0, cur: 0, end: 0 };
+    // SAFETY: libvirt fills the structure that is passed, where it returns 1.
+    let found = count(unsafe {
+        sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0)
+    })?;
+    let commits_top = u32::try_from(info.type_) == Ok(sys::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT);
+    Ok((found > 0).then_some(BlockJob { commits_top, done: info.cur, total: info.end }))
+}
+
+/// Ends the job on a disk: the guest goes on with the image beneath, where `pivot` says so, or with the
+/// one on top.
+///
+/// # Errors
+/// libvirt's.
+pub fn block_job_end(domain: &Domain, disk: &str, pivot: bool) -> Result<(), Error> {
+    let disk = text(disk)?;
+    let flags = if pivot { sys::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT } else { 0 };
+    // SAFETY: the domain is referenced by its wrapper, the text lives until the call returns.
+    check(unsafe { sys::virDomainBlockJobAbort(domain.as_ptr(), disk.as_ptr(), flags as c_uint) })
+}
+
+/// Limits of a disk's I/O in bytes a second: of all, of reads, of writes; 0 for none.
+pub type IoLimits = [u64; 3];
+const IO_LIMITS: [&CStr; 3] = [c"total_bytes_sec", c"read_bytes_sec", c"write_bytes_sec"];
+
+/// The limits of a running domain's disk.
+///
+/// # Errors
+/// libvirt's.
+pub fn io_limits(domain: &Domain, disk: &str) -> Result<IoLimits, Error> {
+    let disk = text(disk)?;
+    let flags = sys::VIR_DOMAIN_AFFECT_LIVE as c_uint;
+    let mut len: c_int = 0;
+    let ask = |params, len: &mut c_int| {
+        // SAFETY: without parameters libvirt says how many there are; with them it fills as many.
+        check(unsafe {
+            sys::virDomainGetBlockIoTune(domain.as_ptr(), disk.as_ptr(), params, len, flags)
+        })
+    };
+    ask(ptr::null_mut(), &mut len)?;
+    let mut params = vec![no_param(); usize::try_from(len).unwrap_or(0)];
+    ask(params.as_mut_ptr(), &mut len)?;
+    params.truncate(usize::try_from(len).unwrap_or(0));
+    let limit = |name: &CStr| {
+        let found = params.iter().find(|param| {
+            // SAFETY: libvirt ends the name with a zero.
+            unsafe { CStr::from_ptr(param.field.as_ptr()) == name }
+        });
+        // SAFETY: the three are unsigned and long, by libvirt's definition of their names.
+        found.map_or(0, |param| unsafe { param.value.ul })
+    };
+    let limits = IO_LIMITS.map(limit);
+    for param in &mut params {
+        if c_uint::try_from(param.type_) == Ok(sys::VIR_TYPED_PARAM_STRING) {
+            // SAFETY: a text is ours to free, once.
+            unsafe { libc_free(param.value.s.cast()) };
+        }
+    }
+    Ok(limits)
+}
+
+/// Sets the limits of a running domain's disk; others stay.
+///
+/// # Errors
+/// libvirt's.
+pub fn set_io_limits(domain: &Domain, disk: &str, limits: IoLimits) -> Result<(), Error> {
+    let disk = text(disk)?;
+    let mut params = IO_LIMITS.map(|name| {
+        let mut param = no_param();
+        for (to, from) in param.field.iter_mut().zip(name.to_bytes()) {
+            *to = *from as c_char;
+        }
+        param.type_ = sys::VIR_TYPED_PARAM_ULLONG as c_int;
+        param
+    });
+    for (param, limit) in params.iter_mut().zip(limits) {
+        param.value.ul = limit;
+    }
+    let flags = sys::VIR_DOMAIN_AFFECT_LIVE as c_uint;
+    // SAFETY: the parameters live until the call returns, and libvirt does not change them.
+    check(unsafe {
+        let (first, len) = (params.as_mut_ptr(), params.len() as c_int);
+        sys::virDomainSetBlockIoTune(domain.as_ptr(), disk.as_ptr(), first, len, flags)
+    })
+}
+
+fn no_param() -> sys::virTypedParameter {
+    // SAFETY: a parameter is plain data, for which zeros are a value.
+    unsafe { mem::zeroed() }
 }
 
 /// What libvirt says of a call that it refused, in its words.

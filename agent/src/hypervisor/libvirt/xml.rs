@@ -68,6 +68,8 @@ pub struct DomainDisk {
     pub is_encrypted: bool,
     /// What lies beneath the image.
     pub backing: Backing,
+    /// Whether a job is ready to go on with another image.
+    pub is_ready: bool,
 }
 
 /// An image on the network.
@@ -186,6 +188,7 @@ fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
         volume: part("pool").zip(part("volume")),
         is_encrypted,
         backing: read_backing(disk),
+        is_ready: attribute(disk, "mirror", "ready") == Some("yes"),
         target,
     })
 }
@@ -296,6 +299,57 @@ pub fn write_backup(
     add(&mut backup, server);
     add(&mut backup, list);
     write(&backup)
+}
+
+/// A snapshot that puts overlays, which are there already, above disks and leaves the others alone.
+pub fn write_overlays(overlays: &[(&str, &Path)], others: &[String]) -> String {
+    let mut list = element("disks", &[]);
+    for (target, overlay) in overlays {
+        let attributes = [("name", *target), ("snapshot", "external"), ("type", "file")];
+        let mut disk = element("disk", &attributes);
+        add(&mut disk, element("driver", &[("type", "qcow2")]));
+        add(&mut disk, element("source", &[("file", &overlay.to_string_lossy())]));
+        add(&mut list, disk);
+    }
+    for target in others {
+        add(&mut list, element("disk", &[("name", target), ("snapshot", "no")]));
+    }
+    let mut snapshot = element("domainsnapshot", &[]);
+    add(&mut snapshot, list);
+    write(&snapshot)
+}
+
+/// Whether a description names an image anywhere.
+pub fn names_image(element: &Element, image: &Path) -> bool {
+    let is_it = |name: &str| element.attributes.get(name).is_some_and(|v| Path::new(v) == image);
+    is_it("file") || is_it("dev") || elements(element).any(|child| names_image(child, image))
+}
+
+/// Has a disk that names an overlay name another image instead. Returns whether it did.
+pub fn point_disk(domain: &mut Element, overlay: &Path, base: &Path, format: &str) -> bool {
+    let Some(devices) = domain.get_mut_child("devices") else { return false };
+    let devices = devices.children.iter_mut().filter_map(XMLNode::as_mut_element);
+    let mut pointed = false;
+    for disk in devices.filter(|device| device.name == "disk") {
+        let file = attribute(disk, "source", "file").map(Path::new);
+        if file != Some(overlay) {
+            continue;
+        }
+        // What lies beneath its own image that tells by itself.
+        disk.children.retain(|c| c.as_element().is_none_or(|c| c.name != "backingStore"));
+        let is_device = base.starts_with("/dev");
+        set(disk, "type", if is_device { "block" } else { "file" });
+        if let Some(source) = disk.get_mut_child("source") {
+            source.attributes.remove("file");
+            source.attributes.remove("index");
+            set(source, if is_device { "dev" } else { "file" }, &base.to_string_lossy());
+        }
+        if let Some(driver) = disk.get_mut_child("driver") {
+            set(driver, "type", format);
+        }
+        pointed = true;
+    }
+    pointed
 }
 
 /// A checkpoint that begins a dirty bitmap on the disks of `tracked`, and none on `others`. The time is
@@ -420,6 +474,24 @@ mod tests {
         );
         assert_eq!(nbd("<source protocol='rbd' name='p/i'><host name='h'/></source>"), None);
         assert_eq!(remote("<source file='/f'/>"), None);
+    }
+
+    #[test]
+    fn a_domain_goes_back_to_its_own_image_and_its_other_disks_stay() {
+        let xml = "<domain><devices><disk type='file'><driver name='qemu' type='qcow2'/>\
+             <source file='/o' index='3'/><backingStore type='file'><source file='/b'/></backingStore>\
+             <target dev='vda'/></disk><disk type='file'><driver type='qcow2'/><source file='/c'/>\
+             <target dev='vdb'/></disk></devices></domain>";
+        let mut domain = parse(xml).unwrap();
+        assert!(names_image(&domain, Path::new("/o")) && names_image(&domain, Path::new("/b")));
+        assert!(point_disk(&mut domain, Path::new("/o"), Path::new("/b"), "raw"));
+        assert!(!point_disk(&mut domain, Path::new("/o"), Path::new("/b"), "raw"));
+        assert!(!names_image(&domain, Path::new("/o")));
+        let disks = read_domain(&domain).disks;
+        let seen = |disk: &DomainDisk| (disk.file.clone().unwrap(), disk.format.clone());
+        assert_eq!(seen(&disks[0]), ("/b".into(), "raw".into()));
+        assert_eq!(seen(&disks[1]), ("/c".into(), "qcow2".into()));
+        assert_eq!(disks[0].backing, Backing::Unsaid);
     }
 
     #[test]

@@ -1,0 +1,100 @@
+//! What `create` and `purge` share: which machines are meant, and how they are reached.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Context, backup};
+use crate::error::{CommandError, INTERRUPTED};
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{self, KnownDomain};
+use crate::hypervisor::{Machine, Reach, Tracking};
+use crate::overlay::record::Records;
+
+/// The machines that are meant.
+#[derive(Debug, Args)]
+pub struct Machines {
+    /// Domains of libvirt: names, patterns of names, or uuids
+    #[arg(value_name = "DOMAIN", required_unless_present_any = ["all", "qmp"], conflicts_with = "qmp")]
+    pub domains: Vec<String>,
+    /// All domains of libvirt
+    #[arg(long, conflicts_with_all = ["domains", "qmp"])]
+    pub all: bool,
+    /// The monitor socket of a QEMU that nothing else manages
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+}
+
+/// One socket has one record and one lock, under whatever name it is given.
+pub fn monitor(socket: &Path) -> PathBuf {
+    fs::canonicalize(socket).unwrap_or_else(|_| std::path::absolute(socket).unwrap_or_default())
+}
+
+/// How a domain is reached.
+pub fn reach(libvirt: &Libvirt, known: &KnownDomain) -> Reach {
+    Reach::Domain(libvirt.domain(&known.uuid).address())
+}
+
+/// Does something with each domain of libvirt that is meant.
+///
+/// # Errors
+/// That of the only one; of several domains, how many failed.
+pub async fn each(
+    machines: &Machines,
+    context: &Context,
+    work: impl AsyncFn(&Libvirt, &KnownDomain) -> Result<(), CommandError>,
+) -> Result<(), CommandError> {
+    let uri = &context.global.connect;
+    let libvirt = context.until_interrupted(async { Ok(Libvirt::connect(uri).await?) }).await?;
+    let known = async { Ok(libvirt::domains(&libvirt).await?) };
+    let chosen = backup::choose(&context.until_interrupted(known).await?, &machines.domains)?;
+    let (count, mut failed) = (chosen.len(), 0);
+    for known in chosen {
+        match work(&libvirt, &known).await {
+            Ok(()) => {}
+            Err(error) if count == 1 || error.code() == INTERRUPTED => return Err(error),
+            Err(error) => {
+                // One domain that cannot be helped keeps nobody from the others.
+                let text = crate::error::describe(&error);
+                tracing::error!("domain `{}`: {}", known.name, text.trim_end());
+                failed += 1;
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        failed => Err(CommandError::SomeFailed { failed, count }),
+    }
+}
+
+/// Has a backup begin no dirty bitmap in an overlay that `create` made, for `purge` would delete it: the
+/// disk is read whole, and the dirty bitmaps in its own image go on counting.
+///
+/// # Errors
+/// When the records cannot be read.
+pub fn leave_untracked(
+    machine: &mut Machine,
+    reach: &Reach,
+    state_dir: &Path,
+) -> Result<(), CommandError> {
+    let held = Records::open(state_dir)?.of(reach)?;
+    let overlays: Vec<_> = held.iter().flat_map(|held| &held.record().disks).collect();
+    for disk in &mut machine.disks {
+        let is_it = |path: &PathBuf| overlays.iter().any(|known| known.overlay == *path);
+        if disk.image.as_ref().is_some_and(is_it) {
+            let reason = "its image holds still: `kvmsnap purge` ends that".to_owned();
+            disk.tracking = Tracking::Unsupported(reason);
+        }
+    }
+    Ok(())
+}
+
+/// A time span in seconds, with a fraction where one is wanted.
+///
+/// # Errors
+/// In words, where it is none.
+pub fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "use a number of seconds")?;
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

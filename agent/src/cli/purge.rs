@@ -1,0 +1,171 @@
+//! `kvmsnap purge`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::Context;
+use super::backup::{lock, parse_bytes};
+use super::overlays::{self, Machines, parse_seconds};
+use crate::error::CommandError;
+use crate::hypervisor::Reach;
+use crate::hypervisor::libvirt::KnownDomain;
+use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::names::DomainName;
+use crate::overlay::Layers;
+use crate::overlay::converge::Budget;
+use crate::overlay::libvirt::LibvirtLayers;
+use crate::overlay::purge::{self, Brought, Purge};
+use crate::overlay::qmp::QmpLayers;
+use crate::overlay::record::{Held, Records};
+use crate::progress::human_bytes;
+
+/// Bring guests back onto their own images after `create`, running or not
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kvmsnap purge web
+  kvmsnap purge --all --deadline 600 --max-pause 0.5
+  kvmsnap purge web --adopt /var/lib/libvirt/images/web.snap1
+
+An overlay is deleted only when it is written back and no domain, running or defined, names it.")]
+pub struct PurgeArgs {
+    #[command(flatten)]
+    machines: Machines,
+    /// How long a guest may write as fast as it likes; then it is slowed down, half as long again
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_seconds)]
+    deadline: Duration,
+    /// How long it may stand still where that was not enough; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = parse_seconds)]
+    max_pause: Duration,
+    /// Write back at most so many bytes a second, like 100MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    limit_rate: Option<u64>,
+    /// Write back an overlay that kvmsnap did not make, and delete it
+    #[arg(long, value_name = "OVERLAY", conflicts_with = "all")]
+    adopt: Option<PathBuf>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Whatever keeps a guest from its own images; of several domains, how many failed.
+pub async fn run(args: PurgeArgs, context: &Context) -> Result<(), CommandError> {
+    let Some(socket) = &args.machines.qmp else {
+        return overlays::each(&args.machines, context, async |libvirt, known| {
+            of_domain(libvirt, known, &args, context).await
+        })
+        .await;
+    };
+    let monitor = overlays::monitor(socket);
+    let reach = Reach::Monitor(monitor.clone());
+    let _lock = context.until_interrupted(lock(&context.global.run_dir, &reach)).await?;
+    let records = Records::open(&context.global.state_dir)?;
+    let held = records.of(&reach)?;
+    if held.is_none() && args.adopt.is_none() {
+        return nothing(&reach.to_string());
+    }
+    let known = held.as_ref().and_then(|held| held.record().qemu);
+    let connect = async { Ok(QmpLayers::connect(&monitor, known).await?) };
+    let layers = context.until_interrupted(connect).await?;
+    let name: DomainName = "qemu".parse()?;
+    bring_back(&layers, &records, held, (name, String::new(), reach), &args, context).await
+}
+
+async fn of_domain(
+    libvirt: &Libvirt,
+    known: &KnownDomain,
+    args: &PurgeArgs,
+    context: &Context,
+) -> Result<(), CommandError> {
+    let reach = overlays::reach(libvirt, known);
+    let _lock = context.until_interrupted(lock(&context.global.run_dir, &reach)).await?;
+    let records = Records::open(&context.global.state_dir)?;
+    let held = records.of(&reach)?;
+    if held.is_none() && args.adopt.is_none() {
+        return match args.machines.all {
+            true => Ok(()),
+            false => nothing(&format!("domain `{}`", known.name)),
+        };
+    }
+    let handle = libvirt.domain(&known.uuid);
+    let connect = async { Ok(LibvirtLayers::new(handle).await?) };
+    let layers = context.until_interrupted(connect).await?;
+    let machine = (known.name.parse()?, known.uuid.clone(), reach);
+    bring_back(&layers, &records, held, machine, args, context).await
+}
+
+fn nothing(what: &str) -> Result<(), CommandError> {
+    tracing::info!(target: "progress", "{what} writes to no overlay of kvmsnap");
+    Ok(())
+}
+
+async fn bring_back<L: Layers>(
+    layers: &L,
+    records: &Records,
+    held: Option<Held>,
+    (domain, uuid, reach): (DomainName, String, Reach),
+    args: &PurgeArgs,
+    context: &Context,
+) -> Result<(), CommandError> {
+    let (deadline, pause_max, rate) = (args.deadline, args.max_pause, args.limit_rate);
+    let budget = Budget { deadline, pause_max, rate };
+    let purge = Purge { layers, records, budget, progress: &context.progress };
+    let interrupt = context.interrupted();
+    tokio::pin!(interrupt);
+    if let Some(overlay) = &args.adopt {
+        // It may lie above one of ours.
+        let chains = layers.chains().await?.unwrap_or_default();
+        let overlay = std::path::absolute(overlay).unwrap_or_else(|_| overlay.clone());
+        let machine = (domain, uuid, reach, layers.process());
+        let adopted = purge::adopt(records, &chains, &overlay, machine)?;
+        finish(&purge, adopted, interrupt.as_mut(), context).await?;
+    }
+    match held {
+        Some(held) => finish(&purge, held, interrupt, context).await,
+        None => Ok(()),
+    }
+}
+
+async fn finish<L: Layers>(
+    purge: &Purge<'_, L>,
+    held: Held,
+    interrupt: std::pin::Pin<&mut impl Future<Output = ()>>,
+    context: &Context,
+) -> Result<(), CommandError> {
+    let domain = held.record().domain.clone();
+    let brought = purge.run(held, interrupt).await;
+    context.progress.finish();
+    for disk in brought? {
+        print(&domain, &disk, context)?;
+    }
+    Ok(())
+}
+
+fn print(domain: &DomainName, brought: &Brought, context: &Context) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    let Brought { disk, bytes, took, slowed, paused } = brought;
+    let millis = |duration: &Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    if context.global.json {
+        let line = serde_json::json!({
+            "domain": domain, "disk": disk.disk, "image": disk.base.path, "overlay": disk.overlay,
+            "bytes": bytes, "duration_ms": millis(took), "slowed": slowed,
+            "pause_ms": paused.as_ref().map(millis),
+        });
+        return context.print_json(&mut out, &line);
+    }
+    let slowed = if *slowed { ", the guest slowed down" } else { "" };
+    let paused = paused.map_or_else(String::new, |p| format!(", paused for {} ms", millis(&p)));
+    let seconds = took.as_secs_f64();
+    let rate = human_bytes((*bytes as f64 / seconds.max(0.001)) as u64);
+    writeln!(
+        out,
+        "{domain}/{}: back on {}, {} in {seconds:.1} s ({rate}/s){slowed}{paused}",
+        disk.disk,
+        disk.base.path.display(),
+        human_bytes(*bytes),
+    )?;
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! The flow of `create`:
+//!
+//! ```text
+//! what holds still already? ─► record ─► overlays made ─► opened by QEMU ─► quiesce ─► put ─► thaw ─► record
+//! ```
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+
+use super::record::{DiskRecord, Held, HeldSince, Record, Records, Stage};
+use super::{Chain, Layers, OverlayError, files};
+use crate::hypervisor::{Machine, Reach};
+use crate::manifest::Consistency;
+use crate::names::{DiskName, DomainName, RunId};
+use crate::quiesce::guest_agent::AgentAddress;
+use crate::quiesce::{self, Mode};
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Whether the guest is frozen for the instant.
+    pub quiesce: Mode,
+    /// The guest agent, where one may be there.
+    pub agent: Option<AgentAddress>,
+    /// Where overlays go; beside each image where not given.
+    pub folder: Option<PathBuf>,
+    /// Room in bytes to reserve for each disk.
+    pub reserve: u64,
+}
+
+/// Has the images of a machine hold still. Under the machine's lock.
+///
+/// # Errors
+/// [`OverlayError`]; the guest then writes to its own images as before, unless a record says otherwise.
+pub async fn create(
+    layers: &impl Layers,
+    records: &Records,
+    machine: &Machine,
+    domain: DomainName,
+    reach: Reach,
+    request: &Request,
+) -> Result<(Held, Vec<String>), OverlayError> {
+    let record = plan(layers, machine, domain, reach, request).await?;
+    let mut held = records.begin(record)?;
+    match take_effect(layers, records, &mut held, machine, request).await {
+        Ok(warnings) => Ok((held, warnings)),
+        Err(error) => match settle(layers, records, held).await {
+            // A freeze was required, and did not last.
+            Ok(Some(_)) if matches!(error, OverlayError::Quiesce(_)) => Err(error),
+            // It took effect although its answer was lost.
+            Ok(Some(held)) => Ok((held, vec![format!("the images hold still, although: {error}")])),
+            Ok(None) => Err(error),
+            Err(left) => {
+                tracing::error!(error = %left, "`kvmsnap purge` removes what is left of it");
+                Err(error)
+            }
+        },
+    }
+}
+
+/// Finds out what became of a `create` that ended early, or of one long ago: `Some` where the images
+/// hold still; else what it had made is removed.
+///
+/// # Errors
+/// [`OverlayError`]; the record stays.
+pub async fn settle(
+    layers: &impl Layers,
+    records: &Records,
+    mut held: Held,
+) -> Result<Option<Held>, OverlayError> {
+    if held.record().held.is_some() {
+        return Ok(Some(held));
+    }
+    let chains = layers.chains().await?.unwrap_or_default();
+    let is_above = |disk: &DiskRecord| {
+        let images = chains.iter().flat_map(|chain| &chain.images);
+        images.into_iter().any(|image| image.path == disk.overlay)
+    };
+    let was_used = |disk: &DiskRecord| Ok::<_, OverlayError>(!files::is_untouched(disk)?);
+    // They are put in one instant, so one tells of all. What a guest wrote to is never thrown away.
+    let mut took_effect = held.record().disks.iter().any(is_above);
+    for disk in &held.record().disks {
+        took_effect |= was_used(disk)?;
+    }
+    if took_effect {
+        let time = held.record().begun;
+        let runs_on_them = held.record().disks.iter().all(is_above);
+        hold(
+            records,
+            &mut held,
+            HeldSince { time, consistency: Consistency::Crash },
+            runs_on_them,
+        )?;
+        return Ok(Some(held));
+    }
+    layers.close(&held).await?;
+    for disk in &held.record().disks {
+        files::delete(disk)?;
+    }
+    records.clear(&held)?;
+    Ok(None)
+}
+
+/// Names all that will be made.
+async fn plan(
+    layers: &impl Layers,
+    machine: &Machine,
+    domain: DomainName,
+    reach: Reach,
+    request: &Request,
+) -> Result<Record, OverlayError> {
+    let id = RunId::random();
+    let not_running = || OverlayError::NotRunning { domain: domain.to_string() };
+    let chains = layers.chains().await?.ok_or_else(not_running)?;
+    let base = |disk: &DiskName| {
+        let chain = chains.iter().find(|chain: &&Chain| chain.disk == *disk);
+        let image = chain.and_then(|chain| chain.images.first()).cloned();
+        let image = image.filter(|image| image.path.is_absolute() && image.path.exists());
+        image.ok_or_else(|| OverlayError::NoImage { disk: disk.clone() })
+    };
+    let mut disks = Vec::new();
+    for disk in &machine.disks {
+        let base = base(&disk.target)?;
+        disks.push(DiskRecord {
+            disk: disk.target.clone(),
+            size: disk.size,
+            overlay: files::place(request.folder.as_deref(), &base.path, &id, &disk.target)?,
+            base,
+            made: None,
+            still: None,
+            stage: Stage::Above,
+            limits: None,
+        });
+    }
+    let images: BTreeSet<_> = disks.iter().map(|disk| &disk.base.path).collect();
+    if disks.is_empty() || images.len() < disks.len() {
+        return Err(OverlayError::NoDisk { domain });
+    }
+    let (uuid, qemu, begun) = (machine.uuid.clone(), layers.process(), Timestamp::now());
+    Ok(Record { id, domain, uuid, reach, qemu, begun, held: None, disks })
+}
+
+async fn take_effect(
+    layers: &impl Layers,
+    records: &Records,
+    held: &mut Held,
+    machine: &Machine,
+    request: &Request,
+) -> Result<Vec<String>, OverlayError> {
+    let mut made = Vec::new();
+    for disk in &held.record().disks {
+        made.push(files::make(disk, layers.owner(&disk.base), request.reserve).await?);
+    }
+    records.update(held, |record| {
+        for (disk, made) in record.disks.iter_mut().zip(made) {
+            disk.made = made;
+        }
+    })?;
+    layers.open(held).await?;
+    let agent = request.agent.as_ref();
+    let quiesced = quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine).await?;
+    let time = Timestamp::now();
+    let put = layers.put(held).await;
+    // Whatever comes of it, the guest goes on.
+    let thawed = quiesced.thaw().await;
+    put?;
+    let consistency = thawed.as_ref().map_or(Consistency::Crash, |outcome| outcome.consistency);
+    hold(records, held, HeldSince { time, consistency }, true)?;
+    Ok(thawed?.warnings)
+}
+
+/// Records that the images hold still; `now` where nobody can have written to them since.
+fn hold(
+    records: &Records,
+    held: &mut Held,
+    since: HeldSince,
+    now: bool,
+) -> Result<(), OverlayError> {
+    let mut still = Vec::new();
+    for disk in held.record().disks.iter().filter(|_| now) {
+        still.push(files::mark(&disk.base.path)?);
+    }
+    records.update(held, |record| {
+        record.held = Some(since);
+        for (disk, still) in record.disks.iter_mut().zip(still) {
+            disk.still = still;
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,300 @@
+//! Images that hold still: the guest writes to overlays meanwhile, and is brought back later.
+//!
+//! `create` puts an overlay above each disk in one instant; `purge` writes it back and goes on with the
+//! disk's own image. Between the two a machine may end, start again or be defined anew: purge asks what
+//! is true, and never deletes on a guess.
+
+pub mod at_rest;
+pub mod converge;
+pub mod create;
+pub mod files;
+pub mod libvirt;
+pub mod purge;
+pub mod qmp;
+pub mod record;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde_json::Value;
+
+use crate::hypervisor::HypervisorError;
+use crate::journal::{JournalError, Process};
+use crate::names::{DiskName, DomainName};
+use crate::quiesce::QuiesceError;
+use at_rest::LocalImage;
+use record::{DiskRecord, Held};
+
+/// Why images could not be made to hold still, or a guest not be brought back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OverlayError {
+    /// QEMU or a tool of it could not be asked or refused.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// The guest could not be made consistent.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// The record could not be read or written.
+    #[error(transparent)]
+    Record(#[from] JournalError),
+    /// Nobody writes to its images anyway.
+    #[error("domain `{domain}` is not running: its images hold still as they are")]
+    NotRunning {
+        /// Its name.
+        domain: String,
+    },
+    /// It has nothing to hold still.
+    #[error("domain `{domain}` has no disk that can hold still")]
+    NoDisk {
+        /// The domain.
+        domain: DomainName,
+    },
+    /// An overlay needs a file or block device beneath it.
+    #[error("the image of disk `{disk}` is no file or block device of this host")]
+    NoImage {
+        /// The disk.
+        disk: DiskName,
+    },
+    /// There is too little room for what the guest may write.
+    #[error("there is too little room for overlays in {}: {} MiB are left", .folder.display(), free >> 20)]
+    NoRoom {
+        /// The folder.
+        folder: PathBuf,
+        /// Bytes that are left there.
+        free: u64,
+    },
+    /// A file cannot be made, looked at or deleted.
+    #[error("cannot {step} {}", .path.display())]
+    File {
+        /// The step, to be read after "cannot".
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody put another image above.
+    #[error("disk `{disk}` has another image above its overlay: {}", .above.display())]
+    Covered {
+        /// The disk.
+        disk: DiskName,
+        /// The image on top.
+        above: PathBuf,
+    },
+    /// The guest does not run on the overlay.
+    #[error("disk `{disk}` runs without its overlay {}, which holds what the guest wrote since {since}; nothing was deleted", .overlay.display())]
+    Elsewhere {
+        /// The disk.
+        disk: DiskName,
+        /// Its overlay.
+        overlay: PathBuf,
+        /// Since when.
+        since: Timestamp,
+    },
+    /// The overlay is not where it was.
+    #[error("the overlay {} of disk `{disk}` is gone, and with it what the guest wrote since {since}", .overlay.display())]
+    Missing {
+        /// The disk.
+        disk: DiskName,
+        /// Its overlay.
+        overlay: PathBuf,
+        /// Since when.
+        since: Timestamp,
+    },
+    /// Another file has the overlay's name.
+    #[error("{} is not the overlay that was made; nothing was changed", .overlay.display())]
+    Replaced {
+        /// The name.
+        overlay: PathBuf,
+    },
+    /// Base and overlay do not fit each other any more.
+    #[error("{} was written to while it should hold still: {} cannot be written into it; nothing was deleted", .base.display(), .overlay.display())]
+    BaseChanged {
+        /// The image of the disk.
+        base: PathBuf,
+        /// Its overlay.
+        overlay: PathBuf,
+    },
+    /// An overlay that was written back was written to again.
+    #[error("{} was written to after it was written back; it was not deleted", .overlay.display())]
+    Revived {
+        /// The overlay.
+        overlay: PathBuf,
+    },
+    /// Something names an overlay that is of no use any more.
+    #[error("{} is written back, but {by} still names it; it was not deleted", .overlay.display())]
+    StillNamed {
+        /// The overlay.
+        overlay: PathBuf,
+        /// Who names it, in words.
+        by: String,
+    },
+    /// The guest writes faster than the overlay is written back.
+    #[error("disk `{disk}` was not brought back in time: {} MiB are left, its overlay stays", left >> 20)]
+    TooSlow {
+        /// The disk.
+        disk: DiskName,
+        /// Bytes that are left.
+        left: u64,
+    },
+    /// The job that writes the overlay back ended early.
+    #[error("the overlay of disk `{disk}` could not be written back: {words}")]
+    JobFailed {
+        /// The disk.
+        disk: DiskName,
+        /// What QEMU says.
+        words: String,
+    },
+    /// No disk of the machine is on top of the image.
+    #[error("no disk of `{domain}` runs on {}", .overlay.display())]
+    NotAdopted {
+        /// The machine.
+        domain: DomainName,
+        /// The image.
+        overlay: PathBuf,
+    },
+    /// The domain would go on with a memory that names the overlay.
+    #[error("the memory of domain `{domain}` is saved, and goes on with the overlay")]
+    Saved {
+        /// Its name.
+        domain: String,
+    },
+    /// The user or the system asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl OverlayError {
+    /// What the user can do next.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::NotRunning { .. } => "copy them; `kvmsnap backup` takes them too",
+            Self::NoRoom { .. } => {
+                "--overlay-dir names a roomier folder, --reserve asks for less room"
+            }
+            Self::Covered { .. } => "`kvmsnap purge --adopt` writes that image back first",
+            Self::Elsewhere { .. } => {
+                "decide which of the two is right: the other one can be deleted, the overlay's record too"
+            }
+            Self::Missing { .. } => {
+                "put it back where it was; if it is lost for good, its record can be deleted"
+            }
+            Self::Revived { .. } => {
+                "somebody started a guest on it: decide whether it or the disk's own image counts"
+            }
+            Self::Replaced { .. } => "put the overlay back where it was",
+            Self::BaseChanged { .. } => {
+                "keep both files: what the guest wrote in between is only in the overlay"
+            }
+            Self::StillNamed { .. } => "`kvmsnap purge` deletes it once nothing names it",
+            Self::TooSlow { .. } => {
+                "nothing is lost: `kvmsnap purge` again when the guest writes less, or with a longer \
+                 --deadline or --max-pause"
+            }
+            Self::JobFailed { .. } => "nothing is lost: `kvmsnap purge` again once that is mended",
+            Self::NotAdopted { .. } => "`virsh domblklist` shows what its disks run on",
+            Self::Saved { .. } => "start the domain, then purge",
+            _ => return None,
+        })
+    }
+}
+
+/// A disk of a machine and its images, from the top down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The disk.
+    pub disk: DiskName,
+    /// Its images.
+    pub images: Vec<LocalImage>,
+}
+
+/// How far an overlay is written back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes that were.
+    pub done: u64,
+    /// All bytes, which grow while the guest writes.
+    pub total: u64,
+    /// Whether the guest can go on with its own image.
+    pub is_ready: bool,
+}
+
+/// A machine whose disks can get overlays and lose them. Every call that changes anything takes the
+/// proof that this is recorded.
+#[allow(async_fn_in_trait, reason = "the flow is generic over it; futures stay on one task")]
+pub trait Layers {
+    /// The process that the machine runs in, where it can be told.
+    fn process(&self) -> Option<Process>;
+
+    /// The images of the machine's disks; `None` where it does not run.
+    async fn chains(&self) -> Result<Option<Vec<Chain>>, HypervisorError>;
+
+    /// The user and group that QEMU runs as, for a disk's image, where they can be told.
+    fn owner(&self, base: &LocalImage) -> Option<(u32, u32)>;
+
+    /// Has QEMU open the overlays, beside the guest's disks.
+    async fn open(&self, held: &Held) -> Result<(), HypervisorError>;
+
+    /// Puts all overlays above their disks in one instant.
+    async fn put(&self, held: &Held) -> Result<(), HypervisorError>;
+
+    /// Has QEMU close the overlays that no disk is above any more. Idempotent.
+    async fn close(&self, held: &Held) -> Result<(), HypervisorError>;
+
+    /// Begins to write an overlay back, at so many bytes a second at most, or joins the job that does.
+    async fn commit(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+        rate: Option<u64>,
+    ) -> Result<(), HypervisorError>;
+
+    /// How far that is; `None` where the job is gone, or words where it failed.
+    async fn written(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+    ) -> Result<Result<Option<Written>, String>, HypervisorError>;
+
+    /// Has the guest go on with its own image; the job is ready.
+    async fn pivot(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+    ) -> Result<Result<(), String>, HypervisorError>;
+
+    /// Ends the job; the guest stays on the overlay. Idempotent.
+    async fn cancel(&self, held: &Held, disk: &DiskRecord) -> Result<(), HypervisorError>;
+
+    /// The limits of a disk's I/O.
+    async fn limits(&self, disk: &DiskRecord) -> Result<Value, HypervisorError>;
+
+    /// These limits with at most so many bytes written a second.
+    fn lowered(limits: &Value, rate: u64) -> Value;
+
+    /// Sets the limits of a disk's I/O.
+    async fn limit(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+        limits: &Value,
+    ) -> Result<(), HypervisorError>;
+
+    /// Stops the guest's processors.
+    async fn pause(&self, held: &Held) -> Result<(), HypervisorError>;
+
+    /// Lets a guest go on that stands still because an overlay had no room, and one that was paused where
+    /// that was `ours`.
+    async fn resume(&self, ours: bool) -> Result<(), HypervisorError>;
+
+    /// Makes sure that a machine which does not run can be changed.
+    async fn check_off(&self) -> Result<(), OverlayError>;
+
+    /// Has a machine that does not run start with a disk's own image, where it would start with the overlay.
+    async fn point_back(&self, disk: &DiskRecord) -> Result<(), HypervisorError>;
+
+    /// Who has an image in a chain, running or defined, in words.
+    async fn names(&self, image: &Path) -> Result<Option<String>, HypervisorError>;
+}

@@ -1,0 +1,461 @@
+//! The flow of `purge`, for each disk:
+//!
+//! ```text
+//! where does it run? ─► on the overlay: write back, pivot ─► nothing names the overlay? ─► delete ─► forget
+//!                    └► nowhere: write back at rest, point back ┘
+//! ```
+//!
+//! Each step is recorded before it is done, and asks first what is true: a purge that was killed is gone
+//! on with by the next.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use super::at_rest::LocalImage;
+use super::converge::{Budget, Measure, slow_rate};
+use super::record::{DiskRecord, FileMark, Held, HeldSince, Record, Records, Stage};
+use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
+use crate::capture::image::{self, Use};
+use crate::hypervisor::{HypervisorError, Reach};
+use crate::manifest::Consistency;
+use crate::names::{DomainName, RunId};
+use crate::progress::Progress;
+use crate::quiesce::watchdog::Watchdog;
+
+/// How often a job is looked at.
+const POLL: Duration = Duration::from_millis(100);
+/// The same when the guest stands still.
+const POLL_PAUSED: Duration = Duration::from_millis(5);
+
+/// What became of one disk.
+#[derive(Debug)]
+pub struct Brought {
+    /// The disk.
+    pub disk: DiskRecord,
+    /// Bytes that were written back by this purge.
+    pub bytes: u64,
+    /// How long that took.
+    pub took: Duration,
+    /// Whether the guest was slowed down for it.
+    pub slowed: bool,
+    /// How long the guest's processors stood still for it.
+    pub paused: Option<Duration>,
+}
+
+/// A purge: what its steps share.
+#[derive(Debug)]
+pub struct Purge<'a, L> {
+    /// The machine.
+    pub layers: &'a L,
+    /// The records.
+    pub records: &'a Records,
+    /// What the user allows.
+    pub budget: Budget,
+    /// Who is told how far it is.
+    pub progress: &'a Progress,
+}
+
+/// An overlay being written back.
+struct Course {
+    started: Instant,
+    slowed: bool,
+    paused: Option<Duration>,
+    last: Written,
+}
+
+/// A guest that stands still, and the process that lets it go on if this one ends.
+struct Pause {
+    since: Instant,
+    watchdog: Watchdog,
+}
+
+/// A record of an overlay that somebody else made: the user says that it is to be written back.
+///
+/// # Errors
+/// [`OverlayError::NotAdopted`], [`OverlayError::Record`].
+pub fn adopt(
+    records: &Records,
+    chains: &[Chain],
+    overlay: &std::path::Path,
+    machine: (DomainName, String, Reach, Option<crate::journal::Process>),
+) -> Result<Held, OverlayError> {
+    let (domain, uuid, reach, qemu) = machine;
+    let on_top =
+        chains.iter().find(|chain| chain.images.first().is_some_and(|i| i.path == overlay));
+    let Some((chain, base)) = on_top.and_then(|chain| Some((chain, chain.images.get(1)?))) else {
+        return Err(OverlayError::NotAdopted { domain, overlay: overlay.to_owned() });
+    };
+    let failed = |source| OverlayError::File { step: "look at", path: overlay.to_owned(), source };
+    let now = jiff::Timestamp::now();
+    let disk = DiskRecord {
+        disk: chain.disk.clone(),
+        base: base.clone(),
+        size: 0,
+        overlay: overlay.to_owned(),
+        made: FileMark::of(overlay).map_err(failed)?,
+        still: None,
+        // The user vouches for the base.
+        stage: Stage::Committing,
+        limits: None,
+    };
+    // A block device is not ours to delete.
+    if disk.made.is_none() {
+        return Err(OverlayError::NotAdopted { domain, overlay: overlay.to_owned() });
+    }
+    let held = Some(HeldSince { time: now, consistency: Consistency::Crash });
+    let id = RunId::random();
+    let record = Record { id, domain, uuid, reach, qemu, begun: now, held, disks: vec![disk] };
+    Ok(records.begin(record)?)
+}
+
+impl<L: Layers> Purge<'_, L> {
+    /// Brings a machine back onto its own images. Under the machine's lock. When `interrupt` is ready it
+    /// ends; what is not brought back yet stays recorded.
+    ///
+    /// # Errors
+    /// [`OverlayError`]; calling it again goes on from there.
+    pub async fn run(
+        &self,
+        held: Held,
+        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<Vec<Brought>, OverlayError> {
+        let Some(mut held) = create::settle(self.layers, self.records, held).await? else {
+            return Ok(Vec::new());
+        };
+        self.lift_limits(&mut held).await?;
+        let mut brought = Vec::new();
+        for index in 0..held.record().disks.len() {
+            if !matches!(held.record().disks[index].stage, Stage::Back(_)) {
+                brought.push(self.bring_back(&mut held, index, interrupt.as_mut()).await?);
+            }
+        }
+        for disk in &held.record().disks {
+            if let Some(by) = self.layers.names(&disk.overlay).await? {
+                return Err(OverlayError::StillNamed { overlay: disk.overlay.clone(), by });
+            }
+            if let (Stage::Back(then), Some(now)) = (&disk.stage, files::mark(&disk.overlay)?)
+                && *then != Some(now)
+            {
+                return Err(OverlayError::Revived { overlay: disk.overlay.clone() });
+            }
+            files::delete(disk)?;
+        }
+        self.records.clear(&held)?;
+        // One whose overlay had no room stands still until now.
+        self.layers.resume(false).await?;
+        Ok(brought)
+    }
+
+    async fn bring_back(
+        &self,
+        held: &mut Held,
+        index: usize,
+        interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<Brought, OverlayError> {
+        let mut course = Course {
+            started: Instant::now(),
+            slowed: false,
+            paused: None,
+            last: Written { done: 0, total: 0, is_ready: false },
+        };
+        let disk = &held.record().disks[index];
+        match self.layers.chains().await? {
+            None => self.at_rest(held, index).await?,
+            Some(chains) => match place(&chains, disk) {
+                Place::Top => self.running(held, index, &mut course, interrupt).await?,
+                Place::Below(above) => {
+                    return Err(OverlayError::Covered { disk: disk.disk.clone(), above });
+                }
+                Place::Absent if self.was_pivoted(disk) => {}
+                Place::Absent => return Err(elsewhere(held.record(), disk)),
+            },
+        }
+        self.layers.close(held).await?;
+        let spent = files::mark(&held.record().disks[index].overlay)?;
+        self.set_stage(held, index, Stage::Back(spent))?;
+        Ok(Brought {
+            disk: held.record().disks[index].clone(),
+            bytes: course.last.done,
+            took: course.started.elapsed(),
+            slowed: course.slowed,
+            paused: course.paused,
+        })
+    }
+
+    /// Whether the very QEMU that was told to go on with the base has done so.
+    fn was_pivoted(&self, disk: &DiskRecord) -> bool {
+        match &disk.stage {
+            Stage::Pivoting(Some(process)) => self.layers.process() == Some(*process),
+            _ => false,
+        }
+    }
+
+    // ---- a machine that does not run ------------------------------------------------------------
+
+    async fn at_rest(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
+        self.layers.check_off().await?;
+        let disk = held.record().disks[index].clone();
+        let overlay = LocalImage::overlay(&disk.overlay);
+        match files::is_ours(&disk)? {
+            None => return Err(missing(held.record(), &disk)),
+            Some(false) => return Err(OverlayError::Replaced { overlay: overlay.path }),
+            Some(true) => {}
+        }
+        for image in [&overlay, &disk.base] {
+            if image.image().used()? != Use::None {
+                let image = image.path.display().to_string();
+                return Err(HypervisorError::ImageInUse { image }.into());
+            }
+        }
+        // Where the base has no data of its own, what lies beneath it counts.
+        let beneath = image::chain(vec![disk.base.image()], true)
+            .await?
+            .map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })?;
+        if disk.stage == Stage::Above && beneath.images[0].data_file.is_some() {
+            let words = "its image keeps its data in another file, which may have been written to; it \
+                         can be written back while the guest runs on it";
+            let (disk, words) = (disk.disk.clone(), words.to_owned());
+            return Err(OverlayError::JobFailed { disk, words });
+        }
+        let chain = [vec![overlay.image()], beneath.images].concat();
+        let changed = || OverlayError::BaseChanged {
+            base: disk.base.path.clone(),
+            overlay: disk.overlay.clone(),
+        };
+        match disk.stage {
+            Stage::Above if !is_still(&disk)? => return Err(changed()),
+            Stage::Above => self.set_stage(held, index, Stage::Committing)?,
+            // The guest may have gone on with the base: then the overlay is the older of the two.
+            Stage::Pivoting(_) if !at_rest::adds_nothing(&chain).await? => return Err(changed()),
+            Stage::Pivoting(_) => return self.point_back(held, &disk).await,
+            Stage::Committing | Stage::Back(_) => {}
+        }
+        self.progress.phase(&format!("writing back {}", disk.overlay.display()));
+        at_rest::commit(&chain).await?;
+        self.point_back(held, &disk).await
+    }
+
+    /// Has the machine start with the disk's own image. It may have started with the overlay meanwhile: then
+    /// the next purge writes that back again.
+    async fn point_back(&self, held: &Held, disk: &DiskRecord) -> Result<(), OverlayError> {
+        self.layers.point_back(disk).await?;
+        let chains = self.layers.chains().await?.unwrap_or_default();
+        match place(&chains, disk) {
+            Place::Absent => Ok(()),
+            _ => Err(HypervisorError::Started { domain: held.record().domain.to_string() }.into()),
+        }
+    }
+
+    // ---- a machine that runs --------------------------------------------------------------------
+
+    async fn running(
+        &self,
+        held: &mut Held,
+        index: usize,
+        course: &mut Course,
+        interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), OverlayError> {
+        self.set_stage(held, index, Stage::Committing)?;
+        let disk = held.record().disks[index].clone();
+        self.layers.commit(held, &disk, self.budget.rate).await?;
+        let outcome = self.converge(held, index, course, interrupt).await;
+        let lifted = self.lift_limits(held).await;
+        if let Err(error) = outcome {
+            if let Err(left) = self.layers.cancel(held, &disk).await {
+                tracing::warn!(error = %left, "the job goes on; the next purge joins it");
+            }
+            return Err(error);
+        }
+        lifted
+    }
+
+    /// Waits until the guest can go on with its own image, then lets it; it is held back where it writes
+    /// too fast.
+    async fn converge(
+        &self,
+        held: &mut Held,
+        index: usize,
+        course: &mut Course,
+        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), OverlayError> {
+        let disk = held.record().disks[index].clone();
+        let (mut pause, mut is_told): (Option<Pause>, bool) = (None, false);
+        loop {
+            let failed = |words| OverlayError::JobFailed { disk: disk.disk.clone(), words };
+            let written = self.layers.written(held, &disk).await?.map_err(failed)?;
+            let written = written.ok_or_else(|| failed("its job is gone".to_owned()))?;
+            course.last = written;
+            if !is_told {
+                self.progress.bytes(&format!("writing back {}", disk.disk), written.total);
+                is_told = true;
+            }
+            self.progress.reach_of(written.done, written.total);
+            if written.is_ready {
+                let pivoted = self.pivot(held, index, &mut pause, course).await;
+                self.let_go_on(&mut pause, course).await?;
+                return pivoted;
+            }
+            let elapsed = course.started.elapsed();
+            if let Some(paused) = &pause {
+                if paused.since.elapsed() >= self.budget.pause_max {
+                    self.let_go_on(&mut pause, course).await?;
+                    return Err(too_slow(&disk, written));
+                }
+                tokio::time::sleep(POLL_PAUSED).await;
+                continue;
+            }
+            let rate = (written.done as f64 / elapsed.as_secs_f64().max(0.001)) as u64;
+            match self.budget.measure(elapsed, written, rate) {
+                Measure::None => {}
+                Measure::Slow if course.slowed => {}
+                Measure::Slow => {
+                    self.slow_down(held, index, rate).await?;
+                    course.slowed = true;
+                }
+                Measure::Pause => pause = Some(self.pause(held).await?),
+                Measure::GiveUp => return Err(too_slow(&disk, written)),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(POLL) => {}
+                () = interrupt.as_mut() => {
+                    self.let_go_on(&mut pause, course).await?;
+                    return Err(OverlayError::Interrupted);
+                }
+            }
+        }
+    }
+
+    async fn pivot(
+        &self,
+        held: &mut Held,
+        index: usize,
+        pause: &mut Option<Pause>,
+        course: &mut Course,
+    ) -> Result<(), OverlayError> {
+        self.set_stage(held, index, Stage::Pivoting(self.layers.process()))?;
+        let disk = &held.record().disks[index];
+        let pivot = self.layers.pivot(held, disk);
+        tokio::pin!(pivot);
+        // The guest stands still no longer than it may, however long this takes.
+        let left = pause.as_ref().map(|p| self.budget.pause_max.saturating_sub(p.since.elapsed()));
+        let pivoted = match left {
+            None => pivot.await,
+            Some(left) => match tokio::time::timeout(left, &mut pivot).await {
+                Ok(pivoted) => pivoted,
+                Err(_) => {
+                    self.let_go_on(pause, course).await?;
+                    pivot.await
+                }
+            },
+        };
+        pivoted?.map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })
+    }
+
+    async fn slow_down(
+        &self,
+        held: &mut Held,
+        index: usize,
+        rate: u64,
+    ) -> Result<(), OverlayError> {
+        let disk = held.record().disks[index].clone();
+        let limits = self.layers.limits(&disk).await?;
+        let lowered = L::lowered(&limits, slow_rate(rate));
+        self.records.update(held, |record| record.disks[index].limits = Some(limits))?;
+        tracing::warn!(
+            "disk `{}`: the guest writes faster than its overlay is written back; it may write {} a \
+             second for now",
+            disk.disk,
+            crate::progress::human_bytes(slow_rate(rate)),
+        );
+        Ok(self.layers.limit(held, &disk, &lowered).await?)
+    }
+
+    /// Sets the limits of the guest's I/O again that this purge, or one that was killed, has lowered.
+    async fn lift_limits(&self, held: &mut Held) -> Result<(), OverlayError> {
+        for index in 0..held.record().disks.len() {
+            let disk = held.record().disks[index].clone();
+            let Some(limits) = &disk.limits else { continue };
+            // A machine that was started since has its own again.
+            let is_same = self.layers.process().is_some_and(|p| Some(p) == held.record().qemu);
+            if is_same {
+                self.layers.limit(held, &disk, limits).await?;
+            }
+            self.records.update(held, |record| record.disks[index].limits = None)?;
+        }
+        Ok(())
+    }
+
+    async fn pause(&self, held: &Held) -> Result<Pause, OverlayError> {
+        tracing::warn!("the guest stands still for at most {:?}", self.budget.pause_max);
+        let started = Watchdog::start(None, &held.record().reach);
+        let mut watchdog = started.map_err(crate::quiesce::QuiesceError::from)?;
+        watchdog.will_pause().await.map_err(crate::quiesce::QuiesceError::from)?;
+        let since = Instant::now();
+        self.layers.pause(held).await?;
+        Ok(Pause { since, watchdog })
+    }
+
+    async fn let_go_on(
+        &self,
+        pause: &mut Option<Pause>,
+        course: &mut Course,
+    ) -> Result<(), OverlayError> {
+        let Some(Pause { since, watchdog }) = pause.take() else { return Ok(()) };
+        // Where it fails, the watchdog goes on trying once it is dropped.
+        self.layers.resume(true).await?;
+        course.paused = Some(since.elapsed());
+        watchdog.done().await;
+        Ok(())
+    }
+
+    fn set_stage(&self, held: &mut Held, index: usize, stage: Stage) -> Result<(), OverlayError> {
+        if held.record().disks[index].stage != stage {
+            self.records.update(held, |record| record.disks[index].stage = stage)?;
+        }
+        Ok(())
+    }
+}
+
+enum Place {
+    Top,
+    Below(std::path::PathBuf),
+    Absent,
+}
+
+/// Where an overlay is, by file: a machine that was started anew has it under another name.
+fn place(chains: &[Chain], disk: &DiskRecord) -> Place {
+    let at = |chain: &Chain| {
+        let at = chain.images.iter().position(|image| image.path == disk.overlay)?;
+        Some((at, chain.images[0].path.clone()))
+    };
+    match chains.iter().find_map(at) {
+        Some((0, _)) => Place::Top,
+        Some((_, above)) => Place::Below(above),
+        None => Place::Absent,
+    }
+}
+
+/// Whether the base is as it was when the overlay was put above it.
+fn is_still(disk: &DiskRecord) -> Result<bool, OverlayError> {
+    Ok(disk.still.is_some() && files::mark(&disk.base.path)? == disk.still)
+}
+
+fn since(record: &Record) -> jiff::Timestamp {
+    record.held.map_or(record.begun, |held| held.time)
+}
+
+fn elsewhere(record: &Record, disk: &DiskRecord) -> OverlayError {
+    let (disk, overlay) = (disk.disk.clone(), disk.overlay.clone());
+    OverlayError::Elsewhere { disk, overlay, since: since(record) }
+}
+
+fn missing(record: &Record, disk: &DiskRecord) -> OverlayError {
+    let (disk, overlay) = (disk.disk.clone(), disk.overlay.clone());
+    OverlayError::Missing { disk, overlay, since: since(record) }
+}
+
+fn too_slow(disk: &DiskRecord, written: Written) -> OverlayError {
+    let left = written.total.saturating_sub(written.done);
+    OverlayError::TooSlow { disk: disk.disk.clone(), left }
+}
