@@ -259,8 +259,13 @@ fn r23_a_guest_started_again_on_its_overlays_is_brought_back() {
     });
     let successor = plan.boot().expect("QEMU is there");
     scene.contents.scribble(&successor, 3);
+    scene.contents.write_noise(&successor, "vda", 0, 4 * MIB as usize, 3);
 
-    scene.ok("purge", &[]);
+    let purged = scene.ok("purge", &STOPPED);
+
+    assert_eq!(purged[0]["slowed"], json!(true), "{purged:?}");
+    let blocks = successor.qmp_command("query-block", &json!({}));
+    assert_eq!(blocks[0]["inserted"]["bps_wr"], json!(0), "it writes as it did");
 
     scene.contents.scribble(&successor, 4);
     successor.quit();

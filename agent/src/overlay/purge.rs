@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::at_rest::LocalImage;
 use super::converge::{Budget, Measure, slow_rate};
-use super::record::{DiskRecord, FileMark, Held, HeldSince, Record, Records, Stage};
+use super::record::{DiskRecord, FileMark, Held, HeldSince, Limits, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
 use crate::capture::image::{self, Use};
 use crate::hypervisor::{HypervisorError, Reach};
@@ -361,7 +361,8 @@ impl<L: Layers> Purge<'_, L> {
         let disk = held.record().disks[index].clone();
         let limits = self.layers.limits(&disk).await?;
         let lowered = L::lowered(&limits, slow_rate(rate));
-        self.records.update(held, |record| record.disks[index].limits = Some(limits))?;
+        let limits = Some(Limits { process: self.layers.process(), before: limits });
+        self.records.update(held, |record| record.disks[index].limits = limits)?;
         tracing::warn!(
             "disk `{}`: the guest writes faster than its overlay is written back; it may write {} a \
              second for now",
@@ -376,10 +377,9 @@ impl<L: Layers> Purge<'_, L> {
         for index in 0..held.record().disks.len() {
             let disk = held.record().disks[index].clone();
             let Some(limits) = &disk.limits else { continue };
-            // A machine that was started since has its own again.
-            let is_same = self.layers.process().is_some_and(|p| Some(p) == held.record().qemu);
-            if is_same {
-                self.layers.limit(held, &disk, limits).await?;
+            let process = self.layers.process();
+            if process.is_some() && process == limits.process {
+                self.layers.limit(held, &disk, &limits.before).await?;
             }
             self.records.update(held, |record| record.disks[index].limits = None)?;
         }

@@ -69,7 +69,16 @@ pub struct DiskRecord {
     /// How far it was brought back.
     pub stage: Stage,
     /// The limits of the guest's I/O that a purge has lowered, to be set again.
-    pub limits: Option<serde_json::Value>,
+    pub limits: Option<Limits>,
+}
+
+/// The limits of a guest's I/O, as they were before a purge lowered them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The process that has the lowered ones; another one has its own again.
+    pub process: Option<Process>,
+    /// Those before.
+    pub before: serde_json::Value,
 }
 
 /// How far a disk was brought back onto its own image.
