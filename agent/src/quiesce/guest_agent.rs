@@ -154,6 +154,8 @@ pub async fn thaw(
         };
         match attempt.await {
             Ok(filesystems) => return Ok(filesystems),
+            // Nothing of it is left to thaw.
+            Err(AgentError::Libvirt(gone)) if gone.is_gone() => return Ok(0),
             Err(error) if start.elapsed() > timeout => return Err(error),
             Err(error) => tracing::debug!(%error, "thaw again"),
         }

@@ -373,6 +373,7 @@ async fn let_go_on(reach: &Reach) -> Result<(), HypervisorError> {
             }
         };
         match attempt.await {
+            Err(gone) if matches!(reach, Reach::Domain(_)) && gone.is_gone() => return Ok(()),
             Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
             outcome => return outcome,
         }
