@@ -17,7 +17,7 @@ pub(crate) const TREE_LEN_MAX: u32 = 1 << 30;
 /// Most bytes a sealed header may have: some hundred thousand blobs.
 pub(crate) const HEADER_LEN_MAX: u64 = 16 << 20;
 
-/// Threads that each hold a pack or two: more would need more memory than any disk may cost (256 MiB),
+/// Threads that each hold a pack or two: more would need more memory than a disk of 1 TiB may cost (256 MiB),
 /// and four already compress faster than most stores write.
 const THREADS_MAX: usize = 4;
 

@@ -123,7 +123,10 @@ async fn hold_still(
     if let Some(held) = records.of(&reach)?
         && let Some(held) = create::settle(layers, &records, held).await?
     {
-        return print(&held, true, context);
+        return match create::holds_still(layers, &held).await? {
+            true => print(&held, true, context),
+            false => Err(OverlayError::NotStill { domain: held.record().domain.clone() }.into()),
+        };
     }
     for skipped in &machine.skipped {
         tracing::info!("{}: left out, {}", skipped.device, skipped.reason);

@@ -73,16 +73,20 @@ pub async fn settle(
     if held.record().held.is_some() {
         return Ok(Some(held));
     }
-    let chains = layers.chains().await?.unwrap_or_default();
+    let chains = layers.chains().await?;
+    let runs = chains.is_some();
+    let chains = chains.unwrap_or_default();
     let is_above = |disk: &DiskRecord| {
         let images = chains.iter().flat_map(|chain| &chain.images);
-        images.into_iter().any(|image| image.path == disk.overlay)
+        images.into_iter().any(|image| files::is_same(&image.path, &disk.overlay))
     };
     let was_used = |disk: &DiskRecord| Ok::<_, OverlayError>(!files::is_untouched(disk)?);
     // They are put in one instant, so one tells of all. What a guest wrote to is never thrown away.
     let mut took_effect = held.record().disks.iter().any(is_above);
     for disk in &held.record().disks {
         took_effect |= was_used(disk)?;
+        // A machine that has ended may be described with an overlay that nobody wrote to yet.
+        took_effect |= !runs && layers.names(&disk.overlay).await?.is_some();
     }
     if took_effect {
         let time = held.record().begun;
@@ -101,6 +105,26 @@ pub async fn settle(
     }
     records.clear(&held)?;
     Ok(None)
+}
+
+/// Whether all images still show the instant that is recorded: the guest writes to the overlays, and nobody
+/// has written to what lies beneath.
+///
+/// # Errors
+/// [`OverlayError`].
+pub async fn holds_still(layers: &impl Layers, held: &Held) -> Result<bool, OverlayError> {
+    let chains = layers.chains().await?;
+    for disk in &held.record().disks {
+        let is_top = |chain: &Chain| {
+            chain.images.first().is_some_and(|top| files::is_same(&top.path, &disk.overlay))
+        };
+        let is_above = chains.as_ref().is_none_or(|chains| chains.iter().any(is_top));
+        let is_still = disk.still.is_none() || files::mark(&disk.base.path)? == disk.still;
+        if disk.stage != Stage::Above || !is_above || !is_still {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Names all that will be made.

@@ -99,6 +99,12 @@ pub fn mark(path: &Path) -> Result<Option<FileMark>, OverlayError> {
     }
 }
 
+/// Whether two paths lead to one file: QEMU may have been told of it by a link or from another folder.
+pub fn is_same(one: &Path, other: &Path) -> bool {
+    let found = |path: &Path| fs::canonicalize(path).ok();
+    one == other || found(one).is_some_and(|found_one| found(other) == Some(found_one))
+}
+
 /// Whether the file with the overlay's name is the one that was made; `None` where there is none.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use virt::domain::{Domain, DomainPausedReason, DomainStateReason, DomainStateRea
 use virt_sys as flags;
 
 use super::at_rest::LocalImage;
+use super::files::is_same;
 use super::record::{DiskRecord, Held};
 use super::{Chain, Layers, OverlayError, Written};
 use crate::capture::image;
@@ -144,11 +145,19 @@ impl Layers for LibvirtLayers {
     ) -> Result<(), HypervisorError> {
         let (target, rate) = (disk.disk.to_string(), rate.unwrap_or(0));
         let step = format!("write back the overlay of `{target}`");
-        let commit = move |domain: &Domain| match sys::block_job(domain, &target)? {
-            Some(job) if job.commits_top => Ok(()),
-            _ => sys::commit_top(domain, &target, rate),
-        };
-        self.handle.change(&step, commit).await
+        // One that a killed purge has begun. libvirt refuses a second job.
+        let begun = self.disk(disk).await?.and_then(|disk| disk.mirror);
+        match begun {
+            Some(into) if is_same(&into, &disk.base.path) => Ok(()),
+            Some(into) => {
+                let what = format!("a job of somebody else writes it to {}", into.display());
+                Err(HypervisorError::PointInTimeLost { disk: disk.disk.clone(), what })
+            }
+            None => {
+                let commit = move |domain: &Domain| sys::commit_top(domain, &target, rate);
+                self.handle.change(&step, commit).await
+            }
+        }
     }
 
     async fn written(

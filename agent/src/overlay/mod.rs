@@ -93,6 +93,20 @@ pub enum OverlayError {
         /// Since when.
         since: Timestamp,
     },
+    /// The overlay is not where it was put.
+    #[error("the overlay {} is not above the image that disk `{disk}` had; nothing was changed", .overlay.display())]
+    Moved {
+        /// The disk.
+        disk: DiskName,
+        /// Its overlay.
+        overlay: PathBuf,
+    },
+    /// A guest was partly brought back.
+    #[error("the images of domain `{domain}` do not hold still any more")]
+    NotStill {
+        /// The domain.
+        domain: DomainName,
+    },
     /// The overlay is not where it was.
     #[error("the overlay {} of disk `{disk}` is gone, and with it what the guest wrote since {since}", .overlay.display())]
     Missing {
@@ -176,7 +190,14 @@ impl OverlayError {
             }
             Self::Covered { .. } => "`kvmsnap purge --adopt` writes that image back first",
             Self::Elsewhere { .. } => {
-                "decide which of the two is right: the other one can be deleted, the overlay's record too"
+                "keep both: the overlay is worth nothing without the image. Start the guest on the overlay \
+                 and purge; or, to give up what it wrote there, delete the overlay and its record"
+            }
+            Self::Moved { .. } => {
+                "the disk was given another image or name since; `kvmsnap purge` goes on once it is put back"
+            }
+            Self::NotStill { .. } => {
+                "a purge was begun, or the guest runs without its overlay: `kvmsnap purge`, then again"
             }
             Self::Missing { .. } => {
                 "put it back where it was; if it is lost for good, its record can be deleted"

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::at_rest::LocalImage;
 use super::converge::{Budget, Measure, slow_rate};
+use super::files::is_same;
 use super::record::{DiskRecord, FileMark, Held, HeldSince, Limits, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
 use crate::capture::image::{self, Use};
@@ -124,27 +125,39 @@ impl<L: Layers> Purge<'_, L> {
             return Ok(Vec::new());
         };
         self.lift_limits(&mut held).await?;
-        let mut brought = Vec::new();
+        let (mut brought, mut stays) = (Vec::new(), None);
         for index in 0..held.record().disks.len() {
             if !matches!(held.record().disks[index].stage, Stage::Back(_)) {
                 brought.push(self.bring_back(&mut held, index, interrupt.as_mut()).await?);
             }
+            // At once: a guest that was started on it again would run on what is older than its image.
+            match self.delete(&held.record().disks[index]).await {
+                Err(error @ (OverlayError::StillNamed { .. } | OverlayError::Revived { .. })) => {
+                    stays = stays.or(Some(error));
+                }
+                deleted => deleted?,
+            }
         }
-        for disk in &held.record().disks {
-            if let Some(by) = self.layers.names(&disk.overlay).await? {
-                return Err(OverlayError::StillNamed { overlay: disk.overlay.clone(), by });
-            }
-            if let (Stage::Back(then), Some(now)) = (&disk.stage, files::mark(&disk.overlay)?)
-                && *then != Some(now)
-            {
-                return Err(OverlayError::Revived { overlay: disk.overlay.clone() });
-            }
-            files::delete(disk)?;
+        if let Some(error) = stays {
+            return Err(error);
         }
         self.records.clear(&held)?;
         // One whose overlay had no room stands still until now.
         self.layers.resume(false).await?;
         Ok(brought)
+    }
+
+    /// Deletes an overlay that was written back.
+    async fn delete(&self, disk: &DiskRecord) -> Result<(), OverlayError> {
+        if let (Stage::Back(then), Some(now)) = (&disk.stage, files::mark(&disk.overlay)?)
+            && *then != Some(now)
+        {
+            return Err(OverlayError::Revived { overlay: disk.overlay.clone() });
+        }
+        match self.layers.names(&disk.overlay).await? {
+            Some(by) => Err(OverlayError::StillNamed { overlay: disk.overlay.clone(), by }),
+            None => files::delete(disk),
+        }
     }
 
     async fn bring_back(
@@ -166,6 +179,10 @@ impl<L: Layers> Purge<'_, L> {
                 Place::Top => self.running(held, index, &mut course, interrupt).await?,
                 Place::Below(above) => {
                     return Err(OverlayError::Covered { disk: disk.disk.clone(), above });
+                }
+                Place::Moved => {
+                    let (disk, overlay) = (disk.disk.clone(), disk.overlay.clone());
+                    return Err(OverlayError::Moved { disk, overlay });
                 }
                 Place::Absent if self.was_pivoted(disk) => {}
                 Place::Absent => return Err(elsewhere(held.record(), disk)),
@@ -225,11 +242,12 @@ impl<L: Layers> Purge<'_, L> {
         };
         match disk.stage {
             Stage::Above if !is_still(&disk)? => return Err(changed()),
-            Stage::Above => self.set_stage(held, index, Stage::Committing)?,
             // The guest may have gone on with the base: then the overlay is the older of the two.
             Stage::Pivoting(_) if !at_rest::adds_nothing(&chain).await? => return Err(changed()),
             Stage::Pivoting(_) => return self.point_back(held, &disk).await,
-            Stage::Committing | Stage::Back(_) => {}
+            Stage::Committing if disk.still.is_some() && !is_still(&disk)? => return Err(changed()),
+            Stage::Above | Stage::Committing => self.committing(held, index)?,
+            Stage::Back(_) => {}
         }
         self.progress.phase(&format!("writing back {}", disk.overlay.display()));
         at_rest::commit(&chain).await?;
@@ -256,18 +274,39 @@ impl<L: Layers> Purge<'_, L> {
         course: &mut Course,
         interrupt: Pin<&mut impl Future<Output = ()>>,
     ) -> Result<(), OverlayError> {
-        self.set_stage(held, index, Stage::Committing)?;
+        let disk = held.record().disks[index].clone();
+        if disk.stage == Stage::Above && disk.still.is_some() && !is_still(&disk)? {
+            let (base, overlay) = (disk.base.path, disk.overlay);
+            return Err(OverlayError::BaseChanged { base, overlay });
+        }
+        // From here on the base does not hold still.
+        self.committing(held, index)?;
         let disk = held.record().disks[index].clone();
         self.layers.commit(held, &disk, self.budget.rate).await?;
         let outcome = self.converge(held, index, course, interrupt).await;
         let lifted = self.lift_limits(held).await;
         if let Err(error) = outcome {
-            if let Err(left) = self.layers.cancel(held, &disk).await {
-                tracing::warn!(error = %left, "the job goes on; the next purge joins it");
+            match self.layers.cancel(held, &disk).await {
+                Err(left) => {
+                    tracing::warn!(error = %left, "the job goes on; the next purge joins it");
+                }
+                Ok(()) => self.holds_again(held, index).await?,
             }
             return Err(error);
         }
         lifted
+    }
+
+    /// Notes what the base is like now that nobody writes to it: whoever purges later, when the guest does not
+    /// run, can tell whether it ran on the base meanwhile.
+    async fn holds_again(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
+        let disk = &held.record().disks[index];
+        let chains = self.layers.chains().await?.unwrap_or_default();
+        if disk.stage != Stage::Committing || !matches!(place(&chains, disk), Place::Top) {
+            return Ok(());
+        }
+        let still = files::mark(&disk.base.path)?;
+        Ok(self.records.update(held, |record| record.disks[index].still = still)?)
     }
 
     /// Waits until the guest can go on with its own image, then lets it; it is held back where it writes
@@ -409,6 +448,19 @@ impl<L: Layers> Purge<'_, L> {
         Ok(())
     }
 
+    /// Notes that the base is about to be written to.
+    fn committing(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
+        let disk = &held.record().disks[index];
+        if disk.stage == Stage::Committing && disk.still.is_none() {
+            return Ok(());
+        }
+        self.records.update(held, |record| {
+            let disk = &mut record.disks[index];
+            (disk.stage, disk.still) = (Stage::Committing, None);
+        })?;
+        Ok(())
+    }
+
     fn set_stage(&self, held: &mut Held, index: usize, stage: Stage) -> Result<(), OverlayError> {
         if held.record().disks[index].stage != stage {
             self.records.update(held, |record| record.disks[index].stage = stage)?;
@@ -419,20 +471,25 @@ impl<L: Layers> Purge<'_, L> {
 
 enum Place {
     Top,
+    /// On top of another disk, or above another image than its own.
+    Moved,
     Below(std::path::PathBuf),
     Absent,
 }
 
 /// Where an overlay is, by file: a machine that was started anew has it under another name.
 fn place(chains: &[Chain], disk: &DiskRecord) -> Place {
-    let at = |chain: &Chain| {
-        let at = chain.images.iter().position(|image| image.path == disk.overlay)?;
-        Some((at, chain.images[0].path.clone()))
-    };
-    match chains.iter().find_map(at) {
-        Some((0, _)) => Place::Top,
-        Some((_, above)) => Place::Below(above),
-        None => Place::Absent,
+    let at = |chain: &&Chain| chain.images.iter().any(|image| is_same(&image.path, &disk.overlay));
+    let Some(chain) = chains.iter().find(at) else { return Place::Absent };
+    match chain.images.as_slice() {
+        [top, below, ..] if is_same(&top.path, &disk.overlay) => {
+            match chain.disk == disk.disk && is_same(&below.path, &disk.base.path) {
+                true => Place::Top,
+                false => Place::Moved,
+            }
+        }
+        [top, ..] if !is_same(&top.path, &disk.overlay) => Place::Below(top.path.clone()),
+        _ => Place::Moved,
     }
 }
 

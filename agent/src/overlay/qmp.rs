@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::at_rest::LocalImage;
+use super::files::is_same;
 use super::record::{DiskRecord, Held};
 use super::{Chain, Layers, OverlayError, Written};
 use crate::capture::node_name;
@@ -229,7 +230,10 @@ impl Layers for QmpLayers {
             None => {}
         }
         let chain = self.chain(disk).await?;
-        let layers = chain.layers.get(..2).filter(|l| l[0].path == disk.overlay);
+        let is_it = |layers: &&[Layer]| {
+            is_same(&layers[0].path, &disk.overlay) && is_same(&layers[1].path, &disk.base.path)
+        };
+        let layers = chain.layers.get(..2).filter(is_it);
         let Some([overlay, base]) = layers else {
             let what = "it runs on another image by now".to_owned();
             return Err(HypervisorError::PointInTimeLost { disk: disk.disk.clone(), what });

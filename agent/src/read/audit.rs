@@ -101,7 +101,9 @@ fn suspects(map: &ChunkMap, parent: &[BlobId]) -> Suspects {
     for chunk in map.runs(Fate::Inherit, 1).map(|run| run.start) {
         match (map.is_hole(chunk), was_zero(chunk)) {
             (true, true) => continue,
-            (true, false) => suspects.known_to_differ = Some(chunk),
+            (true, false) => {
+                suspects.known_to_differ.get_or_insert(chunk);
+            }
             (false, true) => {}
             (false, false) => suspects.last = Some(chunk),
         }

@@ -16,6 +16,9 @@ use repository::BlobId;
 use super::RestoreError;
 use super::fill::{Target, data_parts};
 
+/// What is written where no hole can be made.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
 /// The chunks that an image holds already; `None` where there was no image.
 pub(super) struct There(Option<Vec<AtomicBool>>);
 
@@ -64,10 +67,19 @@ pub(super) fn clear(target: &Target<'_>, part: Range<u64>) -> Result<(), Restore
     if part.is_empty() {
         return Ok(());
     }
+    let end = part.end;
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     // A file has at most 2^63 bytes.
     let punched = fallocate(target.file, how, part.start as i64, (part.end - part.start) as i64);
-    punched.map_err(|errno| target.failed(errno.into()))
+    let cleared = match punched {
+        // Not every file system can.
+        Err(Errno::EOPNOTSUPP) => part.step_by(ZEROS.len()).try_for_each(|at| {
+            let len = (end - at).min(ZEROS.len() as u64) as usize;
+            target.file.write_all_at(&ZEROS[..len], at)
+        }),
+        punched => punched.map_err(io::Error::from),
+    };
+    cleared.map_err(|source| target.failed(source))
 }
 
 fn look(

@@ -6,7 +6,8 @@
 //! ```
 //! Memory: the queue of chunks, and for each worker and for the uploader twice a pack buffer of
 //! `pack_len` plus one chunk; with two threads and 16 MiB packs about 32 + 4 × 17 MiB, with the four
-//! that there are at most 32 + 6 × 17, and about 40 to 80 bytes for each blob that this run stored. A tree takes its compressed length.
+//! that there are at most 32 + 6 × 17, and about 40 to 80 bytes for each blob that this run stored. A
+//! tree takes its compressed length.
 
 mod builder;
 mod queue;
@@ -143,7 +144,7 @@ impl Writer {
         Self::start(repository, index, options, None)
     }
 
-    /// As [`Writer::new`], under a lock that may settle while the first packs are made: nothing is
+    /// As [`Writer::new`], under a lock that may settle while the first packs are made: no file is
     /// written before. [`Writer::finish`] gives it back.
     pub fn under(
         lock: AnnouncedLock,

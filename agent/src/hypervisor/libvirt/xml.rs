@@ -68,7 +68,9 @@ pub struct DomainDisk {
     pub is_encrypted: bool,
     /// What lies beneath the image.
     pub backing: Backing,
-    /// Whether a job is ready to go on with another image.
+    /// The image that a job writes to, so that the disk can go on with it.
+    pub mirror: Option<PathBuf>,
+    /// Whether that job is ready.
     pub is_ready: bool,
 }
 
@@ -188,9 +190,15 @@ fn read_disk(disk: &Element) -> Result<DomainDisk, Skipped> {
         volume: part("pool").zip(part("volume")),
         is_encrypted,
         backing: read_backing(disk),
+        mirror: disk.get_child("mirror").and_then(read_mirror),
         is_ready: attribute(disk, "mirror", "ready") == Some("yes"),
         target,
     })
+}
+
+fn read_mirror(mirror: &Element) -> Option<PathBuf> {
+    let source = &mirror.get_child("source")?.attributes;
+    source.get("file").or_else(|| source.get("dev")).map(PathBuf::from)
 }
 
 fn read_remote(source: &Element) -> Option<Remote> {

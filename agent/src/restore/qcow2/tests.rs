@@ -75,7 +75,8 @@ fn begun(whole: &[u8]) -> Vec<u8> {
     parts.chain([0xee; 1000]).collect()
 }
 
-/// Restores a disk in both formats, and once more over what may be left of it: QEMU finds no fault in the qcow2 image, no leak, and the same bytes.
+/// Restores a disk in both formats, and once more over what may be left of it: QEMU finds no fault in the
+/// qcow2 image, no leak, and the same bytes.
 fn assert_whole(chunks: &[(u64, u8)]) -> Option<serde_json::Value> {
     has_qemu_img().then(|| {
         let folder = tempfile::tempdir().unwrap();
