@@ -326,7 +326,7 @@ struct Beat<'a> {
 }
 
 const BEAT: &str = r#"
-rm -f /tmp/stop; max=0; read last _ < /proc/uptime; last=${last%.*}${last#*.}
+max=0; read last _ < /proc/uptime; last=${last%.*}${last#*.}
 while [ ! -e /tmp/stop ]; do
     echo "$last" > /mnt/vda/beat
     read now _ < /proc/uptime; now=${now%.*}${now#*.}
@@ -338,6 +338,8 @@ echo $max
 
 impl<'a> Beat<'a> {
     fn start(guest: &'a Guest) -> Self {
+        // Not by the writer itself, which may come to it only after it was told to stop.
+        guest.sh("rm -f /tmp/stop");
         Self { guest, pid: guest.spawn(&["sh", "-c", BEAT]) }
     }
 
