@@ -16,7 +16,7 @@ use repository::{AnnouncedLock, FileId, Index, Repository, RepositoryError};
 use crate::guard::Guard;
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
-use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest, Method};
+use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest};
 use crate::names::{BitmapNames, DomainName, RunId};
 use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
@@ -328,7 +328,6 @@ impl<H: Hypervisor> Run<'_, H> {
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
-        let tracked = disks.iter().any(|disk| disk.decision.tracked);
         let mut contents = Vec::new();
         let mut manifests = Vec::new();
         for (index, disk) in disks.iter().enumerate() {
@@ -361,11 +360,7 @@ impl<H: Hypervisor> Run<'_, H> {
             host: self.host.name.clone(),
             time: cut.time,
             kind,
-            method: match self.plan.machine.shut_off {
-                Some(_) => Method::Offline,
-                None if tracked => Method::Bitmap,
-                None => Method::Pull,
-            },
+            method: self.plan.method.method,
             consistency: quiesced.consistency,
             parent: self.plan.parent.map(|parent| parent.to_string()),
             freeze_ms: quiesced.frozen.map(millis),

@@ -12,6 +12,7 @@ use crate::catalog::CatalogError;
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::journal::JournalError;
 use crate::lock::LockError;
+use crate::method::MethodError;
 use crate::names::NameError;
 use crate::overlay::OverlayError;
 use crate::plan::PlanError;
@@ -43,6 +44,9 @@ pub enum CommandError {
     /// No backup can be planned.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The method that was asked for is not possible.
+    #[error(transparent)]
+    Method(#[from] MethodError),
     /// Images cannot hold still, or a guest cannot be brought back.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
@@ -226,6 +230,7 @@ impl CommandError {
             Self::Store { source, .. } if source.is_not_found() => {
                 "`kvmsnap repository init` makes one"
             }
+            Self::Method(_) => "`--method auto` takes what is possible",
             Self::Lock(LockError::Held { .. }) => "wait until it is done",
             Self::NoName { .. } => "name it with --name",
             Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",

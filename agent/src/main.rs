@@ -16,6 +16,7 @@ mod journal;
 mod location;
 mod lock;
 mod manifest;
+mod method;
 mod names;
 mod overlay;
 mod plan;

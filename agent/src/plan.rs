@@ -10,6 +10,7 @@ use repository::{BlobId, FileId, Index, Node, Tree};
 use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
 use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
 use crate::manifest::{DiskManifest, Kind};
+use crate::method::Chosen;
 use crate::names::{BitmapNames, DiskName, DomainName};
 
 /// A disk that would need more chunks than fit memory and a snapshot's tree: 32 TiB.
@@ -78,6 +79,8 @@ pub struct Plan {
     pub domain: DomainName,
     /// The machine.
     pub machine: Machine,
+    /// How the point in time is taken.
+    pub method: Chosen,
     /// The last of the backups that its disks continue.
     pub parent: Option<FileId>,
     /// For each disk, how it is read.
@@ -206,6 +209,7 @@ pub fn check_wanted(
 /// [`PlanError`] for disks that cannot be backed up and parents that cannot be read.
 pub fn plan<'a>(
     machine: Machine,
+    method: Chosen,
     domain: DomainName,
     newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
     catalog: &Catalog,
@@ -233,7 +237,7 @@ pub fn plan<'a>(
     let is_disk = |node: &Node| planned.iter().any(|p| disk_file(&p.disk.target) == node.name);
     let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
     let files = files.into_iter().filter(|node| !is_disk(node)).collect();
-    Ok(Plan { domain, machine, parent, disks: planned, files, kept: Vec::new() })
+    Ok(Plan { domain, machine, method, parent, disks: planned, files, kept: Vec::new() })
 }
 
 /// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the

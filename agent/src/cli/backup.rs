@@ -20,6 +20,7 @@ use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
 use crate::journal::Journal;
 use crate::lock::{DomainLock, LockError};
+use crate::method::{self, Able, Wanted};
 use crate::names::{BitmapNames, DiskName, DomainName, NameError};
 use crate::plan::{self, Plan, PlanError};
 use crate::progress::human_bytes;
@@ -63,6 +64,9 @@ pub struct BackupArgs {
     /// Read everything, whatever the dirty bitmaps say
     #[arg(long)]
     full: bool,
+    /// How the point in time is taken
+    #[arg(long, value_name = "METHOD", default_value = "auto", env = "KVMSNAP_METHOD")]
+    method: Wanted,
     /// Whether file systems are frozen
     #[arg(long, value_name = "MODE", default_value = "auto")]
     quiesce: Mode,
@@ -257,7 +261,9 @@ async fn back_up<H: Hypervisor>(
         timeout: Duration::from_secs(args.timeout),
     };
     let newest_first = earlier.newest_first();
-    let mut plan = plan::plan(machine, domain, &newest_first, &catalog, &open.index, args.full)?;
+    let method = method::choose(args.method, &Able::of(&machine))?;
+    let (index, full) = (&open.index, args.full);
+    let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
     if args.dry_run {
         return print_plan(&plan, context);
     }
@@ -350,6 +356,7 @@ fn print_reasons(plan: &Plan, context: &Context) {
     for skipped in &plan.machine.skipped {
         tracing::info!("{}: left out, {}", skipped.device, skipped.reason);
     }
+    tracing::info!("method {}: {}", plan.method.method.as_str(), plan.method.reason);
     for planned in &plan.disks {
         let (kind, reason) = (planned.decision.kind.as_str(), &planned.decision.reason);
         tracing::info!("{}: {kind}, {reason}", planned.disk.target);
@@ -358,6 +365,10 @@ fn print_reasons(plan: &Plan, context: &Context) {
 
 fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
+    if !context.global.json {
+        let (method, reason) = (plan.method.method.as_str(), &plan.method.reason);
+        writeln!(out, "{}: method {method}: {reason}", plan.domain)?;
+    }
     for planned in &plan.disks {
         let (disk, decision) = (&planned.disk, &planned.decision);
         if context.global.json {
@@ -368,6 +379,7 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
                     "kind": decision.kind, "reason": decision.reason,
                     "parent": plan.parent.map(|parent| parent.to_string()),
                     "tracked": decision.bitmap_old.is_some(),
+                    "method": plan.method.method, "method_reason": plan.method.reason,
                 }),
             )?;
         } else {

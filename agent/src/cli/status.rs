@@ -18,7 +18,8 @@ use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach, Skipped};
 use crate::journal::Recorded;
 use crate::lock::{DomainLock, LockError};
-use crate::manifest::Kind;
+use crate::manifest::{Kind, Method};
+use crate::method::{self, Able, Wanted};
 use crate::names::DomainName;
 use crate::plan;
 use crate::store::blocking;
@@ -44,6 +45,8 @@ struct Line {
     state: &'static str,
     last: Option<Last>,
     next: Vec<Next>,
+    /// How the point in time of the next one is taken.
+    method: Option<Method>,
     /// What the next one leaves out.
     skipped: Vec<Skipped>,
     /// Why no backup can be taken.
@@ -139,6 +142,7 @@ async fn line<L>(
         state: if known.is_active { "running" } else { "shut off" },
         last: last(&known.name, &known.uuid, backups),
         next: Vec::new(),
+        method: None,
         skipped: Vec::new(),
         problem: None,
         leftovers: left_by(left, |reach| match reach {
@@ -166,7 +170,9 @@ async fn line<L>(
             }
         };
         let (catalog, index) = (open.catalog(), &open.index);
-        let plan = plan::plan(machine, domain.clone(), &newest_first, &catalog, index, false)?;
+        let method = method::choose(Wanted::Auto, &Able::of(&machine))?;
+        let plan =
+            plan::plan(machine, method, domain.clone(), &newest_first, &catalog, index, false)?;
         Ok::<_, CommandError>(plan)
     };
     match planned.await {
@@ -178,6 +184,7 @@ async fn line<L>(
                 tracked: planned.decision.bitmap_old.is_some(),
             });
             line.next = next.collect();
+            line.method = Some(plan.method.method);
             line.skipped = plan.machine.skipped;
         }
         Err(error) => line.problem = Some(error.to_string()),
@@ -204,6 +211,7 @@ fn elsewhere<'a>(
             state: "not here",
             last: last(domain, uuid, backups),
             next: Vec::new(),
+            method: None,
             skipped: Vec::new(),
             problem: None,
             leftovers: left
