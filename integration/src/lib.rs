@@ -3,6 +3,7 @@
 
 pub mod faults;
 pub mod libvirt;
+pub mod overlays;
 pub mod restored;
 
 use std::ffi::OsStr;

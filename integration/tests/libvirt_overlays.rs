@@ -290,6 +290,7 @@ fn r01_the_effects_of_create_and_purge_on_a_domain_are_known() {
         "libvirt: write back the overlay of",
         "overlays: record",
         "libvirt: go on with the image of",
+        "image: make durable",
         "overlays: record",
         "overlay: delete",
     ];

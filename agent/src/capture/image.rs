@@ -57,6 +57,8 @@ pub struct Header {
     pub backing: Option<(String, Option<String>)>,
     /// The file that holds its data, where that is another one.
     pub data_file: Option<String>,
+    /// The names of its internal snapshots.
+    pub snapshots: Vec<String>,
 }
 
 impl Header {
@@ -79,6 +81,13 @@ struct Info {
     backing_filename: Option<String>,
     backing_filename_format: Option<String>,
     format_specific: Option<FormatSpecific>,
+    #[serde(default)]
+    snapshots: Vec<InternalSnapshot>,
+}
+
+#[derive(Deserialize)]
+struct InternalSnapshot {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -327,7 +336,8 @@ fn read_header(format: &str, info: Info) -> Header {
     let bitmaps = qcow2.filter(keeps).map(|qcow2| qcow2.bitmaps.into_iter().map(read).collect());
     let backing = info.full_backing_filename.or(info.backing_filename);
     let backing = backing.map(|path| (path, info.backing_filename_format));
-    Header { size: info.virtual_size, bitmaps, backing, data_file }
+    let snapshots = info.snapshots.into_iter().map(|snapshot| snapshot.name).collect();
+    Header { size: info.virtual_size, bitmaps, backing, data_file, snapshots }
 }
 
 /// Why what lies beneath an image cannot be followed, in words.

@@ -24,11 +24,6 @@ pub struct LocalImage {
 }
 
 impl LocalImage {
-    /// The overlay at a path.
-    pub fn overlay(path: &Path) -> Self {
-        Self { path: path.to_owned(), format: "qcow2".to_owned() }
-    }
-
     /// The image for QEMU's tools.
     pub fn image(&self) -> Image {
         Image::local(&self.path, &self.format)

@@ -151,6 +151,7 @@ async fn plan(
             disk: disk.target.clone(),
             size: disk.size,
             overlay: files::place(request.folder.as_deref(), &base.path, &id, &disk.target)?,
+            overlay_format: "qcow2".to_owned(),
             base,
             made: None,
             still: None,

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::at_rest::LocalImage;
 use super::record::{DiskRecord, FileMark};
 use super::{OverlayError, at_rest};
 use crate::capture::image::Use;
@@ -136,13 +135,24 @@ pub fn delete(disk: &DiskRecord) -> Result<(), OverlayError> {
         Some(false) => return Err(OverlayError::Replaced { overlay: path.clone() }),
         Some(true) => {}
     }
-    if LocalImage::overlay(path).image().used()? != Use::None {
+    if disk.overlay_image().image().used()? != Use::None {
         let by = "a process that has it open".to_owned();
         return Err(OverlayError::StillNamed { overlay: path.clone(), by });
     }
     let failed = |source| OverlayError::File { step: "delete", path: path.clone(), source };
     effect::about_to("overlay: delete").map_err(failed)?;
     fs::remove_file(path).and_then(|()| sync_folder(path)).map_err(failed)
+}
+
+/// Has what was written to an image be there after a power cut.
+///
+/// # Errors
+/// [`OverlayError::File`].
+pub fn make_durable(path: &Path) -> Result<(), OverlayError> {
+    let failed =
+        |source| OverlayError::File { step: "make durable", path: path.to_owned(), source };
+    effect::about_to("image: make durable").map_err(failed)?;
+    File::open(path).and_then(|file| file.sync_all()).map_err(failed)
 }
 
 fn sync_folder(path: &Path) -> io::Result<()> {
@@ -152,6 +162,7 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::overlay::at_rest::LocalImage;
     use crate::overlay::record::Stage;
 
     fn disk(overlay: &Path) -> DiskRecord {
@@ -160,6 +171,7 @@ mod tests {
             base: LocalImage { path: "/base".into(), format: "raw".into() },
             size: 1 << 20,
             overlay: overlay.to_owned(),
+            overlay_format: "qcow2".to_owned(),
             made: None,
             still: None,
             stage: Stage::Above,

@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::Value;
-use virt::domain::{Domain, DomainPausedReason, DomainStateReason, DomainStateReasonEnum};
+use virt::domain::{
+    Domain, DomainPausedReason, DomainState, DomainStateReason, DomainStateReasonEnum,
+};
 use virt_sys as flags;
 
 use super::at_rest::LocalImage;
@@ -230,6 +232,11 @@ impl Layers for LibvirtLayers {
         let step = format!("limit the I/O of `{target}`");
         let set = move |domain: &Domain| sys::set_io_limits(domain, &target, limits);
         self.handle.change(&step, set).await
+    }
+
+    async fn runs(&self) -> Result<bool, HypervisorError> {
+        let (state, _) = self.handle.ask("tell its state", Domain::state).await?;
+        Ok(state == DomainState::Running.into())
     }
 
     async fn pause(&self, _: &Held) -> Result<(), HypervisorError> {

@@ -131,6 +131,22 @@ pub enum OverlayError {
         /// Its overlay.
         overlay: PathBuf,
     },
+    /// Nobody can tell whether base and overlay still fit each other.
+    #[error("whether anybody wrote to {} since the guest ran above it cannot be told: {} is not written into it while the machine is off, and nothing was deleted", .base.display(), .overlay.display())]
+    BaseUnknown {
+        /// The image of the disk.
+        base: PathBuf,
+        /// Its overlay.
+        overlay: PathBuf,
+    },
+    /// The overlay holds more than what the guest sees.
+    #[error("the overlay {} holds internal snapshots, which would be deleted with it: {}", .overlay.display(), .snapshots.join(", "))]
+    HasSnapshots {
+        /// The overlay.
+        overlay: PathBuf,
+        /// Their names.
+        snapshots: Vec<String>,
+    },
     /// An overlay that was written back was written to again.
     #[error("{} was written to after it was written back; it was not deleted", .overlay.display())]
     Revived {
@@ -205,7 +221,20 @@ impl OverlayError {
             Self::Revived { .. } => {
                 "somebody started a guest on it: decide whether it or the disk's own image counts"
             }
-            Self::Replaced { .. } => "put the overlay back where it was",
+            Self::Replaced { .. } => {
+                "put the overlay itself back where it was. Of one that was moved to another file system \
+                 only a copy is left: start the guest on that and purge, then delete the copy and purge \
+                 again"
+            }
+            Self::BaseUnknown { .. } => {
+                "a block device never tells, nor does an image of which a purge was killed. If no guest was \
+                 started on it: start the guest on the overlay, as its definition has it, and purge while it \
+                 runs"
+            }
+            Self::HasSnapshots { .. } => {
+                "delete them, while the guest runs by `virsh snapshot-delete`, while it is off by `qemu-img \
+                 snapshot -d`; or keep the overlay"
+            }
             Self::BaseChanged { .. } => {
                 "keep both files: what the guest wrote in between is only in the overlay"
             }
@@ -302,6 +331,9 @@ pub trait Layers {
         disk: &DiskRecord,
         limits: &Value,
     ) -> Result<(), HypervisorError>;
+
+    /// Whether the guest's processors run.
+    async fn runs(&self) -> Result<bool, HypervisorError>;
 
     /// Stops the guest's processors.
     async fn pause(&self, held: &Held) -> Result<(), HypervisorError>;

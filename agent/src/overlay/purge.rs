@@ -12,12 +12,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use super::at_rest::LocalImage;
 use super::converge::{Budget, Measure, slow_rate};
 use super::files::is_same;
 use super::record::{DiskRecord, FileMark, Held, HeldSince, Limits, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
-use crate::capture::image::{self, Use};
+use crate::capture::image::{self, Image, Use};
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::manifest::Consistency;
 use crate::names::{DomainName, RunId};
@@ -65,10 +64,11 @@ struct Course {
     last: Written,
 }
 
-/// A guest that stands still, and the process that lets it go on if this one ends.
+/// A guest that stands still, and the process that lets it go on if this one ends; none where somebody else
+/// had paused it.
 struct Pause {
     since: Instant,
-    watchdog: Watchdog,
+    watchdog: Option<Watchdog>,
 }
 
 /// A record of an overlay that somebody else made: the user says that it is to be written back.
@@ -94,10 +94,11 @@ pub fn adopt(
         base: base.clone(),
         size: 0,
         overlay: overlay.to_owned(),
+        overlay_format: chain.images[0].format.clone(),
         made: FileMark::of(overlay).map_err(failed)?,
-        still: None,
-        // The user vouches for the base.
-        stage: Stage::Committing,
+        // The guest runs above it, so nobody has written to it.
+        still: files::mark(&base.path)?,
+        stage: Stage::Above,
         limits: None,
     };
     // A block device is not ours to delete.
@@ -184,11 +185,13 @@ impl<L: Layers> Purge<'_, L> {
                     let (disk, overlay) = (disk.disk.clone(), disk.overlay.clone());
                     return Err(OverlayError::Moved { disk, overlay });
                 }
-                Place::Absent if self.was_pivoted(disk) => {}
+                Place::Absent if self.was_pivoted(disk, &chains) => {}
                 Place::Absent => return Err(elsewhere(held.record(), disk)),
             },
         }
         self.layers.close(held).await?;
+        // Before anything says that the overlay is of no use any more.
+        files::make_durable(&held.record().disks[index].base.path)?;
         let spent = files::mark(&held.record().disks[index].overlay)?;
         self.set_stage(held, index, Stage::Back(spent))?;
         Ok(Brought {
@@ -201,11 +204,14 @@ impl<L: Layers> Purge<'_, L> {
     }
 
     /// Whether the very QEMU that was told to go on with the base has done so.
-    fn was_pivoted(&self, disk: &DiskRecord) -> bool {
-        match &disk.stage {
+    fn was_pivoted(&self, disk: &DiskRecord, chains: &[Chain]) -> bool {
+        let was_told = match &disk.stage {
             Stage::Pivoting(Some(process)) => self.layers.process() == Some(*process),
             _ => false,
-        }
+        };
+        let chain = chains.iter().find(|chain| chain.disk == disk.disk);
+        let top = chain.and_then(|chain| chain.images.first());
+        was_told && top.is_some_and(|top| is_same(&top.path, &disk.base.path))
     }
 
     // ---- a machine that does not run ------------------------------------------------------------
@@ -213,7 +219,7 @@ impl<L: Layers> Purge<'_, L> {
     async fn at_rest(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
         self.layers.check_off().await?;
         let disk = held.record().disks[index].clone();
-        let overlay = LocalImage::overlay(&disk.overlay);
+        let overlay = disk.overlay_image();
         match files::is_ours(&disk)? {
             None => return Err(missing(held.record(), &disk)),
             Some(false) => return Err(OverlayError::Replaced { overlay: overlay.path }),
@@ -229,26 +235,16 @@ impl<L: Layers> Purge<'_, L> {
         let beneath = image::chain(vec![disk.base.image()], true)
             .await?
             .map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })?;
-        if disk.stage == Stage::Above && beneath.images[0].data_file.is_some() {
-            let words = "its image keeps its data in another file, which may have been written to; it \
-                         can be written back while the guest runs on it";
-            let (disk, words) = (disk.disk.clone(), words.to_owned());
-            return Err(OverlayError::JobFailed { disk, words });
-        }
         let chain = [vec![overlay.image()], beneath.images].concat();
-        let changed = || OverlayError::BaseChanged {
-            base: disk.base.path.clone(),
-            overlay: disk.overlay.clone(),
-        };
-        match disk.stage {
-            Stage::Above if !is_still(&disk)? => return Err(changed()),
-            // The guest may have gone on with the base: then the overlay is the older of the two.
-            Stage::Pivoting(_) if !at_rest::adds_nothing(&chain).await? => return Err(changed()),
-            Stage::Pivoting(_) => return self.point_back(held, &disk).await,
-            Stage::Committing if disk.still.is_some() && !is_still(&disk)? => return Err(changed()),
-            Stage::Above | Stage::Committing => self.committing(held, index)?,
-            Stage::Back(_) => {}
+        if !may_be_written(&disk, &chain[1])? {
+            self.progress.phase(&format!("comparing {} with its image", disk.overlay.display()));
+            if !at_rest::adds_nothing(&chain).await? {
+                return Err(untrusted(&disk));
+            }
+            return self.point_back(held, &disk).await;
         }
+        refuse_snapshots(&disk).await?;
+        self.set_stage(held, index, Stage::Committing)?;
         self.progress.phase(&format!("writing back {}", disk.overlay.display()));
         at_rest::commit(&chain).await?;
         self.point_back(held, &disk).await
@@ -276,25 +272,28 @@ impl<L: Layers> Purge<'_, L> {
     ) -> Result<(), OverlayError> {
         let disk = held.record().disks[index].clone();
         if disk.stage == Stage::Above && disk.still.is_some() && !is_still(&disk)? {
-            let (base, overlay) = (disk.base.path, disk.overlay);
-            return Err(OverlayError::BaseChanged { base, overlay });
+            return Err(untrusted(&disk));
         }
+        refuse_snapshots(&disk).await?;
         // From here on the base does not hold still.
-        self.committing(held, index)?;
+        self.set_stage(held, index, Stage::Committing)?;
         let disk = held.record().disks[index].clone();
         self.layers.commit(held, &disk, self.budget.rate).await?;
         let outcome = self.converge(held, index, course, interrupt).await;
-        let lifted = self.lift_limits(held).await;
-        if let Err(error) = outcome {
+        if outcome.is_err() {
             match self.layers.cancel(held, &disk).await {
                 Err(left) => {
                     tracing::warn!(error = %left, "the job goes on; the next purge joins it");
                 }
                 Ok(()) => self.holds_again(held, index).await?,
             }
-            return Err(error);
         }
-        lifted
+        // Not before: a guest that writes as it likes would outrun the end of the job.
+        let lifted = self.lift_limits(held).await;
+        if let (Err(_), Err(left)) = (&outcome, &lifted) {
+            tracing::warn!(error = %left, "the guest stays slowed down; the next purge lifts that");
+        }
+        outcome.and(lifted)
     }
 
     /// Notes what the base is like now that nobody writes to it: whoever purges later, when the guest does not
@@ -302,11 +301,17 @@ impl<L: Layers> Purge<'_, L> {
     async fn holds_again(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
         let disk = &held.record().disks[index];
         let chains = self.layers.chains().await?.unwrap_or_default();
-        if disk.stage != Stage::Committing || !matches!(place(&chains, disk), Place::Top) {
+        // Else the guest may have gone on with its base after all.
+        if !matches!(place(&chains, disk), Place::Top) {
             return Ok(());
         }
+        files::make_durable(&disk.base.path)?;
         let still = files::mark(&disk.base.path)?;
-        Ok(self.records.update(held, |record| record.disks[index].still = still)?)
+        self.records.update(held, |record| {
+            let disk = &mut record.disks[index];
+            (disk.stage, disk.still) = (Stage::Committing, still);
+        })?;
+        Ok(())
     }
 
     /// Waits until the guest can go on with its own image, then lets it; it is held back where it writes
@@ -426,13 +431,17 @@ impl<L: Layers> Purge<'_, L> {
     }
 
     async fn pause(&self, held: &Held) -> Result<Pause, OverlayError> {
+        // One that an administrator has paused stays so.
+        if !self.layers.runs().await? {
+            return Ok(Pause { since: Instant::now(), watchdog: None });
+        }
         tracing::warn!("the guest stands still for at most {:?}", self.budget.pause_max);
         let started = Watchdog::start(None, &held.record().reach);
         let mut watchdog = started.map_err(crate::quiesce::QuiesceError::from)?;
         watchdog.will_pause().await.map_err(crate::quiesce::QuiesceError::from)?;
         let since = Instant::now();
         self.layers.pause(held).await?;
-        Ok(Pause { since, watchdog })
+        Ok(Pause { since, watchdog: Some(watchdog) })
     }
 
     async fn let_go_on(
@@ -440,24 +449,11 @@ impl<L: Layers> Purge<'_, L> {
         pause: &mut Option<Pause>,
         course: &mut Course,
     ) -> Result<(), OverlayError> {
-        let Some(Pause { since, watchdog }) = pause.take() else { return Ok(()) };
+        let Some(Pause { since, watchdog: Some(watchdog) }) = pause.take() else { return Ok(()) };
         // Where it fails, the watchdog goes on trying once it is dropped.
         self.layers.resume(true).await?;
         course.paused = Some(since.elapsed());
         watchdog.done().await;
-        Ok(())
-    }
-
-    /// Notes that the base is about to be written to.
-    fn committing(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
-        let disk = &held.record().disks[index];
-        if disk.stage == Stage::Committing && disk.still.is_none() {
-            return Ok(());
-        }
-        self.records.update(held, |record| {
-            let disk = &mut record.disks[index];
-            (disk.stage, disk.still) = (Stage::Committing, None);
-        })?;
         Ok(())
     }
 
@@ -493,9 +489,39 @@ fn place(chains: &[Chain], disk: &DiskRecord) -> Place {
     }
 }
 
-/// Whether the base is as it was when the overlay was put above it.
+/// Whether the base is as it was when nobody wrote to it last.
 fn is_still(disk: &DiskRecord) -> Result<bool, OverlayError> {
     Ok(disk.still.is_some() && files::mark(&disk.base.path)? == disk.still)
+}
+
+/// Whether what the guest wrote to the overlay can be written to the base at rest: nobody wrote there since.
+fn may_be_written(disk: &DiskRecord, base: &Image) -> Result<bool, OverlayError> {
+    // Another file with the base's data may be written to without a trace in the base.
+    let tells = base.data_file.is_none();
+    Ok(tells && matches!(disk.stage, Stage::Above | Stage::Committing) && is_still(disk)?)
+}
+
+/// Why the overlay is not written to the base, though it holds something else.
+fn untrusted(disk: &DiskRecord) -> OverlayError {
+    let (base, overlay) = (disk.base.path.clone(), disk.overlay.clone());
+    match disk.stage {
+        Stage::Above if disk.still.is_some() => OverlayError::BaseChanged { base, overlay },
+        Stage::Pivoting(_) => OverlayError::BaseChanged { base, overlay },
+        _ => OverlayError::BaseUnknown { base, overlay },
+    }
+}
+
+/// Internal snapshots live in the file that would be deleted.
+async fn refuse_snapshots(disk: &DiskRecord) -> Result<(), OverlayError> {
+    // One that a user has deleted while the guest runs is lost with all its snapshots already.
+    if files::is_ours(disk)? != Some(true) {
+        return Ok(());
+    }
+    let snapshots = disk.overlay_image().image().header().await?.snapshots;
+    match snapshots.is_empty() {
+        true => Ok(()),
+        false => Err(OverlayError::HasSnapshots { overlay: disk.overlay.clone(), snapshots }),
+    }
 }
 
 fn since(record: &Record) -> jiff::Timestamp {
@@ -515,4 +541,29 @@ fn missing(record: &Record, disk: &DiskRecord) -> OverlayError {
 fn too_slow(disk: &DiskRecord, written: Written) -> OverlayError {
     let left = written.total.saturating_sub(written.done);
     OverlayError::TooSlow { disk: disk.disk.clone(), left }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::overlay::at_rest::LocalImage;
+
+    #[test]
+    fn r23_what_cannot_be_told_is_not_called_a_change() {
+        let image = LocalImage { path: "/dev/base".into(), format: "raw".into() };
+        let mut disk = DiskRecord {
+            disk: "vda".parse().unwrap(),
+            base: image,
+            size: 1,
+            overlay: "/overlay".into(),
+            overlay_format: "qcow2".into(),
+            made: None,
+            still: None,
+            stage: Stage::Above,
+            limits: None,
+        };
+        assert!(matches!(untrusted(&disk), OverlayError::BaseUnknown { .. }));
+        disk.still = files::mark(std::path::Path::new("/proc/self/exe")).unwrap();
+        assert!(matches!(untrusted(&disk), OverlayError::BaseChanged { .. }));
+    }
 }

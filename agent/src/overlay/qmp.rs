@@ -44,6 +44,7 @@ struct Job {
 
 #[derive(Deserialize)]
 struct Status {
+    running: bool,
     status: String,
 }
 
@@ -315,6 +316,11 @@ impl Layers for QmpLayers {
         arguments["id"] = self.chain(disk).await?.qdev.into();
         let what = format!("limit the I/O of `{}`", disk.disk);
         self.monitor()?.run(Step::new(what, "block_set_io_throttle", arguments)).await.map(drop)
+    }
+
+    async fn runs(&self) -> Result<bool, HypervisorError> {
+        let status: Status = self.monitor()?.query("query-status", json!({})).await?;
+        Ok(status.running)
     }
 
     async fn pause(&self, _: &Held) -> Result<(), HypervisorError> {

@@ -62,14 +62,23 @@ pub struct DiskRecord {
     pub size: u64,
     /// The overlay that takes the guest's writes.
     pub overlay: PathBuf,
+    /// Its format, in QEMU's words.
+    pub overlay_format: String,
     /// The overlay as it was made, before QEMU had it; `None` until then.
     pub made: Option<FileMark>,
-    /// The base as it holds still; `None` where that cannot be told.
+    /// The base as it was when nobody wrote to it last; `None` where that cannot be told.
     pub still: Option<FileMark>,
     /// How far it was brought back.
     pub stage: Stage,
     /// The limits of the guest's I/O that a purge has lowered, to be set again.
     pub limits: Option<Limits>,
+}
+
+impl DiskRecord {
+    /// The overlay as an image.
+    pub fn overlay_image(&self) -> LocalImage {
+        LocalImage { path: self.overlay.clone(), format: self.overlay_format.clone() }
+    }
 }
 
 /// The limits of a guest's I/O, as they were before a purge lowered them.

@@ -1,0 +1,120 @@
+//! What `create` and `purge` refuse, so that nothing that counts is overwritten or deleted.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use integration::faults::{assert_says, signal, wait_until};
+use integration::overlays::{STOPPED, Scene};
+use integration::restored::text;
+use integration::{finish, spawn};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use vm_fixtures::MIB;
+
+const WAIT: Duration = Duration::from_secs(30);
+
+/// Has a purge killed while an overlay is half written back.
+fn kill_purge_midway(scene: &mut Scene) {
+    scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    let running = spawn(scene.command("purge", &["--limit-rate", "256KiB"]));
+    let has_written = || {
+        let jobs = scene.guest.qmp_command("query-jobs", &json!({}));
+        jobs[0]["current-progress"].as_u64() > Some(0)
+    };
+    wait_until(WAIT, "the overlay is being written back", has_written);
+    signal(running.pid(), Signal::SIGKILL);
+    finish(running);
+}
+
+fn assert_nothing_was_deleted(scene: &Scene) {
+    assert_eq!((scene.overlays().len(), scene.records().len()), (2, 1), "nothing was deleted");
+}
+
+#[test]
+fn r01_r23_what_was_written_to_an_image_after_a_purge_of_it_was_killed_is_not_overwritten() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    kill_purge_midway(&mut scene);
+    scene.guest.kill();
+    scene.guest.restart();
+    scene.guest.qemu_io("vda", "write -P 8 0 64k");
+    scene.guest.quit();
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "cannot be told");
+    assert_nothing_was_deleted(&scene);
+    scene.guest.restart();
+    scene.guest.qemu_io("vda", "read -P 8 0 64k");
+}
+
+#[test]
+fn r01_r23_a_guest_whose_purge_was_killed_is_brought_back_while_it_runs_on_its_overlays() {
+    let Some(mut scene) = Scene::new() else { return };
+    let created = scene.ok("create", &[]);
+    kill_purge_midway(&mut scene);
+    scene.guest.kill();
+    assert_says(&scene.try_run("purge", &[]), 1, "start the guest on the overlay");
+    let successor = scene.start_on_overlays(&created);
+
+    scene.ok("purge", &[]);
+
+    scene.contents.scribble(&successor, 4);
+    successor.quit();
+    assert_eq!(scene.overlays(), Vec::<PathBuf>::new());
+    scene.assert_holds();
+}
+
+#[test]
+fn r01_a_guest_that_did_not_go_on_with_its_image_is_brought_back_after_its_end() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    let mut purge = scene.command("purge", &[]);
+    // Its fourth effect tells QEMU to go on with the image.
+    purge.env("KVMSNAP_FAIL_AT", "4");
+    assert_says(&finish(spawn(purge)), 1, "job-complete");
+    scene.contents.scribble(&scene.guest, 3);
+    scene.guest.quit();
+
+    scene.ok("purge", &[]);
+
+    assert_eq!(scene.overlays(), Vec::<PathBuf>::new());
+    scene.assert_holds();
+}
+
+#[test]
+fn internal_snapshots_in_an_overlay_are_not_deleted_with_it() {
+    let Some(mut scene) = Scene::new() else { return };
+    let created = scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    let snapshot = json!({"device": scene.guest.active_node("vda"), "name": "before-update"});
+    scene.guest.qmp_command("blockdev-snapshot-internal-sync", &snapshot);
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "internal snapshots, which would be deleted with it: before-update");
+    assert_nothing_was_deleted(&scene);
+    scene.guest.quit();
+    assert_says(&scene.try_run("purge", &[]), 1, "internal snapshots");
+    let mut delete = std::process::Command::new("qemu-img");
+    delete.args(["snapshot", "-d", "before-update"]).arg(text(&created[0], "overlay"));
+    integration::tool(delete);
+    scene.ok("purge", &[]);
+    scene.assert_holds();
+}
+
+#[test]
+fn r13_a_guest_that_an_administrator_paused_stays_paused() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    scene.guest.pause();
+
+    let purged = scene.ok("purge", &STOPPED);
+
+    assert_eq!(purged[0]["pause_ms"], Value::Null, "it was not purge that stopped it: {purged:?}");
+    assert_eq!(scene.guest.status(), "paused");
+    scene.assert_back();
+    scene.assert_holds();
+}
