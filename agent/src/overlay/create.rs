@@ -5,13 +5,13 @@
 //! ```
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
-use super::record::{DiskRecord, Held, HeldSince, Record, Records, Stage};
+use super::record::{DiskRecord, Held, HeldSince, Purpose, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError, files};
-use crate::hypervisor::{Machine, Reach};
+use crate::hypervisor::{Disk, Machine, Reach};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, DomainName, RunId};
 use crate::quiesce::guest_agent::AgentAddress;
@@ -30,6 +30,21 @@ pub struct Request {
     pub reserve: u64,
 }
 
+/// Whose overlays they will be, and what they will be called by.
+#[derive(Debug)]
+pub struct Owner {
+    /// Names the files and nodes.
+    pub id: RunId,
+    /// The domain.
+    pub domain: DomainName,
+    /// Its uuid.
+    pub uuid: String,
+    /// How it is reached.
+    pub reach: Reach,
+    /// Who wants them.
+    pub purpose: Purpose,
+}
+
 /// Has the images of a machine hold still. Under the machine's lock.
 ///
 /// # Errors
@@ -42,7 +57,14 @@ pub async fn create(
     reach: Reach,
     request: &Request,
 ) -> Result<(Held, Vec<String>), OverlayError> {
-    let record = plan(layers, machine, domain, reach, request).await?;
+    let owner = Owner {
+        id: RunId::random(),
+        domain,
+        uuid: machine.uuid.clone(),
+        reach,
+        purpose: Purpose::User,
+    };
+    let record = plan(layers, &machine.disks, owner, request.folder.as_deref()).await?;
     let mut held = records.begin(record)?;
     match take_effect(layers, records, &mut held, machine, request).await {
         Ok(warnings) => Ok((held, warnings)),
@@ -127,15 +149,17 @@ pub async fn holds_still(layers: &impl Layers, held: &Held) -> Result<bool, Over
     Ok(true)
 }
 
-/// Names all that will be made.
-async fn plan(
+/// Names all that will be made: overlays above these disks, in a folder or beside each image.
+///
+/// # Errors
+/// [`OverlayError::NotRunning`], [`OverlayError::NoImage`], [`OverlayError::NoDisk`].
+pub async fn plan(
     layers: &impl Layers,
-    machine: &Machine,
-    domain: DomainName,
-    reach: Reach,
-    request: &Request,
+    wanted: &[Disk],
+    owner: Owner,
+    folder: Option<&Path>,
 ) -> Result<Record, OverlayError> {
-    let id = RunId::random();
+    let Owner { id, domain, uuid, reach, purpose } = owner;
     let not_running = || OverlayError::NotRunning { domain: domain.to_string() };
     let chains = layers.chains().await?.ok_or_else(not_running)?;
     let base = |disk: &DiskName| {
@@ -145,12 +169,12 @@ async fn plan(
         image.ok_or_else(|| OverlayError::NoImage { disk: disk.clone() })
     };
     let mut disks = Vec::new();
-    for disk in &machine.disks {
+    for disk in wanted {
         let base = base(&disk.target)?;
         disks.push(DiskRecord {
             disk: disk.target.clone(),
             size: disk.size,
-            overlay: files::place(request.folder.as_deref(), &base.path, &id, &disk.target)?,
+            overlay: files::place(folder, &base.path, &id, &disk.target)?,
             overlay_format: "qcow2".to_owned(),
             base,
             made: None,
@@ -163,8 +187,30 @@ async fn plan(
     if disks.is_empty() || images.len() < disks.len() {
         return Err(OverlayError::NoDisk { domain });
     }
-    let (uuid, qemu, begun) = (machine.uuid.clone(), layers.process(), Timestamp::now());
-    Ok(Record { id, domain, uuid, reach, qemu, begun, held: None, disks })
+    let (qemu, begun) = (layers.process(), Timestamp::now());
+    Ok(Record { id, domain, uuid, reach, qemu, begun, purpose, held: None, disks })
+}
+
+/// Makes the overlays, with so many bytes of room each, and has QEMU open them.
+///
+/// # Errors
+/// [`OverlayError`]; [`settle`] removes what was made.
+pub async fn make(
+    layers: &impl Layers,
+    records: &Records,
+    held: &mut Held,
+    reserve: u64,
+) -> Result<(), OverlayError> {
+    let mut made = Vec::new();
+    for disk in &held.record().disks {
+        made.push(files::make(disk, layers.owner(&disk.base), reserve).await?);
+    }
+    records.update(held, |record| {
+        for (disk, made) in record.disks.iter_mut().zip(made) {
+            disk.made = made;
+        }
+    })?;
+    Ok(layers.open(held).await?)
 }
 
 async fn take_effect(
@@ -174,16 +220,7 @@ async fn take_effect(
     machine: &Machine,
     request: &Request,
 ) -> Result<Vec<String>, OverlayError> {
-    let mut made = Vec::new();
-    for disk in &held.record().disks {
-        made.push(files::make(disk, layers.owner(&disk.base), request.reserve).await?);
-    }
-    records.update(held, |record| {
-        for (disk, made) in record.disks.iter_mut().zip(made) {
-            disk.made = made;
-        }
-    })?;
-    layers.open(held).await?;
+    make(layers, records, held, request.reserve).await?;
     let agent = request.agent.as_ref();
     let quiesced = quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine).await?;
     let time = Timestamp::now();
@@ -197,7 +234,10 @@ async fn take_effect(
 }
 
 /// Records that the images hold still; `now` where nobody can have written to them since.
-fn hold(
+///
+/// # Errors
+/// [`OverlayError::Record`], [`OverlayError::File`].
+pub fn hold(
     records: &Records,
     held: &mut Held,
     since: HeldSince,

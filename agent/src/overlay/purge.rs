@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use super::converge::{Budget, Measure, slow_rate};
 use super::files::is_same;
-use super::record::{DiskRecord, FileMark, Held, HeldSince, Limits, Record, Records, Stage};
+use super::record::{
+    DiskRecord, FileMark, Held, HeldSince, Limits, Purpose, Record, Records, Stage,
+};
 use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
 use crate::capture::image::{self, Image, Use};
 use crate::hypervisor::{HypervisorError, Reach};
@@ -107,7 +109,9 @@ pub fn adopt(
     }
     let held = Some(HeldSince { time: now, consistency: Consistency::Crash });
     let id = RunId::random();
-    let record = Record { id, domain, uuid, reach, qemu, begun: now, held, disks: vec![disk] };
+    let purpose = Purpose::User;
+    let record =
+        Record { id, domain, uuid, reach, qemu, begun: now, purpose, held, disks: vec![disk] };
     Ok(records.begin(record)?)
 }
 

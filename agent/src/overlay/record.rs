@@ -36,10 +36,24 @@ pub struct Record {
     pub qemu: Option<Process>,
     /// When it was begun.
     pub begun: Timestamp,
+    /// Who wants the images to hold still.
+    #[serde(default)]
+    pub purpose: Purpose,
     /// The instant that the frozen images show; `None` until they do.
     pub held: Option<HeldSince>,
     /// Its disks.
     pub disks: Vec<DiskRecord>,
+}
+
+/// Who wants images to hold still, and so who may end it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// A user, until `purge`.
+    #[default]
+    User,
+    /// A backup, until it is done: whoever finds it later ends it.
+    Backup,
 }
 
 /// The instant that frozen images show.
