@@ -150,6 +150,22 @@ struct Mapped {
     bytes_audited: u64,
 }
 
+/// What became of the guest once the point in time was taken.
+enum Quiet {
+    /// It goes on.
+    LetGo(quiesce::Outcome),
+    /// It stands still until it was read.
+    Held(quiesce::Holding),
+}
+
+/// A point in time that is there.
+struct Taken {
+    cut: Cut,
+    quiet: Quiet,
+    files: Vec<MachineFile>,
+    warnings: Vec<String>,
+}
+
 /// A point in time that was read; the guest has nothing to do with it any more.
 struct Captured {
     start: Instant,
@@ -212,7 +228,7 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         self.progress.phase("releasing the guest");
         guard.reads_no_more();
-        let released = self.hypervisor.release(recorded).await;
+        let released = self.release(recorded).await;
         let stored = match captured {
             Ok(captured) => tokio::select! {
                 stored = self.store(captured, recorded.record()) => stored,
@@ -232,6 +248,15 @@ impl<H: Hypervisor> Run<'_, H> {
             }
             Err(error) => Err(self.roll_back(recorded, released, error).await),
         }
+    }
+
+    /// Lets a guest go on that may be paused still, then gives it its disks back.
+    async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        let record = recorded.record();
+        if record.suspends && record.pauses && record.holds_guest {
+            self.hypervisor.let_go_on().await?;
+        }
+        self.hypervisor.release(recorded).await
     }
 
     /// An export ends a moment before it shows why: whoever watches the guest may know. And who lets
@@ -273,6 +298,7 @@ impl<H: Hypervisor> Run<'_, H> {
             guest_runs: self.plan.machine.runs,
             holds_guest: false,
             pauses: self.plan.machine.runs && self.hypervisor.pauses(self.plan.disks.len()),
+            suspends: self.hypervisor.suspends(),
             nbd_server: false,
             socket: self.hypervisor.listens_at(&run),
             disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),
@@ -288,9 +314,10 @@ impl<H: Hypervisor> Run<'_, H> {
         guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let (cut, mut quiesced, files) = self.point_in_time(recorded).await?;
+        let Taken { mut cut, quiet, files, mut warnings } = self.point_in_time(recorded).await?;
+        let paused = Instant::now();
         self.host.journal.update(recorded, |record| {
-            record.holds_guest = false;
+            record.holds_guest = matches!(quiet, Quiet::Held(_));
             record.nbd_server = true;
         })?;
         let exports = self.hypervisor.export(recorded).await?;
@@ -307,14 +334,28 @@ impl<H: Hypervisor> Run<'_, H> {
         }
         let mut disks = Vec::new();
         for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, &mut quiesced.warnings).await?);
+            disks.push(self.map(planned, source, &mut warnings).await?);
         }
         let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
         if self.request.audit.is_off() && disks.iter().any(incremental) {
-            quiesced.warnings.push(NOT_AUDITED.to_owned());
+            warnings.push(NOT_AUDITED.to_owned());
         }
         let (store, bytes_read) = self.read(&disks, lock).await?;
         self.hypervisor.confirm(recorded).await?;
+        let mut quiesced = match quiet {
+            Quiet::LetGo(quiesced) => quiesced,
+            Quiet::Held(holding) => {
+                self.hypervisor.let_go_on().await?;
+                let pause = cut.pause.unwrap_or_default() + paused.elapsed();
+                cut.pause = Some(pause);
+                let stood = format!("the guest stood still for {:.1} s", pause.as_secs_f64());
+                warnings.push(format!("{stood}, until it was read"));
+                let quiesced = holding.thaw().await?;
+                self.host.journal.update(recorded, |record| record.holds_guest = false)?;
+                quiesced
+            }
+        };
+        quiesced.warnings.extend(warnings);
         Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store })
     }
 
@@ -377,10 +418,7 @@ impl<H: Hypervisor> Run<'_, H> {
     }
 
     /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
-    async fn point_in_time(
-        &self,
-        recorded: &mut Recorded,
-    ) -> Result<(Cut, quiesce::Outcome, Vec<MachineFile>), BackupError> {
+    async fn point_in_time(&self, recorded: &mut Recorded) -> Result<Taken, BackupError> {
         self.progress.phase("preparing");
         let disks: Vec<Disk> = self.plan.disks.iter().map(|planned| planned.disk.clone()).collect();
         let mut files = self.hypervisor.definition().await?;
@@ -398,12 +436,17 @@ impl<H: Hypervisor> Run<'_, H> {
             Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
             Err(error) => Err(error.into()),
         };
-        let (firmware, failed) = self.hypervisor.firmware();
-        let thawed = quiesced.thaw().await;
-        let (cut, mut thawed) = (cut?, thawed?);
+        let (firmware, warnings) = self.hypervisor.firmware();
+        let is_held = recorded.record().pauses && recorded.record().suspends;
+        let quiet = match &cut {
+            Ok(_) if is_held => quiesced.hold().await.map(Quiet::Held),
+            // A guest that may be paused cannot be thawed: its watchdog does so once it goes on.
+            Err(_) if is_held => return Err(cut.expect_err("it is one")),
+            _ => quiesced.thaw().await.map(Quiet::LetGo),
+        };
+        let (cut, quiet) = (cut?, quiet?);
         files.extend(firmware);
-        thawed.warnings.extend(failed);
-        Ok((cut, thawed, files))
+        Ok(Taken { cut, quiet, files, warnings })
     }
 
     /// Finds out what of a disk is to be read, and whether its bitmap can be believed.
@@ -448,7 +491,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let index = Arc::clone(&self.target.index);
         let store = Store::start(&self.target.repository, index, chunk_sizes, lock)?;
         let now = self.hypervisor.guest_io().await?;
-        let mut pace = match self.plan.machine.runs {
+        let mut pace = match self.plan.machine.runs && !self.hypervisor.suspends() {
             true => Pace::new(self.before, now),
             false => Pace::flat_out(),
         };

@@ -339,10 +339,13 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
             "--scratch-dir names another folder for it"
         }
         HypervisorError::ScratchLow { .. } => {
-            "nothing was recorded and the guest goes on; --scratch-dir names a roomier place"
+            "nothing was recorded and the guest goes on; --scratch-dir names a roomier place, and \
+             `--method suspend` needs none, but pauses the guest until it was read"
         }
         HypervisorError::PointInTimeLost { .. } => "nothing was recorded; back up again",
-        HypervisorError::Started { .. } => "nothing was recorded; back up again",
+        HypervisorError::Started { .. } | HypervisorError::GuestGoesOn => {
+            "nothing was recorded; back up again"
+        }
         HypervisorError::Migrated { .. } => "back it up there; its dirty bitmaps went with it",
         HypervisorError::Migrating => "nothing was recorded: back it up where it runs then",
         HypervisorError::ImageInUse { .. } => {

@@ -69,7 +69,8 @@ pub struct DiskRecord {
     pub root: String,
     /// The node that carries the dirty bitmaps.
     pub format: String,
-    /// The scratch node; for a domain of libvirt the scratch file.
+    /// The scratch node; for a domain of libvirt the scratch file; for a guest that stands still the
+    /// dirty bitmap that tells of writes.
     pub scratch: String,
     /// The copy-before-write filter.
     pub filter: String,
@@ -140,6 +141,9 @@ pub struct Record {
     /// Whether it pauses the guest at all.
     #[serde(default)]
     pub pauses: bool,
+    /// Whether the guest stands still until it was read.
+    #[serde(default)]
+    pub suspends: bool,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
     /// Where QEMU listens, where that is outside the run's folder.
@@ -326,6 +330,7 @@ mod tests {
             reach: Reach::Monitor("/run/qmp".into()),
             qemu: None,
             pauses: false,
+            suspends: false,
             agent: None,
             repository_id: "r".into(),
             phase: Phase::Capturing,

@@ -62,6 +62,8 @@ pub enum Method {
     Pull,
     /// The images as they lay there: the guest did not run.
     Offline,
+    /// The guest stood still while it was read.
+    Suspend,
 }
 
 impl Method {
@@ -71,6 +73,7 @@ impl Method {
             Self::Bitmap => "bitmap",
             Self::Pull => "pull",
             Self::Offline => "offline",
+            Self::Suspend => "suspend",
         }
     }
 }

@@ -10,6 +10,8 @@ pub enum Wanted {
     Auto,
     /// Old blocks are saved before the guest writes over them; dirty bitmaps tell what changed.
     Bitmap,
+    /// The guest stands still until it was read: needs no room, and stops a service for minutes or hours.
+    Suspend,
 }
 
 /// What a machine can do.
@@ -64,6 +66,7 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
     match (wanted, &able.untracked) {
         (Wanted::Bitmap, Some(reason)) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
+        (Wanted::Suspend, _) => chosen(Method::Suspend, "asked for with --method"),
         (Wanted::Bitmap, None) => chosen(Method::Bitmap, "asked for with --method"),
         (Wanted::Auto, None) => {
             chosen(Method::Bitmap, "it runs, and dirty bitmaps tell what changes")
@@ -99,5 +102,6 @@ mod tests {
         let untracked = Able { untracked: Some("vda: raw".into()), ..able() };
         assert_eq!(method(Wanted::Bitmap, &able()), Some(Method::Bitmap));
         assert_eq!(method(Wanted::Bitmap, &untracked), None);
+        assert_eq!(method(Wanted::Suspend, &untracked), Some(Method::Suspend));
     }
 }

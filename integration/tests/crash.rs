@@ -25,6 +25,7 @@ const WORKERS: usize = 4;
 /// The guard waits three seconds for another run.
 const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
 const IMPLICIT: &[&str] = &["--implicit-filter"];
+const SUSPEND: &[&str] = &["--method", "suspend"];
 
 /// A machine with two disks that has one backup, and what its disks hold.
 struct Scene {
@@ -73,7 +74,11 @@ impl Scene {
         assert_eq!(next.code, Some(0), "{case}: {next:?}");
         let next = serde_json::from_str(&next.stdout).expect("one JSON object");
         assert!(kinds(&next).values().all(|kind| kind == "incremental"), "{case}: {next}");
-        assert_eq!(next["warnings"].as_array().map_or(0, Vec::len), 0, "{case}: {next}");
+        let warnings = next["warnings"].as_array().expect("a list of warnings");
+        let is_expected = |warning: &serde_json::Value| {
+            *more == SUSPEND && warning.to_string().contains("the guest stood still")
+        };
+        assert!(warnings.iter().all(is_expected), "{case}: {next}");
         host.assert_holds(&next, contents);
         host.assert_all_clean(guest, &DISKS);
     }
@@ -124,6 +129,17 @@ fn r01_failures_with_the_implicit_filter_harm_nobody() {
     sweep(Fault::FailForGood, IMPLICIT, 5);
 }
 
+#[test]
+fn r01_p2_killed_at_each_effect_while_its_guest_stands_still_the_guest_goes_on() {
+    sweep(Fault::Crash, SUSPEND, 1);
+}
+
+#[test]
+fn r01_p2_failures_while_the_guest_stands_still_let_it_go_on() {
+    sweep(Fault::FailOnce, SUSPEND, 1);
+    sweep(Fault::FailForGood, SUSPEND, 2);
+}
+
 /// Effects in their order, each once.
 fn golden_section(title: &str, effects: &[String]) -> String {
     let mut section = format!("# {title}\n");
@@ -142,6 +158,7 @@ fn golden_section(title: &str, effects: &[String]) -> String {
 fn r01_the_golden_list_of_effects_is_complete() {
     let Some(mut scene) = Scene::new(&[]) else { return };
     let Some(mut implicit) = Scene::new(IMPLICIT) else { return };
+    let Some(mut suspended) = Scene::new(SUSPEND) else { return };
     let fresh = Host::without_repository();
     let restored = scene.host.folder().join("restored");
     let restore = |host: &Host| {
@@ -152,6 +169,7 @@ fn r01_the_golden_list_of_effects_is_complete() {
     let sections = [
         golden_section("incremental backup", &scene.effects()),
         golden_section("incremental backup by the implicit filter", &implicit.effects()),
+        golden_section("incremental backup of a guest that stands still", &suspended.effects()),
         golden_section("restore", &scene.host.effects(restore(&scene.host))),
         golden_section("repository init", &fresh.effects(fresh.command(["repository", "init"]))),
     ];

@@ -1,14 +1,18 @@
 //! R01 for domains of libvirt: kvmsnap is killed, or fails, at each of its effects on the world outside.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use integration::faults::{Fault, kinds};
+use integration::faults::{Fault, kinds, wait_until};
 use integration::libvirt::{SIZE, Scene, takes_sockets};
 use integration::{finish, spawn};
 use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest, GuestBuilder};
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
+const SUSPEND: &[&str] = &["--method", "suspend"];
+/// How long the watchdog of a killed run may take to let its guest go on.
+const GOES_ON_TIMEOUT: Duration = Duration::from_secs(5);
 /// Domains that are tested at once: a round waits more than it works.
 const WORKERS: usize = 3;
 
@@ -23,19 +27,22 @@ fn scene(libvirt: &Libvirt) -> Scene {
 }
 
 /// The effects of an incremental backup.
-fn effects(scene: &mut Scene) -> Vec<String> {
+fn effects(scene: &mut Scene, more: &[&str]) -> Vec<String> {
     scene.scribble();
-    scene.host.effects(scene.command(&[]))
+    scene.host.effects(scene.command(more))
 }
 
 /// One fault, and what must be true afterwards.
-fn survives(scene: &mut Scene, fault: Fault, n: usize, effect: &str) {
+fn survives(scene: &mut Scene, fault: Fault, more: &[&str], n: usize, effect: &str) {
     let case = format!("{fault:?} at {n}, {effect}");
     scene.scribble();
 
-    let outcome = finish(spawn(fault.at(n, scene.command(&[]))));
+    let outcome = finish(spawn(fault.at(n, scene.command(more))));
 
-    assert_eq!(scene.domain.state(), "running", "{case}");
+    match more == SUSPEND {
+        true => wait_until(GOES_ON_TIMEOUT, &case, || scene.domain.state() == "running"),
+        false => assert_eq!(scene.domain.state(), "running", "{case}"),
+    }
     scene.host.assert_honest(&case, fault, &outcome, &scene.contents);
     scene.scribble();
     let next = scene.try_backup(&[]);
@@ -46,16 +53,16 @@ fn survives(scene: &mut Scene, fault: Fault, n: usize, effect: &str) {
 }
 
 /// A fault at every `stride`-th effect of an incremental backup.
-fn sweep(fault: Fault, stride: usize) {
+fn sweep(fault: Fault, more: &[&str], stride: usize) {
     let Some(libvirt) = Libvirt::start() else { return };
-    let effects = effects(&mut scene(&libvirt));
+    let effects = effects(&mut scene(&libvirt), more);
     let (libvirt, effects) = (&libvirt, &effects);
     std::thread::scope(|scope| {
         for worker in 0..WORKERS {
             scope.spawn(move || {
                 let mut scene = scene(libvirt);
                 for n in (1..=effects.len()).step_by(stride).skip(worker).step_by(WORKERS) {
-                    survives(&mut scene, fault, n, &effects[n - 1]);
+                    survives(&mut scene, fault, more, n, &effects[n - 1]);
                 }
                 scene.host.assert_restic_is_content();
             });
@@ -65,24 +72,36 @@ fn sweep(fault: Fault, stride: usize) {
 
 #[test]
 fn r01_killed_at_each_effect_on_a_domain_loses_only_the_run_in_progress() {
-    sweep(Fault::Crash, 1);
+    sweep(Fault::Crash, &[], 1);
 }
 
 #[test]
 fn r01_an_effect_on_a_domain_that_fails_once_fails_the_run_and_harms_nobody() {
-    sweep(Fault::FailOnce, 1);
+    sweep(Fault::FailOnce, &[], 1);
 }
 
 #[test]
 fn r01_effects_on_a_domain_that_fail_for_good_fail_the_run_and_the_next_one_mends() {
-    sweep(Fault::FailForGood, 2);
+    sweep(Fault::FailForGood, &[], 2);
+}
+
+#[test]
+fn r01_p2_killed_at_each_effect_while_its_guest_stands_still_a_domain_goes_on() {
+    sweep(Fault::Crash, SUSPEND, 1);
+}
+
+#[test]
+fn r01_p2_failures_while_its_guest_stands_still_let_a_domain_go_on() {
+    sweep(Fault::FailOnce, SUSPEND, 2);
+    sweep(Fault::FailForGood, SUSPEND, 3);
 }
 
 /// A new effect does not come without its fault: the sweeps go through all of these.
 #[test]
 fn r01_the_effects_on_a_domain_are_known() {
     let Some(libvirt) = Libvirt::start() else { return };
-    let effects: BTreeSet<String> = effects(&mut scene(&libvirt)).into_iter().collect();
+    let mut scene = scene(&libvirt);
+    let effects: BTreeSet<String> = effects(&mut scene, &[]).into_iter().collect();
     let mut expected = BTreeSet::from([
         "guard: start",
         "journal: clear",

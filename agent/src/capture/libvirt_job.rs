@@ -302,17 +302,14 @@ impl GuardedScratch {
     /// Reserves room where less than half of what should be ahead is left.
     ///
     /// # Errors
-    /// [`HypervisorError::ScratchLow`] when the guest is about to need the room: end the job.
-    /// [`HypervisorError::PointInTimeLost`] when libvirt has removed the scratch, as it does once the
-    /// job has ended, whoever ended it.
+    /// [`HypervisorError::ScratchLow`] when the guest is about to need the room: end the job. As
+    /// [`Self::is_there`].
     pub fn guard(&mut self) -> Result<(), HypervisorError> {
         if let Some(low) = self.scratch.low() {
             return Err(low);
         }
+        self.is_there()?;
         let Ok(meta) = self.scratch.file.metadata() else { return Ok(()) };
-        if meta.nlink() == 0 {
-            return Err(ended(self.scratch.disk.clone()));
-        }
         let used = meta.size();
         if self.reserved >= self.len_max || used + AHEAD / 2 < self.reserved {
             return Ok(());
@@ -327,6 +324,18 @@ impl GuardedScratch {
                 Ok(())
             }
             Err(_) => Err(self.low(AHEAD)),
+        }
+    }
+
+    /// Makes sure that the scratch is there.
+    ///
+    /// # Errors
+    /// [`HypervisorError::PointInTimeLost`] when libvirt has removed it, as it does once the job has ended,
+    /// whoever ended it.
+    pub fn is_there(&self) -> Result<(), HypervisorError> {
+        match self.scratch.file.metadata() {
+            Ok(meta) if meta.nlink() == 0 => Err(ended(self.scratch.disk.clone())),
+            _ => Ok(()),
         }
     }
 

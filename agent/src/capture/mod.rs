@@ -7,6 +7,7 @@ pub mod job;
 pub mod libvirt_job;
 pub mod offline;
 pub mod place;
+pub mod suspend;
 
 use std::fs::{self, File};
 use std::io;
@@ -186,8 +187,9 @@ async fn add_exports(
     let mut disks = Vec::new();
     for (index, disk) in record.disks.iter().enumerate() {
         let (name, care) = (&disk.snapshot, care(index));
+        let node = if record.suspends { &disk.format } else { name };
         let mut arguments = json!({
-            "type": "nbd", "id": name, "node-name": name, "name": name, "writable": writable,
+            "type": "nbd", "id": name, "node-name": node, "name": name, "writable": writable,
         });
         if let Some(bitmap) = &disk.bitmap_export {
             // QEMU before 7.1 takes the name alone, and looks for it down the backing chain.

@@ -116,6 +116,10 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         let (implicit, run_dir) = (args.implicit_filter, &context.global.run_dir);
         let scratch_dir = args.scratch_dir.as_deref();
         let connect = BareQemu::connect(&monitor, run_dir, scratch_dir, implicit, answer);
+        let connect = async {
+            let qemu = connect.await?;
+            Ok(if args.method == Wanted::Suspend { qemu.suspended() } else { qemu })
+        };
         let agent = args.qga.clone().map(AgentAddress::Socket);
         return back_up(Reach::Monitor(monitor.clone()), connect, |_| agent, &args, context).await;
     }
@@ -164,6 +168,7 @@ async fn back_up_domain(
         let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
         let places = Places { scratch, sockets };
         let domain = LibvirtDomain::new(libvirt, &known.uuid, places, args.with_secrets);
+        let domain = if args.method == Wanted::Suspend { domain.suspended() } else { domain };
         let connect = async { Ok(domain) };
         return back_up(reach, connect, LibvirtDomain::agent, args, context).await;
     }

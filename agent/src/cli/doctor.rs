@@ -194,6 +194,9 @@ async fn examine(
     };
     let state = match recover::has_ended(record, run_dir).await? {
         true => "QEMU has ended, and with it all that the run had made in it",
+        false if record.suspends && record.holds_guest => {
+            "its run ended while the guest stood still for it"
+        }
         false => "its run ended without letting go of the guest",
     };
     if repair {

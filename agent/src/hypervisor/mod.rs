@@ -142,6 +142,9 @@ pub enum HypervisorError {
     /// The guest is on its way to another QEMU, or there already: its images change behind our back.
     #[error("the guest is being migrated")]
     Migrating,
+    /// The guest was to stand still until it was read.
+    #[error("somebody let the guest go on while it was read")]
+    GuestGoesOn,
     /// An image that should lie still is used.
     #[error("the image {image} is in use by another process")]
     ImageInUse {
@@ -490,6 +493,12 @@ pub trait Hypervisor {
 
     /// Whether the guest's processors will stand still for a point in time over so many disks.
     fn pauses(&self, _disks: usize) -> bool {
+        false
+    }
+
+    /// Whether the guest's processors stand still until the point in time was read; a run that pauses it
+    /// then lets it go on with [`Self::let_go_on`].
+    fn suspends(&self) -> bool {
         false
     }
 

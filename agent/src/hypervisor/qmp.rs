@@ -1,6 +1,7 @@
 //! QEMU that nobody manages, through its monitor.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::{
     Care, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
     MachineFile, Reach,
 };
-use crate::capture::{self, Scratch, filter, job, node_name};
+use crate::capture::{self, Scratch, filter, job, node_name, suspend};
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::RunId;
 
@@ -25,9 +26,9 @@ const MIXED_REQUESTS_RIGHT: u32 = 8;
 /// How often the room beside the scratch is looked at: a guest fills some MiB in that time, twenty times
 /// less than what is kept for it. Each look is one call of the system.
 const ROOM_POLL: Duration = Duration::from_millis(2);
-/// How often QEMU is asked whether its guest is being migrated: its events tell that only to who has
-/// changed its settings.
-const MIGRATION_POLL: Duration = Duration::from_millis(200);
+/// How often QEMU is asked whether its guest is being migrated, or goes on: its events tell the former only
+/// to who has changed its settings.
+const GUEST_POLL: Duration = Duration::from_millis(200);
 
 /// How a point in time is taken, by what QEMU can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub enum Recipe {
     Filter,
     /// The filter that is implicit in a backup job.
     Job,
+    /// None: the guest stands still.
+    Suspend,
 }
 
 /// One QEMU, through its monitor.
@@ -47,6 +50,8 @@ pub struct BareQemu {
     scratch_dir: Option<PathBuf>,
     /// The scratch of each disk of the run, in their order.
     scratch: OnceLock<Vec<Scratch>>,
+    /// Whether the guest is to stand still just now.
+    stands: AtomicBool,
 }
 
 #[derive(Deserialize)]
@@ -117,7 +122,25 @@ impl BareQemu {
             run_dir: run_dir.to_owned(),
             scratch_dir: scratch_dir.map(Path::to_owned),
             scratch: OnceLock::new(),
+            stands: AtomicBool::new(false),
         })
+    }
+
+    /// The same QEMU, whose guest is to stand still until it was read.
+    pub fn suspended(self) -> Self {
+        Self { recipe: Recipe::Suspend, ..self }
+    }
+
+    /// Ready when a guest that is to stand still does not.
+    async fn guest_goes_on(&self) -> HypervisorError {
+        loop {
+            tokio::time::sleep(GUEST_POLL).await;
+            let stands = || self.stands.load(Ordering::SeqCst);
+            // We may let it go on between question and answer.
+            if stands() && matches!(self.monitor.guest_runs().await, Ok(true)) && stands() {
+                return HypervisorError::GuestGoesOn;
+            }
+        }
     }
 
     /// Ready when the room beside the scratch runs out.
@@ -144,7 +167,7 @@ impl BareQemu {
                 }
                 _ => {}
             }
-            tokio::time::sleep(MIGRATION_POLL).await;
+            tokio::time::sleep(GUEST_POLL).await;
         }
     }
 
@@ -261,13 +284,22 @@ impl Hypervisor for BareQemu {
     }
 
     fn pauses(&self, disks: usize) -> bool {
-        self.recipe == Recipe::Filter && disks > 1
+        match self.recipe {
+            Recipe::Filter => disks > 1,
+            Recipe::Job => false,
+            Recipe::Suspend => true,
+        }
+    }
+
+    fn suspends(&self) -> bool {
+        self.recipe == Recipe::Suspend
     }
 
     async fn danger(&self) -> HypervisorError {
         tokio::select! {
             error = self.room_ends() => error,
             error = self.guest_leaves() => error,
+            error = self.guest_goes_on() => error,
         }
     }
 
@@ -280,6 +312,7 @@ impl Hypervisor for BareQemu {
                 Ok(())
             }
             Recipe::Job => job::prepare(&self.monitor, recorded, disks, scratch_dir).await,
+            Recipe::Suspend => Ok(()),
         }
     }
 
@@ -287,6 +320,11 @@ impl Hypervisor for BareQemu {
         match self.recipe {
             Recipe::Filter => filter::cut(&self.monitor, recorded).await,
             Recipe::Job => job::cut(&self.monitor, recorded).await,
+            Recipe::Suspend => {
+                let cut = suspend::cut(&self.monitor, recorded).await?;
+                self.stands.store(true, Ordering::SeqCst);
+                Ok(cut)
+            }
         }
     }
 
@@ -297,6 +335,7 @@ impl Hypervisor for BareQemu {
                 filter::export(&self.monitor, recorded, &self.run_dir, care).await
             }
             Recipe::Job => job::export(&self.monitor, recorded, &self.run_dir).await,
+            Recipe::Suspend => suspend::export(&self.monitor, recorded, &self.run_dir).await,
         }
     }
 
@@ -306,11 +345,15 @@ impl Hypervisor for BareQemu {
         match self.recipe {
             Recipe::Filter => filter::confirm(&self.monitor, recorded).await,
             Recipe::Job => job::confirm(&self.monitor, recorded).await,
+            Recipe::Suspend => suspend::confirm(&self.monitor, recorded).await,
         }
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         // By the recipe that the record was made with.
+        if recorded.record().suspends {
+            return suspend::release(&self.monitor, recorded, &self.run_dir).await;
+        }
         match recorded.record().disks.iter().any(|disk| disk.job.is_some()) {
             true => job::release(&self.monitor, recorded, &self.run_dir).await,
             false => filter::release(&self.monitor, recorded, &self.run_dir).await,
@@ -318,6 +361,7 @@ impl Hypervisor for BareQemu {
     }
 
     async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        self.stands.store(false, Ordering::SeqCst);
         self.monitor.let_go_on().await
     }
 

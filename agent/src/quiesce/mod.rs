@@ -8,10 +8,13 @@ pub mod watchdog;
 
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
 use crate::hypervisor::{Machine, Reach};
 use crate::manifest::Consistency;
 use guest_agent::AgentAddress;
-use watchdog::{Freeze, Thaw, Watchdog, WatchdogError};
+use watchdog::{Freeze, HOLD_INTERVAL, Thaw, Watchdog, WatchdogError};
 
 /// How long a guest may stay frozen, from the freeze command to the thaw.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -135,6 +138,31 @@ impl Quiesced {
         }
     }
 
+    /// Keeps the guest as it is, while it is paused, for as long as this process is at work.
+    ///
+    /// # Errors
+    /// [`QuiesceError::Watchdog`]: then the guest must go on at once.
+    pub async fn hold(mut self) -> Result<Holding, QuiesceError> {
+        self.still_holds().await?;
+        let (done, mut asked) = oneshot::channel();
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = &mut asked => return Ok(self),
+                    () = tokio::time::sleep(HOLD_INTERVAL) => self.still_holds().await?,
+                }
+            }
+        });
+        Ok(Holding { done, task })
+    }
+
+    async fn still_holds(&mut self) -> Result<(), WatchdogError> {
+        match &mut self.watchdog {
+            Some(watchdog) => watchdog.hold().await,
+            None => Ok(()),
+        }
+    }
+
     /// Lets the guest go on and ends the watchdog.
     ///
     /// # Errors
@@ -174,5 +202,25 @@ impl Quiesced {
         {
             tracing::error!(%error, "the guest may be frozen: thaw it with `guest-fsfreeze-thaw`");
         }
+    }
+}
+
+/// A guest that is kept as it is. When this is dropped the watchdog lets it go.
+#[derive(Debug)]
+#[must_use = "the guest is let go when this is dropped"]
+pub struct Holding {
+    done: oneshot::Sender<()>,
+    task: JoinHandle<Result<Quiesced, QuiesceError>>,
+}
+
+impl Holding {
+    /// Thaws the guest, which runs again by now, and ends the watchdog.
+    ///
+    /// # Errors
+    /// [`QuiesceError`]; the watchdog is gone, or the guest did not stay frozen.
+    pub async fn thaw(self) -> Result<Outcome, QuiesceError> {
+        drop(self.done);
+        let quiesced = self.task.await.map_err(|_| WatchdogError::Ended)?;
+        quiesced?.thaw().await
     }
 }

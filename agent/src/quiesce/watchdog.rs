@@ -3,12 +3,15 @@
 //!
 //! The two talk in lines over the watchdog's standard input and output. When its input ends, because
 //! the run is done or dead, the watchdog thaws what it froze, lets a guest go on that the run had
-//! paused, and ends.
+//! paused, and ends. A run that keeps a guest paused while it reads says again and again that it is at
+//! work; one that hangs is killed.
 
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout};
@@ -27,6 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(200);
 /// What the run allows beyond the watchdog's own deadline, before it takes the watchdog for dead.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a run that keeps a guest paused may say nothing.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it says something.
+pub const HOLD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why the watchdog is of no help.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +59,7 @@ enum Request {
     Freeze,
     Thaw,
     WillPause,
+    Hold,
     Done,
 }
 
@@ -164,6 +172,15 @@ impl Watchdog {
         self.ask(Request::WillPause).await.map(drop)
     }
 
+    /// Says that the guest is paused, and that this process is at work on what that is for. Until the next
+    /// word no deadline of a freeze counts, for the guest's clock stands still too.
+    ///
+    /// # Errors
+    /// [`WatchdogError`].
+    pub async fn hold(&mut self) -> Result<(), WatchdogError> {
+        self.ask(Request::Hold).await.map(drop)
+    }
+
     /// Tells the watchdog that nothing is left to guard but what it is thawing already.
     pub async fn done(mut self) {
         // A watchdog that is gone already has nothing to guard either.
@@ -197,6 +214,8 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
         let_go_early: false,
         thawing: None,
         may_be_paused: false,
+        run: getppid(),
+        hold_until: None,
         requests: BufReader::new(tokio::io::stdin()).lines(),
     };
     guard.serve().await;
@@ -206,7 +225,7 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
     {
         tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
     }
-    if guard.deadline.is_some() || guard.thawing.is_some() {
+    if guard.frozen.is_some() || guard.deadline.is_some() || guard.thawing.is_some() {
         guard.begin_thaw();
         if let Err(reason) = guard.thawed().await {
             tell_syslog(&format!("a guest may be frozen, its agent does not thaw it: {reason}"));
@@ -225,6 +244,10 @@ struct Guard {
     let_go_early: bool,
     thawing: Option<JoinHandle<Result<u64, AgentError>>>,
     may_be_paused: bool,
+    /// The process that asks.
+    run: Pid,
+    /// When a run that keeps the guest paused is taken for one that hangs.
+    hold_until: Option<tokio::time::Instant>,
     requests: Lines<BufReader<Stdin>>,
 }
 
@@ -232,6 +255,7 @@ enum Woken {
     Request(Request),
     Ended,
     Deadline,
+    Hangs,
 }
 
 impl Guard {
@@ -244,10 +268,20 @@ impl Guard {
                     self.begin_thaw();
                     continue;
                 }
+                Woken::Hangs => {
+                    self.hold_until = None;
+                    self.end_run();
+                    continue;
+                }
                 Woken::Request(Request::Freeze) => Reply::Freeze(self.freeze().await),
                 Woken::Request(Request::Thaw) => Reply::Thaw(self.thaw().await),
                 Woken::Request(Request::WillPause) => {
                     self.may_be_paused = true;
+                    Reply::Noted
+                }
+                Woken::Request(Request::Hold) => {
+                    self.deadline = None;
+                    self.hold_until = Some(tokio::time::Instant::now() + HOLD_TIMEOUT);
                     Reply::Noted
                 }
                 Woken::Request(Request::Done) => {
@@ -265,19 +299,31 @@ impl Guard {
     }
 
     async fn next(&mut self) -> Woken {
-        let deadline = self.deadline;
-        let expired = async {
+        let until = |deadline: Option<tokio::time::Instant>| async move {
             match deadline {
                 Some(deadline) => tokio::time::sleep_until(deadline).await,
                 None => std::future::pending().await,
             }
         };
+        let (expired, hangs) = (until(self.deadline), until(self.hold_until));
         tokio::select! {
             line = self.requests.next_line() => match line {
                 Ok(Some(line)) => serde_json::from_str(&line).map_or(Woken::Ended, Woken::Request),
                 _ => Woken::Ended,
             },
             () = expired => Woken::Deadline,
+            () = hangs => Woken::Hangs,
+        }
+    }
+
+    /// Kills a run that hangs: it keeps the guest paused, and QEMU's monitor from everybody else. What
+    /// follows is what follows a run's death.
+    fn end_run(&self) {
+        // One that is no longer our parent is dead.
+        if getppid() == self.run {
+            tell_syslog("a backup hung while it kept a guest paused: it was killed");
+            // It may have ended by itself.
+            let _ = kill(self.run, Signal::SIGKILL);
         }
     }
 
@@ -315,6 +361,7 @@ impl Guard {
     }
 
     async fn thaw(&mut self) -> Thaw {
+        self.hold_until = None;
         let in_time = !self.let_go_early;
         let frozen = self.frozen.as_ref().map_or(0, |(_, filesystems)| *filesystems);
         self.begin_thaw();

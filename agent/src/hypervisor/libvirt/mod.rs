@@ -12,8 +12,9 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
 use virt::connect::Connect;
@@ -35,6 +36,8 @@ use xml::DomainDisk;
 
 /// How often the scratch is looked at.
 const SCRATCH_POLL: Duration = Duration::from_millis(10);
+/// How often libvirt is asked whether a guest that is to stand still does.
+const STATE_POLL: Duration = Duration::from_millis(200);
 /// Where libvirt keeps what belongs to one running domain: QEMU may make sockets there, whatever
 /// confines it (libvirt's `qemuDomainSetPrivatePathsOld`, and virt-aa-helper's rule for it).
 const DOMAIN_FOLDERS: &str = "/var/lib/libvirt/qemu";
@@ -69,6 +72,10 @@ pub struct LibvirtDomain {
     /// Size in bytes of each disk of the run.
     sizes: Mutex<Vec<u64>>,
     scratch: Mutex<Vec<GuardedScratch>>,
+    /// Whether its guest is to stand still until it was read.
+    suspends: bool,
+    /// Whether the guest is to stand still just now.
+    stands: AtomicBool,
 }
 
 /// A domain that a host has.
@@ -112,7 +119,28 @@ impl LibvirtDomain {
             seen: OnceCell::new(),
             sizes: Mutex::new(Vec::new()),
             scratch: Mutex::new(Vec::new()),
+            suspends: false,
+            stands: AtomicBool::new(false),
         }
+    }
+
+    /// The same domain, whose guest is to stand still until it was read.
+    pub fn suspended(self) -> Self {
+        Self { suspends: true, ..self }
+    }
+
+    /// Whether a guest that is to stand still does not.
+    async fn goes_on(&self) -> Result<bool, HypervisorError> {
+        Ok(self.state().await? == DomainState::Running && self.stands.load(Ordering::SeqCst))
+    }
+
+    /// Looks after the scratch; the room that it takes is none while the guest stands still.
+    fn guard_scratch(&self) -> Result<(), HypervisorError> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        scratch.iter_mut().try_for_each(|scratch| match self.suspends {
+            true => scratch.is_there(),
+            false => scratch.guard(),
+        })
     }
 
     /// The way to the guest agent, where the domain has a channel for one; after `discover`.
@@ -318,21 +346,35 @@ impl Hypervisor for LibvirtDomain {
         Some(folder.join(format!("kvmsnap-{run}.nbd")))
     }
 
+    fn pauses(&self, _disks: usize) -> bool {
+        self.suspends
+    }
+
+    fn suspends(&self) -> bool {
+        self.suspends
+    }
+
     async fn danger(&self) -> HypervisorError {
+        let mut asked = Instant::now();
         loop {
-            let low = {
-                let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-                scratch.iter_mut().find_map(|scratch| scratch.guard().err())
-            };
-            match low {
-                Some(low) => return low,
-                None => tokio::time::sleep(SCRATCH_POLL).await,
+            if let Err(error) = self.guard_scratch() {
+                return error;
+            }
+            tokio::time::sleep(SCRATCH_POLL).await;
+            if self.stands.load(Ordering::SeqCst) && asked.elapsed() > STATE_POLL {
+                asked = Instant::now();
+                // A libvirt that is away for a moment is asked again.
+                if let Ok(true) = self.goes_on().await {
+                    return HypervisorError::GuestGoesOn;
+                }
             }
         }
     }
 
     async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
-        libvirt_job::check_room(recorded.record(), disks)?;
+        if !self.suspends {
+            libvirt_job::check_room(recorded.record(), disks)?;
+        }
         let sizes = disks.iter().map(|disk| disk.size);
         *self.sizes.lock().unwrap_or_else(PoisonError::into_inner) = sizes.collect();
         Ok(())
@@ -340,7 +382,15 @@ impl Hypervisor for LibvirtDomain {
 
     async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError> {
         let others = self.others(recorded.record());
-        libvirt_job::cut(&self.handle, recorded, &others, self.takes_sockets().await?).await
+        let takes_sockets = self.takes_sockets().await?;
+        let start = Instant::now();
+        let pauses = recorded.record().pauses;
+        if pauses {
+            self.handle.change("pause the guest", Domain::suspend).await?;
+        }
+        let cut = libvirt_job::cut(&self.handle, recorded, &others, takes_sockets).await?;
+        self.stands.store(self.suspends, Ordering::SeqCst);
+        Ok(Cut { pause: pauses.then(|| start.elapsed()), ..cut })
     }
 
     async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {
@@ -353,11 +403,19 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        if self.goes_on().await? {
+            return Err(HypervisorError::GuestGoesOn);
+        }
         libvirt_job::confirm(&self.handle, recorded).await
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         libvirt_job::release(&self.handle, recorded).await
+    }
+
+    async fn let_go_on(&self) -> Result<(), HypervisorError> {
+        self.stands.store(false, Ordering::SeqCst);
+        self.handle.let_go_on().await
     }
 
     async fn drop_bitmaps(&self, bitmaps: &[(String, String)]) -> Result<(), HypervisorError> {
