@@ -384,6 +384,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 image: planned.disk.image.as_ref().map(|path| path.display().to_string()),
                 kind: disk.decision.kind,
                 reason: disk.decision.reason.clone(),
+                method: Some(self.plan.method.of_disk(disk.decision.tracked)),
                 bitmap: record.disks[index].bitmap_new.clone(),
                 bytes_changed: disk.map.bytes_dirty(),
                 bytes_read: bytes_read[index],

@@ -188,6 +188,7 @@ impl CommandError {
             | Self::NoDomain { .. }
             | Self::NoRepositoryGiven
             | Self::NoPasswordGiven
+            | Self::Method(MethodError::Unmanaged { .. })
             | Self::Plan(PlanError::UnknownDisk { .. } | PlanError::LeftOut { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
@@ -230,7 +231,7 @@ impl CommandError {
             Self::Store { source, .. } if source.is_not_found() => {
                 "`kvmsnap repository init` makes one"
             }
-            Self::Method(_) => "`--method auto` takes what is possible",
+            Self::Method(error) => error.hint(),
             Self::Lock(LockError::Held { .. }) => "wait until it is done",
             Self::NoName { .. } => "name it with --name",
             Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",

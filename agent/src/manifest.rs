@@ -151,6 +151,9 @@ pub struct DiskManifest {
     pub kind: Kind,
     /// Why it was read that way.
     pub reason: String,
+    /// How its point in time was taken; older records say so only of all disks together.
+    #[serde(default)]
+    pub method: Option<Method>,
     /// The dirty bitmap that began at this point in time.
     pub bitmap: Option<String>,
     /// Bytes that the dirty bitmap showed as changed; the size where there was none.

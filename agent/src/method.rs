@@ -10,6 +10,11 @@ pub enum Wanted {
     Auto,
     /// Old blocks are saved before the guest writes over them; dirty bitmaps tell what changed.
     Bitmap,
+    /// Old blocks are saved before the guest writes over them; all disks are read whole, and no dirty bitmap
+    /// begins or ends.
+    Pull,
+    /// The images as they lie there: only of domains that are shut off.
+    Offline,
     /// The guest stands still until it was read: needs no room, and stops a service for minutes or hours.
     Suspend,
 }
@@ -42,6 +47,62 @@ pub enum MethodError {
         /// Why not.
         reason: String,
     },
+    /// The domain runs.
+    #[error("--method offline is for domains that are shut off, and this one runs")]
+    Runs,
+    /// Nobody manages this QEMU.
+    #[error("--method {method} is for domains of libvirt: {reason}")]
+    Unmanaged {
+        /// The method.
+        method: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+impl MethodError {
+    /// What the user can do next.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Runs => "shut it down first, or `--method auto` backs it up while it runs",
+            _ => "`--method auto` takes what is possible",
+        }
+    }
+}
+
+impl Wanted {
+    /// Makes sure that it can be had of a QEMU that nobody manages.
+    ///
+    /// # Errors
+    /// [`MethodError::Unmanaged`].
+    pub fn check_unmanaged(self) -> Result<(), MethodError> {
+        let unmanaged = |method, reason| Err(MethodError::Unmanaged { method, reason });
+        match self {
+            Self::Offline => unmanaged("offline", "a QEMU that answers has its images in use"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Leaves the dirty bitmaps of a machine that runs alone, where they are not wanted: those that there
+    /// are go on counting for later backups.
+    pub fn leave_bitmaps(self, machine: &mut Machine) {
+        if self == Self::Pull && machine.shut_off.is_none() {
+            for disk in &mut machine.disks {
+                let reason = "read whole, as asked for with --method pull".to_owned();
+                disk.tracking = Tracking::Unsupported(reason);
+            }
+        }
+    }
+}
+
+impl Chosen {
+    /// How one disk is read: of a machine with dirty bitmaps some disks may keep none.
+    pub fn of_disk(&self, tracked: bool) -> Method {
+        match (self.method, tracked) {
+            (Method::Bitmap, false) => Method::Pull,
+            (method, _) => method,
+        }
+    }
 }
 
 impl Able {
@@ -66,6 +127,8 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
     match (wanted, &able.untracked) {
         (Wanted::Bitmap, Some(reason)) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
+        (Wanted::Offline, _) => Err(MethodError::Runs),
+        (Wanted::Pull, _) => chosen(Method::Pull, "asked for with --method"),
         (Wanted::Suspend, _) => chosen(Method::Suspend, "asked for with --method"),
         (Wanted::Bitmap, None) => chosen(Method::Bitmap, "asked for with --method"),
         (Wanted::Auto, None) => {
@@ -103,5 +166,16 @@ mod tests {
         assert_eq!(method(Wanted::Bitmap, &able()), Some(Method::Bitmap));
         assert_eq!(method(Wanted::Bitmap, &untracked), None);
         assert_eq!(method(Wanted::Suspend, &untracked), Some(Method::Suspend));
+        assert_eq!(method(Wanted::Pull, &able()), Some(Method::Pull));
+        assert_eq!(method(Wanted::Offline, &able()), None);
+        assert!(Wanted::Offline.check_unmanaged().is_err());
+    }
+
+    #[test]
+    fn each_disk_has_its_own_method() {
+        let chosen = choose(Wanted::Auto, &able()).unwrap();
+        assert_eq!([true, false].map(|it| chosen.of_disk(it)), [Method::Bitmap, Method::Pull]);
+        let off = choose(Wanted::Auto, &Able { is_off: true, ..able() }).unwrap();
+        assert_eq!(off.of_disk(false), Method::Offline);
     }
 }

@@ -426,6 +426,7 @@ mod tests {
             image: None,
             kind: Kind::Full,
             reason: String::new(),
+            method: None,
             bitmap: Some("c1".into()),
             bytes_changed: 0,
             bytes_read: 0,

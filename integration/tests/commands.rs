@@ -220,11 +220,12 @@ fn a_dry_run_changes_nothing_and_says_what_will_be_done() {
             for field in ["target", "size", "kind", "reason"] {
                 assert_eq!(planned[field], disk[field], "{field}");
             }
+            assert_eq!(planned["disk_method"], disk["method"]);
             assert_eq!(planned["method"], real["method"]);
         }
     }
     let said = host.ok(["backup", "--dry-run", "--qmp", guest.qmp().to_str().unwrap_or("")]);
-    assert!(said.contains("fixture/vda: 4.00 MiB, incremental: dirty bitmap"), "{said}");
+    assert!(said.contains("fixture/vda: 4.00 MiB, incremental by bitmap: dirty bitmap"), "{said}");
     assert!(said.contains("fixture: method bitmap: it runs, and dirty bitmaps tell"), "{said}");
     let raw = host.try_backup(&guest, &["--disk", "vdb", "--method", "bitmap"]);
     assert_says(&raw, 1, "raw images keep no dirty bitmaps");

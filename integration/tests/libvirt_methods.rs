@@ -85,3 +85,16 @@ fn p1_a_domain_that_somebody_lets_go_on_spoils_the_backup() {
     scene.backup();
     scene.assert_clean();
 }
+
+#[test]
+fn a_domain_that_runs_is_not_backed_up_offline() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::running(&libvirt);
+
+    let refused = scene.try_backup(&["--method", "offline"]);
+
+    assert_says(&refused, 1, "for domains that are shut off, and this one runs");
+    assert!(refused.stderr.contains("hint: shut it down first"), "{refused:?}");
+    assert_eq!(scene.host.list().len(), 1);
+    scene.assert_clean();
+}

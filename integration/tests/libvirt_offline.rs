@@ -67,7 +67,7 @@ fn p1_a_domain_that_never_ran_is_backed_up_with_all_others() {
     );
     scene.scribble();
 
-    let second = scene.backup();
+    let second = scene.backup_with(&["--method", "offline"]);
 
     assert_incremental(&second, "offline");
     let unchanged = scene.backup();

@@ -161,3 +161,36 @@ fn p1_a_guest_that_somebody_lets_go_on_spoils_the_backup_and_stays_as_it_is() {
     scene.host.backup_and_compare(&scene.guest, &scene.contents, &[]);
     scene.assert_clean();
 }
+
+#[test]
+fn p1_a_disk_that_is_pulled_keeps_its_dirty_bitmap_for_the_next_backup() {
+    let Some(mut scene) = Scene::new() else { return };
+    let first = scene.host.backup_and_compare(&scene.guest, &scene.contents, &[]);
+    let methods = |snapshot| ["vda", "vdb"].map(|name| disk(snapshot, name)["method"].clone());
+    assert_eq!(methods(&first), ["bitmap", "pull"]);
+    scene.contents.scribble(&scene.guest, 1);
+
+    let pulled =
+        scene.host.backup_and_compare(&scene.guest, &scene.contents, &["--method", "pull"]);
+
+    assert_eq!(
+        (&pulled["method"], methods(&pulled)),
+        (&json!("pull"), ["pull", "pull"].map(Into::into))
+    );
+    assert_eq!(kinds(&pulled).values().collect::<Vec<_>>(), ["rescan", "rescan"], "{pulled}");
+    assert_eq!(disk(&pulled, "vda")["bitmap"], json!(null));
+    scene.assert_clean();
+    scene.contents.scribble(&scene.guest, 2);
+    let next = scene.host.backup_and_compare(&scene.guest, &scene.contents, &[]);
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    scene.assert_clean();
+}
+
+#[test]
+fn a_qemu_that_nobody_manages_has_no_offline_method() {
+    let Some(scene) = Scene::new() else { return };
+
+    let refused = scene.host.try_backup(&scene.guest, &["--method", "offline"]);
+
+    assert_says(&refused, 2, "--method offline is for domains of libvirt");
+}

@@ -110,6 +110,7 @@ pub struct BackupArgs {
 /// Whatever the backup says; of several domains, how many failed.
 pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError> {
     if let Some(socket) = &args.qmp {
+        args.method.check_unmanaged()?;
         // One socket has one undo record and one lock, under whatever name it is given.
         let monitor = fs::canonicalize(socket).unwrap_or_else(|_| socket.clone());
         let answer = ANSWER_TIMEOUT.min(Duration::from_secs(args.timeout));
@@ -266,6 +267,7 @@ async fn back_up<H: Hypervisor>(
         timeout: Duration::from_secs(args.timeout),
     };
     let newest_first = earlier.newest_first();
+    args.method.leave_bitmaps(&mut machine);
     let method = method::choose(args.method, &Able::of(&machine))?;
     let (index, full) = (&open.index, args.full);
     let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
@@ -364,7 +366,8 @@ fn print_reasons(plan: &Plan, context: &Context) {
     tracing::info!("method {}: {}", plan.method.method.as_str(), plan.method.reason);
     for planned in &plan.disks {
         let (kind, reason) = (planned.decision.kind.as_str(), &planned.decision.reason);
-        tracing::info!("{}: {kind}, {reason}", planned.disk.target);
+        let method = plan.method.of_disk(planned.decision.tracked).as_str();
+        tracing::info!("{}: {kind} by {method}, {reason}", planned.disk.target);
     }
 }
 
@@ -385,12 +388,15 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
                     "parent": plan.parent.map(|parent| parent.to_string()),
                     "tracked": decision.bitmap_old.is_some(),
                     "method": plan.method.method, "method_reason": plan.method.reason,
+                    "disk_method": plan.method.of_disk(decision.tracked),
                 }),
             )?;
         } else {
             let (kind, reason) = (decision.kind.as_str(), &decision.reason);
             let size = human_bytes(disk.size);
-            writeln!(out, "{}/{}: {size}, {kind}: {reason}", plan.domain, disk.target)?;
+            let method = plan.method.of_disk(decision.tracked).as_str();
+            let (domain, target) = (&plan.domain, &disk.target);
+            writeln!(out, "{domain}/{target}: {size}, {kind} by {method}: {reason}")?;
         }
     }
     if !context.global.json {
