@@ -268,6 +268,129 @@ fn a_domain_that_is_off_needs_no_overlays() {
     assert_eq!(ok(&scene, "purge", &[]), Vec::<Value>::new());
 }
 
+// ---- what is refused ----------------------------------------------------------------------------
+
+/// Defines a domain that does not run and has only this disk; it is undefined with the scene's folder.
+fn define_other(scene: &Scene, disk: &str) -> String {
+    let name = format!("{}-other", scene.domain.name());
+    let xml = format!(
+        "<domain type='qemu'><name>{name}</name><memory>65536</memory><os><type>hvm</type></os>\
+         <devices>{disk}</devices></domain>"
+    );
+    let file = scene.domain.folder().join("other.xml");
+    fs::write(&file, xml).expect("the folder is writable");
+    scene.domain.libvirt().virsh(&["define", file.to_str().expect("a plain path")]);
+    name
+}
+
+#[test]
+fn r23_an_overlay_that_a_definition_may_name_is_not_deleted() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    scene.domain.start();
+    let created = ok(&scene, "create", &[]);
+    let overlay = text(&created[0], "overlay");
+    let folder = scene.domain.folder();
+    let clone = folder.join("clone.qcow2");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", overlay]);
+    tool({
+        create.arg(&clone).arg("8M");
+        create
+    });
+    let unread = folder.join("unread.qcow2");
+    fs::write(&unread, "no image").expect("the folder is writable");
+    let file = |image: &Path| {
+        let image = image.display();
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+             <source file='{image}'/><target dev='vda'/><readonly/></disk>"
+        )
+    };
+    let volume = "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>\
+                  <source pool='no-such-pool' volume='a'/><target dev='vda'/></disk>";
+    let says = ["still names it", "unread.qcow2 (", "volume `a` of pool `no-such-pool`"];
+    for (disk, says) in [file(&clone), file(&unread), volume.to_owned()].iter().zip(says) {
+        let other = define_other(&scene, disk);
+        let outcome = try_run(&scene, "purge", &[]);
+        assert_says(&outcome, 1, says);
+        assert_says(&outcome, 1, &other);
+        assert!(Path::new(overlay).exists());
+        libvirt.virsh(&["undefine", &other]);
+    }
+
+    ok(&scene, "purge", &[]);
+
+    assert_back(&scene);
+    scene.domain.destroy();
+    assert_images_hold(&scene);
+}
+
+#[test]
+fn a_job_of_somebody_else_is_not_taken_for_a_purge() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    scene.domain.start();
+    ok(&scene, "create", &[]);
+    let copy = scene.domain.folder().join("copy.qcow2");
+    let to = copy.to_str().expect("a plain path");
+    scene.domain.virsh("blockcopy", &["vda", to, "--transient-job"]);
+
+    let outcome = try_run(&scene, "purge", &[]);
+
+    assert_says(&outcome, 1, "a job of somebody else writes it to");
+    assert_eq!(overlays(&scene).len(), 3);
+    scene.domain.virsh("blockjob", &["vda", "--abort"]);
+    ok(&scene, "purge", &[]);
+    assert_back(&scene);
+    scene.domain.destroy();
+    assert_images_hold(&scene);
+}
+
+#[test]
+fn r23_overlays_that_only_a_definition_names_are_not_taken_for_unused() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    scene.domain.start();
+    let mut killed = command(&scene, "create", &[]);
+    // Its last effect records that the images hold still.
+    killed.env("KVMSNAP_CRASH_AT", "8");
+    assert_eq!(finish(spawn(killed)).code, None);
+    assert_eq!(overlays(&scene).len(), 3);
+    scene.domain.destroy();
+    let definition = scene.domain.virsh("dumpxml", &["--inactive"]);
+    assert!(definition.contains("/kvmsnap-"), "{definition}");
+
+    ok(&scene, "purge", &[]);
+
+    assert_back(&scene);
+    assert_images_hold(&scene);
+}
+
+#[test]
+fn r23_a_domain_defined_anew_with_another_uuid_takes_over_its_overlays() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let (definition, uuid) = (scene.domain.xml(), scene.domain.uuid());
+    scene.domain.start();
+    ok(&scene, "create", &[]);
+    scene.scribble();
+    scene.domain.destroy();
+    scene.domain.virsh("undefine", &[]);
+    let anew = scene.domain.folder().join("anew.xml");
+    let other: String = uuid[..24].chars().chain(uuid[24..].chars().rev()).collect();
+    let definition = definition.replace(&uuid, &other);
+    fs::write(&anew, definition).expect("the folder is writable");
+    libvirt.virsh(&["define", anew.to_str().expect("a plain path")]);
+
+    let outcome = try_run(&scene, "purge", &[]);
+
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("takes over its overlays"), "{outcome:?}");
+    assert_back(&scene);
+    assert_images_hold(&scene);
+}
+
 /// A new effect does not come without its fault: the sweep goes through all of these.
 #[test]
 fn r01_the_effects_of_create_and_purge_on_a_domain_are_known() {
@@ -292,6 +415,7 @@ fn r01_the_effects_of_create_and_purge_on_a_domain_are_known() {
         "libvirt: go on with the image of",
         "image: make durable",
         "overlays: record",
+        "overlay: put aside",
         "overlay: delete",
     ];
     let expected = [thrice(&back), vec!["overlays: clear"]].concat();

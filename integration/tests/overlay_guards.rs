@@ -1,10 +1,10 @@
 //! What `create` and `purge` refuse, so that nothing that counts is overwritten or deleted.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use integration::faults::{assert_says, signal, wait_until};
-use integration::overlays::{STOPPED, Scene};
+use integration::overlays::{HASTY, STOPPED, Scene};
 use integration::restored::text;
 use integration::{finish, spawn};
 use nix::sys::signal::Signal;
@@ -116,5 +116,97 @@ fn r13_a_guest_that_an_administrator_paused_stays_paused() {
     assert_eq!(purged[0]["pause_ms"], Value::Null, "it was not purge that stopped it: {purged:?}");
     assert_eq!(scene.guest.status(), "paused");
     scene.assert_back();
+    scene.assert_holds();
+}
+
+// ---- overlays of others -------------------------------------------------------------------------
+
+/// Puts an overlay above a disk's image as somebody else would.
+fn put_foreign(scene: &Scene) -> PathBuf {
+    let foreign = scene.guest.folder().join("foreign.qcow2");
+    let args = json!({
+        "node-name": scene.guest.active_node("vda"), "snapshot-node-name": "foreign",
+        "snapshot-file": foreign, "format": "qcow2",
+    });
+    scene.guest.qmp_command("blockdev-snapshot-sync", &args);
+    foreign
+}
+
+fn adopt(scene: &Scene, overlay: &Path, more: &[&str]) -> integration::Outcome {
+    let overlay = overlay.to_str().expect("a plain path");
+    scene.try_run("purge", &[&["--adopt", overlay], more].concat())
+}
+
+#[test]
+fn an_image_that_others_are_built_on_takes_in_no_overlay() {
+    let Some(mut scene) = Scene::new() else { return };
+    let foreign = put_foreign(&scene);
+    scene.contents.scribble(&scene.guest, 2);
+    let template = std::fs::File::open(scene.guest.disk_path("vda")).expect("its image");
+
+    let outcome = adopt(&scene, &foreign, &[]);
+
+    assert_says(&outcome, 1, "uses it too: writing");
+    assert!(foreign.exists() && scene.records().is_empty());
+    drop(template);
+    let outcome = adopt(&scene, &foreign, &[]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("and then deleted"), "{outcome:?}");
+    assert!(!foreign.exists());
+    scene.assert_back();
+    scene.assert_holds();
+}
+
+#[test]
+fn an_adoption_that_was_interrupted_is_gone_on_with_by_any_purge() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    let foreign = put_foreign(&scene);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    for _ in 0..2 {
+        assert_says(&adopt(&scene, &foreign, &HASTY), 1, "was not brought back in time");
+        assert_eq!(scene.records().len(), 2, "one of create, one of the adoption");
+    }
+
+    scene.ok("purge", &[]);
+
+    assert!(!foreign.exists());
+    scene.assert_back();
+    scene.assert_holds();
+}
+
+#[test]
+fn r23_an_overlay_that_a_process_has_open_is_not_deleted() {
+    let Some(mut scene) = Scene::new() else { return };
+    let created = scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    let reader = std::fs::File::open(text(&created[0], "overlay")).expect("an overlay");
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "which has it open, still names it");
+    assert_eq!((scene.overlays().len(), scene.records().len()), (1, 1));
+    drop(reader);
+    scene.ok("purge", &[]);
+    scene.assert_back();
+    scene.assert_holds();
+}
+
+#[test]
+fn r23_an_overlay_that_another_disk_has_is_not_written_back() {
+    let Some(mut scene) = Scene::new() else { return };
+    let mut created = scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    scene.guest.quit();
+    let [first, second] = &mut created[..] else { panic!("two disks") };
+    std::mem::swap(&mut first["disk"], &mut second["disk"]);
+    let successor = scene.start_on_overlays(&created);
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "is not above the image that disk");
+    assert_nothing_was_deleted(&scene);
+    successor.quit();
+    scene.ok("purge", &[]);
     scene.assert_holds();
 }

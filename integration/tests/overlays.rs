@@ -392,6 +392,7 @@ fn r01_the_effects_of_create_and_purge_are_known() {
         "qmp: blockdev-del",
         "image: make durable",
         "overlays: record",
+        "overlay: put aside",
         "overlay: delete",
     ];
     let expected = [per_disk(&back), vec!["overlays: clear"]].concat();

@@ -243,6 +243,15 @@ impl Image {
     }
 }
 
+/// Whether the locks of an image tell who uses it: not every file system keeps any.
+///
+/// # Errors
+/// The system's, when it cannot be opened for reading.
+pub fn keeps_locks(path: &Path) -> io::Result<bool> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    Ok(is_locked(&file, LOCK_WRITES)?.is_some())
+}
+
 fn cannot_look_at(path: &Path, source: io::Error) -> HypervisorError {
     HypervisorError::Host { step: format!("look at the image {}", path.display()), source }
 }
@@ -250,7 +259,9 @@ fn cannot_look_at(path: &Path, source: io::Error) -> HypervisorError {
 fn use_of(path: &Path) -> io::Result<Use> {
     let mut options = File::options();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    Ok(match (is_locked(&file, LOCK_WRITES)?, is_locked(&file, LOCK_NO_WRITERS)?) {
+    // A file system without locks has none.
+    let is_locked = |byte| is_locked(&file, byte).map(|locked| locked == Some(true));
+    Ok(match (is_locked(LOCK_WRITES)?, is_locked(LOCK_NO_WRITERS)?) {
         (true, _) => Use::Writes,
         (false, true) => Use::Reads,
         (false, false) => Use::None,
@@ -298,7 +309,8 @@ fn writes_to(device: u64) -> io::Result<[u64; 2]> {
     Ok([*writes, fields.get(11).copied().unwrap_or(0)])
 }
 
-fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+/// `None` where the file system keeps no locks.
+fn is_locked(file: &File, byte: i64) -> io::Result<Option<bool>> {
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK as i16,
         l_whence: libc::SEEK_SET as i16,
@@ -307,9 +319,8 @@ fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
         l_pid: 0,
     };
     match fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock)) {
-        Ok(_) => Ok(lock.l_type != libc::F_UNLCK as i16),
-        // A file system without locks has none.
-        Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(false),
+        Ok(_) => Ok(Some(lock.l_type != libc::F_UNLCK as i16)),
+        Err(nix::errno::Errno::ENOLCK | nix::errno::Errno::EOPNOTSUPP) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }

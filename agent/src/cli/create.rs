@@ -80,7 +80,9 @@ pub async fn run(args: CreateArgs, context: &Context) -> Result<(), CommandError
         (None, None) => return Err(CommandError::NoName { reach }),
     };
     let agent = args.qga.clone().map(AgentAddress::Socket);
-    hold_still(&layers, &machine, domain, reach, agent, &args, context).await
+    let records = Records::open(&context.global.state_dir)?;
+    let held = records.of(&reach)?;
+    hold_still(&layers, &machine, (domain, reach, agent), (records, held), &args, context).await
 }
 
 async fn of_domain(
@@ -107,20 +109,21 @@ async fn of_domain(
         Ok((machine, hypervisor.agent(), LibvirtLayers::new(handle).await?))
     };
     let (machine, agent, layers) = context.until_interrupted(look).await?;
-    hold_still(&layers, &machine, domain, reach, agent, args, context).await
+    let records = Records::open(&context.global.state_dir)?;
+    let held = async { overlays::records_of(libvirt, known, &records).await };
+    let held = context.until_interrupted(held).await?.into_iter().next();
+    hold_still(&layers, &machine, (domain, reach, agent), (records, held), args, context).await
 }
 
 async fn hold_still(
     layers: &impl Layers,
     machine: &crate::hypervisor::Machine,
-    domain: DomainName,
-    reach: Reach,
-    agent: Option<AgentAddress>,
+    (domain, reach, agent): (DomainName, Reach, Option<AgentAddress>),
+    (records, held): (Records, Option<Held>),
     args: &CreateArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
-    let records = Records::open(&context.global.state_dir)?;
-    if let Some(held) = records.of(&reach)?
+    if let Some(held) = held
         && let Some(held) = create::settle(layers, &records, held).await?
     {
         return match create::holds_still(layers, &held).await? {

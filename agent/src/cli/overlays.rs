@@ -10,7 +10,8 @@ use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::{self, KnownDomain};
 use crate::hypervisor::{Machine, Reach, Tracking};
-use crate::overlay::record::Records;
+use crate::overlay::files::is_same;
+use crate::overlay::record::{Held, Records};
 
 /// The machines that are meant.
 #[derive(Debug, Args)]
@@ -78,7 +79,7 @@ pub fn leave_untracked(
     reach: &Reach,
     state_dir: &Path,
 ) -> Result<(), CommandError> {
-    let held = Records::open(state_dir)?.of(reach)?;
+    let held = Records::open(state_dir)?.all_of(reach)?;
     let overlays: Vec<_> = held.iter().flat_map(|held| &held.record().disks).collect();
     for disk in &mut machine.disks {
         let is_it = |path: &PathBuf| overlays.iter().any(|known| known.overlay == *path);
@@ -88,6 +89,54 @@ pub fn leave_untracked(
         }
     }
     Ok(())
+}
+
+/// The records of a domain, oldest first. Those of one that is gone, whose images this one has, are its own
+/// from here on: it was defined anew with another uuid.
+///
+/// # Errors
+/// [`CommandError`].
+pub async fn records_of(
+    libvirt: &Libvirt,
+    known: &KnownDomain,
+    records: &Records,
+) -> Result<Vec<Held>, CommandError> {
+    let reach = reach(libvirt, known);
+    let found = records.all_of(&reach)?;
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let domains = libvirt::domains(libvirt).await?;
+    let is_gone = |held: &Held| match &held.record().reach {
+        Reach::Domain(other) => {
+            let is_here = libvirt.domain(&known.uuid).address().uri == other.uri;
+            is_here && domains.iter().all(|domain| domain.uuid != other.uuid)
+        }
+        Reach::Monitor(_) => false,
+    };
+    let mut orphans = records.all()?.0;
+    orphans.retain(is_gone);
+    if orphans.is_empty() {
+        return Ok(orphans);
+    }
+    let disks = libvirt.domain(&known.uuid).describe().await?.disks;
+    let tops: Vec<_> = disks.iter().filter_map(|d| d.file.as_ref().or(d.device.as_ref())).collect();
+    orphans.retain(|held| {
+        let images = held.record().disks.iter().flat_map(|disk| [&disk.overlay, &disk.base.path]);
+        images.into_iter().any(|image| tops.iter().any(|top| is_same(top, image)))
+    });
+    for held in &mut orphans {
+        let record = held.record();
+        tracing::warn!(
+            "domain `{}`, which is gone, had these images: domain `{}` takes over its overlays",
+            record.domain,
+            known.name
+        );
+        records.update(held, |record| {
+            (record.reach, record.uuid) = (reach.clone(), known.uuid.clone());
+        })?;
+    }
+    Ok(orphans)
 }
 
 /// A time span in seconds, with a fraction where one is wanted.

@@ -16,10 +16,11 @@ use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::names::DomainName;
 use crate::overlay::Layers;
 use crate::overlay::converge::Budget;
+use crate::overlay::files::is_same;
 use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::purge::{self, Brought, Purge};
 use crate::overlay::qmp::QmpLayers;
-use crate::overlay::record::{Held, Records};
+use crate::overlay::record::{DiskRecord, Held, Records};
 use crate::progress::human_bytes;
 
 /// Bring guests back onto their own images after `create`, running or not
@@ -43,7 +44,8 @@ pub struct PurgeArgs {
     /// Write back at most so many bytes a second, like 100MiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     limit_rate: Option<u64>,
-    /// Write back an overlay that kvmsnap did not make, and delete it
+    /// Write an overlay that kvmsnap did not make into the image beneath it, and delete it; refused where
+    /// any other domain or process uses that image
     #[arg(long, value_name = "OVERLAY", conflicts_with = "all")]
     adopt: Option<PathBuf>,
 }
@@ -63,11 +65,11 @@ pub async fn run(args: PurgeArgs, context: &Context) -> Result<(), CommandError>
     let reach = Reach::Monitor(monitor.clone());
     let _lock = context.until_interrupted(lock(&context.global.run_dir, &reach)).await?;
     let records = Records::open(&context.global.state_dir)?;
-    let held = records.of(&reach)?;
-    if held.is_none() && args.adopt.is_none() {
+    let held = records.all_of(&reach)?;
+    if held.is_empty() && args.adopt.is_none() {
         return nothing(&reach.to_string());
     }
-    let known = held.as_ref().and_then(|held| held.record().qemu);
+    let known = held.last().and_then(|held| held.record().qemu);
     let connect = async { Ok(QmpLayers::connect(&monitor, known).await?) };
     let layers = context.until_interrupted(connect).await?;
     let name: DomainName = "qemu".parse()?;
@@ -83,8 +85,9 @@ async fn of_domain(
     let reach = overlays::reach(libvirt, known);
     let _lock = context.until_interrupted(lock(&context.global.run_dir, &reach)).await?;
     let records = Records::open(&context.global.state_dir)?;
-    let held = records.of(&reach)?;
-    if held.is_none() && args.adopt.is_none() {
+    let held = async { overlays::records_of(libvirt, known, &records).await };
+    let held = context.until_interrupted(held).await?;
+    if held.is_empty() && args.adopt.is_none() {
         return match args.machines.all {
             true => Ok(()),
             false => nothing(&format!("domain `{}`", known.name)),
@@ -105,8 +108,8 @@ fn nothing(what: &str) -> Result<(), CommandError> {
 async fn bring_back<L: Layers>(
     layers: &L,
     records: &Records,
-    held: Option<Held>,
-    (domain, uuid, reach): (DomainName, String, Reach),
+    mut held: Vec<Held>,
+    machine: (DomainName, String, Reach),
     args: &PurgeArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
@@ -116,17 +119,18 @@ async fn bring_back<L: Layers>(
     let interrupt = context.interrupted();
     tokio::pin!(interrupt);
     if let Some(overlay) = &args.adopt {
-        // It may lie above one of ours.
-        let chains = layers.chains().await?.unwrap_or_default();
         let overlay = std::path::absolute(overlay).unwrap_or_else(|_| overlay.clone());
-        let machine = (domain, uuid, reach, layers.process());
-        let adopted = purge::adopt(records, &chains, &overlay, machine)?;
-        finish(&purge, adopted, interrupt.as_mut(), context).await?;
+        let is_it = |disk: &DiskRecord| is_same(&disk.overlay, &overlay);
+        // An adoption that was interrupted is gone on with.
+        if !held.iter().any(|held| held.record().disks.iter().any(is_it)) {
+            held.push(purge::adopt(layers, records, &overlay, machine).await?);
+        }
     }
-    match held {
-        Some(held) => finish(&purge, held, interrupt, context).await,
-        None => Ok(()),
+    // The newest lies on top.
+    for held in held.into_iter().rev() {
+        finish(&purge, held, interrupt.as_mut(), context).await?;
     }
+    Ok(())
 }
 
 async fn finish<L: Layers>(

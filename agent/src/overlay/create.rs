@@ -92,6 +92,7 @@ pub async fn settle(
     records: &Records,
     mut held: Held,
 ) -> Result<Option<Held>, OverlayError> {
+    held.record().disks.iter().try_for_each(files::put_back)?;
     if held.record().held.is_some() {
         return Ok(Some(held));
     }

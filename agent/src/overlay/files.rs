@@ -1,16 +1,17 @@
 //! Overlay files: made private, with room ahead, and deleted only when nothing needs them.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::at_rest::LocalImage;
 use super::record::{DiskRecord, FileMark};
 use super::{OverlayError, at_rest};
-use crate::capture::image::Use;
+use crate::capture::image::{Use, keeps_locks};
 use crate::capture::room;
 use crate::effect;
 use crate::names::{DiskName, RunId};
@@ -129,19 +130,89 @@ pub fn is_untouched(disk: &DiskRecord) -> Result<bool, OverlayError> {
 /// # Errors
 /// [`OverlayError::StillNamed`], [`OverlayError::Replaced`], [`OverlayError::File`].
 pub fn delete(disk: &DiskRecord) -> Result<(), OverlayError> {
+    put_back(disk)?;
     let path = &disk.overlay;
     match is_ours(disk)? {
         None => return Ok(()),
         Some(false) => return Err(OverlayError::Replaced { overlay: path.clone() }),
         Some(true) => {}
     }
-    if disk.overlay_image().image().used()? != Use::None {
-        let by = "a process that has it open".to_owned();
-        return Err(OverlayError::StillNamed { overlay: path.clone(), by });
+    // Whoever would open it from here on does not find it, so that nobody can between look and deed.
+    let aside = aside(path);
+    let failed = |step| move |source| OverlayError::File { step, path: path.clone(), source };
+    effect::about_to("overlay: put aside").map_err(failed("put aside"))?;
+    fs::rename(path, &aside).map_err(failed("put aside"))?;
+    let user = user(&aside, disk).and_then(|user| match user {
+        None => Ok(()),
+        Some(by) => Err(OverlayError::StillNamed { overlay: path.clone(), by }),
+    });
+    if let Err(used) = user {
+        put_back(disk)?;
+        return Err(used);
     }
-    let failed = |source| OverlayError::File { step: "delete", path: path.clone(), source };
-    effect::about_to("overlay: delete").map_err(failed)?;
-    fs::remove_file(path).and_then(|()| sync_folder(path)).map_err(failed)
+    effect::about_to("overlay: delete").map_err(failed("delete"))?;
+    fs::remove_file(&aside).and_then(|()| sync_folder(path)).map_err(failed("delete"))
+}
+
+/// Gives an overlay its name again that a killed purge had put aside. Idempotent.
+///
+/// # Errors
+/// [`OverlayError::File`].
+pub fn put_back(disk: &DiskRecord) -> Result<(), OverlayError> {
+    let path = &disk.overlay;
+    let aside = aside(path);
+    if mark(&aside)?.is_none() || mark(path)?.is_some() {
+        return Ok(());
+    }
+    let failed = |source| OverlayError::File { step: "put back", path: path.clone(), source };
+    fs::rename(&aside, path).and_then(|()| sync_folder(path)).map_err(failed)
+}
+
+/// The name that an overlay has just before it is deleted.
+fn aside(overlay: &Path) -> PathBuf {
+    let name = overlay.file_name().unwrap_or_default().to_string_lossy();
+    overlay.with_file_name(format!(".kvmsnap-purged-{name}"))
+}
+
+/// Which process uses an overlay, in words, where one does or may.
+fn user(aside: &Path, disk: &DiskRecord) -> Result<Option<String>, OverlayError> {
+    let failed = |source| OverlayError::File { step: "look at", path: aside.to_owned(), source };
+    let overlay = LocalImage { path: aside.to_owned(), ..disk.overlay_image() };
+    Ok(if overlay.image().used()? != Use::None {
+        Some("a process that has it open".to_owned())
+    } else if let Some(pid) = opened_by(aside).map_err(failed)?.first() {
+        Some(format!("the process {pid}, which has it open,"))
+    } else if !keeps_locks(aside).map_err(failed)? {
+        Some("perhaps a process of another host, for its file system keeps no locks,".to_owned())
+    } else {
+        None
+    })
+}
+
+/// The processes of this host that have a file open, whether or not they lock it.
+///
+/// # Errors
+/// The system's.
+pub fn opened_by(path: &Path) -> io::Result<Vec<i32>> {
+    let path = fs::canonicalize(path)?;
+    let same = |meta: &Metadata| (meta.dev(), meta.ino());
+    let wanted = same(&fs::metadata(&path)?);
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc")? {
+        let process = process?;
+        let Ok(pid) = process.file_name().to_string_lossy().parse() else { continue };
+        // One may end meanwhile.
+        let Ok(files) = fs::read_dir(process.path().join("fd")) else { continue };
+        let has = |file: &Path| {
+            // Files of other names may lie where nobody answers.
+            fs::read_link(file).is_ok_and(|to| to.file_name() == path.file_name())
+                && fs::metadata(file).is_ok_and(|meta| same(&meta) == wanted)
+        };
+        if files.flatten().any(|file| has(&file.path())) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
 }
 
 /// Has what was written to an image be there after a power cut.
@@ -162,7 +233,6 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overlay::at_rest::LocalImage;
     use crate::overlay::record::Stage;
 
     fn disk(overlay: &Path) -> DiskRecord {
@@ -195,6 +265,36 @@ mod tests {
         delete(&disk).unwrap();
         assert!(!path.exists());
         delete(&disk).unwrap();
+    }
+
+    #[test]
+    fn r23_a_file_that_a_process_has_open_is_never_deleted() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut disk = disk(&folder.path().join("overlay"));
+        fs::write(&disk.overlay, "overlay").unwrap();
+        disk.made = FileMark::of(&disk.overlay).unwrap();
+        // It locks nothing.
+        let open = File::open(&disk.overlay).unwrap();
+        let refused = delete(&disk).unwrap_err();
+        assert!(matches!(refused, OverlayError::StillNamed { .. }), "{refused}");
+        assert_eq!(mark(&disk.overlay).unwrap(), disk.made);
+        drop(open);
+        delete(&disk).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn r01_an_overlay_that_a_killed_purge_put_aside_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut disk = disk(&folder.path().join("overlay"));
+        fs::write(aside(&disk.overlay), "overlay").unwrap();
+        disk.made = FileMark::of(&aside(&disk.overlay)).unwrap();
+        put_back(&disk).unwrap();
+        assert_eq!(is_ours(&disk).unwrap(), Some(true));
+        // Never over another file of its name.
+        fs::write(aside(&disk.overlay), "other").unwrap();
+        put_back(&disk).unwrap();
+        assert_eq!(is_ours(&disk).unwrap(), Some(true));
     }
 
     #[test]

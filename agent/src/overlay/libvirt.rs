@@ -1,10 +1,12 @@
 //! Overlays of a domain of libvirt, running or shut off.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use virt::connect::Connect;
 use virt::domain::{
     Domain, DomainPausedReason, DomainState, DomainStateReason, DomainStateReasonEnum,
 };
@@ -14,15 +16,19 @@ use super::at_rest::LocalImage;
 use super::files::is_same;
 use super::record::{DiskRecord, Held};
 use super::{Chain, Layers, OverlayError, Written};
-use crate::capture::image;
 use crate::hypervisor::HypervisorError;
-use crate::hypervisor::libvirt::connection::DomainHandle;
+use crate::hypervisor::libvirt::connection::{DomainHandle, Libvirt};
 use crate::hypervisor::libvirt::xml::{self, Backing, DomainDisk};
 use crate::hypervisor::libvirt::{self, sys};
 use crate::journal::Process;
+use crate::names::DiskName;
 
 /// Where libvirt keeps the process ids of its QEMUs.
 const PID_FILES: &str = "/run/libvirt/qemu";
+/// The longest chain; libvirt's own limit (`virDomainStorageSource`, 200 images).
+const CHAIN_LEN_MAX: usize = 200;
+/// How often a definition is read anew that somebody else changes at the same time.
+const DEFINE_ATTEMPTS: usize = 5;
 
 /// One domain.
 #[derive(Debug)]
@@ -68,19 +74,106 @@ fn images(disk: &DomainDisk) -> Vec<LocalImage> {
     images
 }
 
-/// Whether the images of a domain that is shut off are above this one, by their headers.
-async fn leads_to(domain: &xml::Domain, image: &Path) -> bool {
-    for disk in &domain.disks {
-        let top = images(disk).into_iter().next();
-        // A chain that cannot be followed could not be started either.
-        if let Some(top) = top.filter(|top| top.format != "raw" && top.path.exists())
-            && let Ok(Ok(chain)) = image::chain(vec![top.image()], true).await
-            && chain.images.iter().any(|found| found.path() == Some(image))
-        {
-            return true;
+/// Whether an image, or one beneath it by their headers, is this one; in words why that cannot be told.
+async fn leads_to(libvirt: &Libvirt, top: &xml::Top, image: &Path) -> Result<bool, String> {
+    let path = match (&top.path, &top.volume) {
+        (Some(path), _) => path.clone(),
+        (None, Some((pool, volume))) => {
+            let (pool_name, volume_name) = (pool.clone(), volume.clone());
+            let find = move |connection: &Connect| {
+                let pool = connection.lookup_storage_pool_by_name(&pool_name)?;
+                pool.lookup_storage_vol_by_name(&volume_name)?.path()
+            };
+            let found = libvirt.ask("find a volume", find).await;
+            let unknown = |error| format!("volume `{volume}` of pool `{pool}` ({})", told(&error));
+            found.map_err(unknown)?.into()
+        }
+        // It has no medium, or one on the network.
+        (None, None) => return Ok(false),
+    };
+    let mut next = LocalImage { path, format: top.format.clone() };
+    for _ in 0..CHAIN_LEN_MAX {
+        if is_same(&next.path, image) {
+            return Ok(true);
+        }
+        // What is not there leads nowhere.
+        if next.format == "raw" || matches!(next.path.try_exists(), Ok(false)) {
+            return Ok(false);
+        }
+        let above = next.path.display().to_string();
+        let header = match next.image().header().await {
+            // It was deleted meanwhile.
+            Err(_) if matches!(next.path.try_exists(), Ok(false)) => return Ok(false),
+            header => header,
+        };
+        let header = header.map_err(|error| format!("image {above} ({})", told(&error)))?;
+        let Some((path, format)) = header.backing else { return Ok(false) };
+        let path = PathBuf::from(path);
+        match (path.is_absolute(), format) {
+            (true, Some(format)) => next = LocalImage { path, format },
+            _ if is_same(&path, image) => return Ok(true),
+            (false, _) if !path.to_string_lossy().starts_with("json:") => return Ok(false),
+            _ => return Err(format!("image {above} (what lies beneath it is not told in full)")),
         }
     }
-    false
+    Err(format!(
+        "image {} (more than {CHAIN_LEN_MAX} images lie beneath each other)",
+        next.path.display()
+    ))
+}
+
+fn told(error: &HypervisorError) -> String {
+    let source = std::error::Error::source(error);
+    source.map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+impl LibvirtLayers {
+    /// Which domain has an image in a chain, in words; that of one disk of our own does not count.
+    async fn named_by(
+        &self,
+        image: &Path,
+        own: Option<&DiskName>,
+    ) -> Result<Option<String>, HypervisorError> {
+        let libvirt = self.handle.libvirt();
+        let ours = self.handle.address().uuid;
+        let is_it = |path: &Path| is_same(path, image);
+        for known in libvirt::domains(libvirt).await? {
+            let handle = libvirt.domain(&known.uuid);
+            let inactive = flags::VIR_DOMAIN_XML_INACTIVE;
+            let describe =
+                move |domain: &Domain| Ok([domain.xml_desc(0)?, domain.xml_desc(inactive)?]);
+            let descriptions = match handle.ask("describe a domain", describe).await {
+                // One may be undefined meanwhile.
+                Err(gone) if gone.is_gone() => continue,
+                descriptions => descriptions?,
+            };
+            let mut tops = BTreeSet::new();
+            for description in descriptions {
+                let mut description = xml::parse(&description).map_err(HypervisorError::Xml)?;
+                if let Some(disk) = own.filter(|_| known.uuid == ours) {
+                    xml::remove_disk(&mut description, disk.as_str());
+                }
+                if xml::names_image(&description, &is_it) {
+                    return Ok(Some(format!("the domain `{}`", known.name)));
+                }
+                tops.extend(xml::tops(&description));
+            }
+            for top in tops {
+                match leads_to(libvirt, &top, image).await {
+                    Ok(true) => return Ok(Some(format!("the domain `{}`", known.name))),
+                    Ok(false) => {}
+                    Err(unread) => {
+                        let by = format!(
+                            "perhaps the domain `{}`, of which the {unread} cannot be read,",
+                            known.name
+                        );
+                        return Ok(Some(by));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
 }
 
 fn limits_of(limits: &Value) -> sys::IoLimits {
@@ -266,40 +359,40 @@ impl Layers for LibvirtLayers {
     async fn point_back(&self, disk: &DiskRecord) -> Result<(), HypervisorError> {
         let secure = flags::VIR_DOMAIN_XML_INACTIVE | flags::VIR_DOMAIN_XML_SECURE;
         let describe = move |domain: &Domain| domain.xml_desc(secure);
-        let description = self.handle.ask("describe the domain", describe).await?;
-        let mut description = xml::parse(&description).map_err(HypervisorError::Xml)?;
-        let (overlay, base) = (&disk.overlay, &disk.base);
-        if !xml::point_disk(&mut description, overlay, &base.path, &base.format) {
-            return Ok(());
+        let step = "describe the disks of the domain anew";
+        for _ in 0..DEFINE_ATTEMPTS {
+            let before = self.handle.ask("describe the domain", describe).await?;
+            let mut description = xml::parse(&before).map_err(HypervisorError::Xml)?;
+            let (overlay, base) = (&disk.overlay, &disk.base);
+            if !xml::point_disk(&mut description, overlay, &base.path, &base.format) {
+                return Ok(());
+            }
+            let description = xml::write(&description);
+            // Somebody may be editing it.
+            let define = move |domain: &Domain| {
+                let is_it = domain.xml_desc(secure)? == before;
+                is_it
+                    .then(|| domain.connect()?.define_domain_xml_flags(&description, 0))
+                    .transpose()
+            };
+            if self.handle.change(step, define).await?.is_some() {
+                return Ok(());
+            }
         }
-        let description = xml::write(&description);
-        let define = move |domain: &Domain| {
-            domain.connect()?.define_domain_xml_flags(&description, 0).map(drop)
-        };
-        self.handle.change("describe the disks of the domain anew", define).await
+        let source = std::io::Error::other("somebody else is changing its definition");
+        Err(HypervisorError::Host { step: step.to_owned(), source })
     }
 
     async fn names(&self, image: &Path) -> Result<Option<String>, HypervisorError> {
-        let libvirt = self.handle.libvirt();
-        for known in libvirt::domains(libvirt).await? {
-            let handle = libvirt.domain(&known.uuid);
-            let inactive = flags::VIR_DOMAIN_XML_INACTIVE;
-            let describe =
-                move |domain: &Domain| Ok([domain.xml_desc(0)?, domain.xml_desc(inactive)?]);
-            let descriptions = match handle.ask("describe a domain", describe).await {
-                // One may be undefined meanwhile.
-                Err(gone) if gone.is_gone() => continue,
-                descriptions => descriptions?,
-            };
-            for description in descriptions {
-                let description = xml::parse(&description).map_err(HypervisorError::Xml)?;
-                let read = xml::read_domain(&description);
-                if xml::names_image(&description, image) || leads_to(&read, image).await {
-                    return Ok(Some(format!("the domain `{}`", known.name)));
-                }
-            }
-        }
-        Ok(None)
+        self.named_by(image, None).await
+    }
+
+    async fn others(
+        &self,
+        image: &Path,
+        disk: &DiskName,
+    ) -> Result<Option<String>, HypervisorError> {
+        self.named_by(image, Some(disk)).await
     }
 }
 

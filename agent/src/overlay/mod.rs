@@ -185,6 +185,18 @@ pub enum OverlayError {
         /// The image.
         overlay: PathBuf,
     },
+    /// The image beneath an adopted one is used by others.
+    #[error("{} lies beneath disk `{disk}`, but {by} uses it too: writing {} into it would spoil that", .base.display(), .overlay.display())]
+    Shared {
+        /// The disk.
+        disk: DiskName,
+        /// The image beneath.
+        base: PathBuf,
+        /// The image that was to be adopted.
+        overlay: PathBuf,
+        /// Who uses it, in words.
+        by: String,
+    },
     /// The domain would go on with a memory that names the overlay.
     #[error("the memory of domain `{domain}` is saved, and goes on with the overlay")]
     Saved {
@@ -245,6 +257,9 @@ impl OverlayError {
             }
             Self::JobFailed { .. } => "nothing is lost: `kvmsnap purge` again once that is mended",
             Self::NotAdopted { .. } => "`virsh domblklist` shows what its disks run on",
+            Self::Shared { .. } => {
+                "a disk is made independent of an image that others share by `virsh blockpull`"
+            }
             Self::Saved { .. } => "start the domain, then purge",
             _ => return None,
         })
@@ -348,6 +363,13 @@ pub trait Layers {
     /// Has a machine that does not run start with a disk's own image, where it would start with the overlay.
     async fn point_back(&self, disk: &DiskRecord) -> Result<(), HypervisorError>;
 
-    /// Who has an image in a chain, running or defined, in words.
+    /// Who has an image in a chain, running or defined, in words; also who may, where that cannot be told.
     async fn names(&self, image: &Path) -> Result<Option<String>, HypervisorError>;
+
+    /// The same, a disk of this machine apart.
+    async fn others(
+        &self,
+        image: &Path,
+        disk: &DiskName,
+    ) -> Result<Option<String>, HypervisorError>;
 }

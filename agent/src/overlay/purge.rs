@@ -9,6 +9,7 @@
 //! on with by the next.
 
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
@@ -76,40 +77,57 @@ struct Pause {
 /// A record of an overlay that somebody else made: the user says that it is to be written back.
 ///
 /// # Errors
-/// [`OverlayError::NotAdopted`], [`OverlayError::Record`].
-pub fn adopt(
+/// [`OverlayError::NotAdopted`], [`OverlayError::Shared`], [`OverlayError::Record`].
+pub async fn adopt(
+    layers: &impl Layers,
     records: &Records,
-    chains: &[Chain],
-    overlay: &std::path::Path,
-    machine: (DomainName, String, Reach, Option<crate::journal::Process>),
+    overlay: &Path,
+    machine: (DomainName, String, Reach),
 ) -> Result<Held, OverlayError> {
-    let (domain, uuid, reach, qemu) = machine;
-    let on_top =
-        chains.iter().find(|chain| chain.images.first().is_some_and(|i| i.path == overlay));
-    let Some((chain, base)) = on_top.and_then(|chain| Some((chain, chain.images.get(1)?))) else {
+    let (domain, uuid, reach) = machine;
+    let chains = layers.chains().await?.unwrap_or_default();
+    let is_top = |chain: &&Chain| chain.images.first().is_some_and(|i| is_same(&i.path, overlay));
+    let on_top = chains.iter().find(is_top);
+    let Some((disk, [top, base, ..])) = on_top.map(|chain| (&chain.disk, &chain.images[..])) else {
         return Err(OverlayError::NotAdopted { domain, overlay: overlay.to_owned() });
     };
     let failed = |source| OverlayError::File { step: "look at", path: overlay.to_owned(), source };
+    // A block device is not ours to delete.
+    let Some(made) = FileMark::of(overlay).map_err(failed)? else {
+        return Err(OverlayError::NotAdopted { domain, overlay: overlay.to_owned() });
+    };
+    let mut others = layers.others(&base.path, disk).await?;
+    if others.is_none() {
+        let mut users = files::opened_by(&base.path).map_err(failed)?;
+        users.retain(|pid| layers.process().is_none_or(|own| own.pid != *pid));
+        // One of them is the machine's own where that cannot be told.
+        let own = usize::from(layers.process().is_none());
+        others = users.get(own).map(|pid| format!("the process {pid}"));
+    }
+    if let Some(by) = others {
+        let (disk, base, overlay) = (disk.clone(), base.path.clone(), overlay.to_owned());
+        return Err(OverlayError::Shared { disk, base, overlay, by });
+    }
+    tracing::warn!(
+        "disk `{disk}`: {} is written into {} and then deleted",
+        overlay.display(),
+        base.path.display()
+    );
     let now = jiff::Timestamp::now();
     let disk = DiskRecord {
-        disk: chain.disk.clone(),
+        disk: disk.clone(),
         base: base.clone(),
         size: 0,
         overlay: overlay.to_owned(),
-        overlay_format: chain.images[0].format.clone(),
-        made: FileMark::of(overlay).map_err(failed)?,
+        overlay_format: top.format.clone(),
+        made: Some(made),
         // The guest runs above it, so nobody has written to it.
         still: files::mark(&base.path)?,
         stage: Stage::Above,
         limits: None,
     };
-    // A block device is not ours to delete.
-    if disk.made.is_none() {
-        return Err(OverlayError::NotAdopted { domain, overlay: overlay.to_owned() });
-    }
     let held = Some(HeldSince { time: now, consistency: Consistency::Crash });
-    let id = RunId::random();
-    let purpose = Purpose::User;
+    let (id, qemu, purpose) = (RunId::random(), layers.process(), Purpose::User);
     let record =
         Record { id, domain, uuid, reach, qemu, begun: now, purpose, held, disks: vec![disk] };
     Ok(records.begin(record)?)
@@ -159,10 +177,25 @@ impl<L: Layers> Purge<'_, L> {
         {
             return Err(OverlayError::Revived { overlay: disk.overlay.clone() });
         }
-        match self.layers.names(&disk.overlay).await? {
+        let by = match self.recorded_above(&disk.overlay)? {
+            None => self.layers.names(&disk.overlay).await?,
+            by => by,
+        };
+        match by {
             Some(by) => Err(OverlayError::StillNamed { overlay: disk.overlay.clone(), by }),
             None => files::delete(disk),
         }
+    }
+
+    /// Whose overlay lies above an image by the records, in words: that is to be written into it.
+    fn recorded_above(&self, image: &Path) -> Result<Option<String>, OverlayError> {
+        let (all, damaged) = self.records.all()?;
+        if let Some(damaged) = damaged.into_iter().next() {
+            return Err(damaged.into());
+        }
+        let is_above = |disk: &&DiskRecord| is_same(&disk.base.path, image);
+        let above = all.iter().flat_map(|held| &held.record().disks).find(is_above);
+        Ok(above.map(|disk| format!("the overlay {}", disk.overlay.display())))
     }
 
     async fn bring_back(
@@ -567,7 +600,7 @@ mod tests {
             limits: None,
         };
         assert!(matches!(untrusted(&disk), OverlayError::BaseUnknown { .. }));
-        disk.still = files::mark(std::path::Path::new("/proc/self/exe")).unwrap();
+        disk.still = files::mark(Path::new("/proc/self/exe")).unwrap();
         assert!(matches!(untrusted(&disk), OverlayError::BaseChanged { .. }));
     }
 }

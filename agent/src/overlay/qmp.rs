@@ -18,6 +18,7 @@ use crate::hypervisor::HypervisorError;
 use crate::hypervisor::graph::{self, BlockDevice, Graph, Layer, NodeChain};
 use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor, Step};
 use crate::journal::Process;
+use crate::names::DiskName;
 
 /// How long QEMU may take to go on with another image, or to end a job.
 const JOB_TIMEOUT: Duration = Duration::from_secs(60);
@@ -114,6 +115,15 @@ impl QmpLayers {
 
 fn local(layer: Layer) -> LocalImage {
     LocalImage { path: layer.path, format: layer.format }
+}
+
+/// Whether the guest goes on with its base: a job that is not there may have ended otherwise, and have been
+/// cleared away by somebody else.
+fn went_on(ended: Option<String>, top: Option<&Path>, base: &Path) -> Result<(), String> {
+    match (ended, top) {
+        (None, Some(top)) if is_same(top, base) => Ok(()),
+        (words, _) => Err(words.unwrap_or_else(|| "the guest stays on the overlay".to_owned())),
+    }
 }
 
 fn index_of(held: &Held, disk: &DiskRecord) -> usize {
@@ -272,7 +282,9 @@ impl Layers for QmpLayers {
         let what = format!("go on with the image of `{}`", disk.disk);
         let arguments = json!({"id": job_id(held, disk)});
         self.monitor()?.run(Step::new(what, "job-complete", arguments)).await?;
-        Ok(self.end(held, disk).await?.map_or(Ok(()), Err))
+        let ended = self.end(held, disk).await?;
+        let layers = self.chain(disk).await?.layers;
+        Ok(went_on(ended, layers.first().map(|top| &*top.path), &disk.base.path))
     }
 
     async fn cancel(&self, held: &Held, disk: &DiskRecord) -> Result<(), HypervisorError> {
@@ -352,11 +364,31 @@ impl Layers for QmpLayers {
         let (_, graph) = self.node_chains().await?;
         Ok(graph.nodes_of(image).first().map(|node| format!("QEMU's node `{node}`")))
     }
+
+    async fn others(
+        &self,
+        image: &Path,
+        disk: &DiskName,
+    ) -> Result<Option<String>, HypervisorError> {
+        let chains = self.chains().await?.unwrap_or_default();
+        let has = |chain: &&Chain| chain.images.iter().any(|other| is_same(&other.path, image));
+        let mut others = chains.iter().filter(|chain| chain.disk != *disk);
+        Ok(others.find(has).map(|chain| format!("disk `{}` of the same guest", chain.disk)))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_that_is_gone_is_no_proof_that_the_guest_went_on_with_its_image() {
+        let (base, overlay) = (Path::new("/base"), Path::new("/overlay"));
+        assert!(went_on(None, Some(base), base).is_ok());
+        assert!(went_on(None, Some(overlay), base).is_err());
+        assert!(went_on(None, None, base).is_err());
+        assert_eq!(went_on(Some("no room".into()), Some(base), base), Err("no room".into()));
+    }
 
     #[test]
     fn r13_a_limit_is_lowered_and_others_stay() {

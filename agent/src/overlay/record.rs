@@ -240,16 +240,23 @@ impl Records {
         Ok((all, damaged))
     }
 
-    /// The record of a machine. What cannot be read may be of it, and is an error.
+    /// The records of a machine, oldest first: overlays may lie above each other. What cannot be read may be
+    /// of it, and is an error.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn all_of(&self, reach: &Reach) -> Result<Vec<Held>, JournalError> {
+        let (mut all, damaged) = self.all()?;
+        all.retain(|held| &held.record.reach == reach);
+        damaged.into_iter().next().map_or(Ok(all), Err)
+    }
+
+    /// The oldest of them.
     ///
     /// # Errors
     /// [`JournalError`].
     pub fn of(&self, reach: &Reach) -> Result<Option<Held>, JournalError> {
-        let (all, damaged) = self.all()?;
-        match damaged.into_iter().next() {
-            Some(error) => Err(error),
-            None => Ok(all.into_iter().find(|held| &held.record.reach == reach)),
-        }
+        Ok(self.all_of(reach)?.into_iter().next())
     }
 
     /// Where a record lies.

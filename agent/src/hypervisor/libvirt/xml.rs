@@ -328,9 +328,45 @@ pub fn write_overlays(overlays: &[(&str, &Path)], others: &[String]) -> String {
 }
 
 /// Whether a description names an image anywhere.
-pub fn names_image(element: &Element, image: &Path) -> bool {
-    let is_it = |name: &str| element.attributes.get(name).is_some_and(|v| Path::new(v) == image);
-    is_it("file") || is_it("dev") || elements(element).any(|child| names_image(child, image))
+pub fn names_image(element: &Element, is_it: &impl Fn(&Path) -> bool) -> bool {
+    let names = |name: &str| element.attributes.get(name).is_some_and(|v| is_it(Path::new(v)));
+    names("file") || names("dev") || elements(element).any(|child| names_image(child, is_it))
+}
+
+/// The image on top of a device of a domain: also of one that is read-only, a CD-ROM or a floppy disk.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Top {
+    /// Its format.
+    pub format: String,
+    /// The image, where it is a file or block device of the host.
+    pub path: Option<PathBuf>,
+    /// The pool and the volume of it, where the image is named that way.
+    pub volume: Option<(String, String)>,
+}
+
+/// The images on top of all devices of a domain.
+pub fn tops(domain: &Element) -> Vec<Top> {
+    let devices = domain.get_child("devices").into_iter().flat_map(elements);
+    let top = |disk: &Element| {
+        let source = |name| attribute(disk, "source", name).map(str::to_owned);
+        Top {
+            format: attribute(disk, "driver", "type").unwrap_or("raw").to_owned(),
+            path: source("file").or_else(|| source("dev")).map(PathBuf::from),
+            volume: source("pool").zip(source("volume")),
+        }
+    };
+    devices.filter(|device| device.name == "disk").map(top).collect()
+}
+
+/// Leaves a disk out of a description.
+pub fn remove_disk(domain: &mut Element, target: &str) {
+    let is_it = |device: &XMLNode| {
+        let disk = device.as_element().filter(|device| device.name == "disk");
+        disk.is_some_and(|disk| attribute(disk, "target", "dev") == Some(target))
+    };
+    if let Some(devices) = domain.get_mut_child("devices") {
+        devices.children.retain(|device| !is_it(device));
+    }
 }
 
 /// Has a disk that names an overlay name another image instead. Returns whether it did.
@@ -491,10 +527,18 @@ mod tests {
              <target dev='vda'/></disk><disk type='file'><driver type='qcow2'/><source file='/c'/>\
              <target dev='vdb'/></disk></devices></domain>";
         let mut domain = parse(xml).unwrap();
-        assert!(names_image(&domain, Path::new("/o")) && names_image(&domain, Path::new("/b")));
+        let names =
+            |domain: &Element, image: &str| names_image(domain, &|path| path == Path::new(image));
+        assert!(names(&domain, "/o") && names(&domain, "/b"));
+        let without = |target| {
+            let mut domain = domain.clone();
+            remove_disk(&mut domain, target);
+            domain
+        };
+        assert!(!names(&without("vda"), "/o") && names(&without("vdb"), "/o"));
         assert!(point_disk(&mut domain, Path::new("/o"), Path::new("/b"), "raw"));
         assert!(!point_disk(&mut domain, Path::new("/o"), Path::new("/b"), "raw"));
-        assert!(!names_image(&domain, Path::new("/o")));
+        assert!(!names(&domain, "/o"));
         let disks = read_domain(&domain).disks;
         let seen = |disk: &DomainDisk| (disk.file.clone().unwrap(), disk.format.clone());
         assert_eq!(seen(&disks[0]), ("/b".into(), "raw".into()));
