@@ -299,6 +299,7 @@ impl<H: Hypervisor> Run<'_, H> {
             holds_guest: false,
             pauses: self.plan.machine.runs && self.hypervisor.pauses(self.plan.disks.len()),
             suspends: self.hypervisor.suspends(),
+            stopped: None,
             nbd_server: false,
             socket: self.hypervisor.listens_at(&run),
             disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),

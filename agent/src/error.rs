@@ -22,6 +22,7 @@ use crate::recover::RecoverError;
 use crate::restore::RestoreError;
 use crate::restore::define::DefineError;
 use crate::restore::in_place::InPlaceError;
+use crate::stop::StopError;
 
 /// Done.
 pub const DONE: u8 = 0;
@@ -47,6 +48,9 @@ pub enum CommandError {
     /// The method that was asked for is not possible.
     #[error(transparent)]
     Method(#[from] MethodError),
+    /// A domain cannot be shut down, or not be started again.
+    #[error(transparent)]
+    Stop(#[from] StopError),
     /// Images cannot hold still, or a guest cannot be brought back.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
@@ -189,6 +193,7 @@ impl CommandError {
             | Self::NoRepositoryGiven
             | Self::NoPasswordGiven
             | Self::Method(MethodError::Unmanaged { .. })
+            | Self::Stop(StopError::Transient { .. })
             | Self::Plan(PlanError::UnknownDisk { .. } | PlanError::LeftOut { .. }) => USAGE,
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
@@ -215,6 +220,11 @@ impl CommandError {
             Self::Overlay(OverlayError::Hypervisor(error))
             | Self::Define(DefineError::Hypervisor(error))
             | Self::InPlace(InPlaceError::Hypervisor(error)) => return hypervisor_hint(error),
+            Self::Stop(StopError::Hypervisor(error))
+            | Self::Recover(RecoverError::Stop(StopError::Hypervisor(error))) => {
+                return hypervisor_hint(error);
+            }
+            Self::Stop(error) | Self::Recover(RecoverError::Stop(error)) => stop_hint(error)?,
             Self::Overlay(error) => error.hint()?,
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
@@ -320,6 +330,20 @@ fn backup_hint(error: &BackupError) -> Option<String> {
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+fn stop_hint(error: &StopError) -> Option<&'static str> {
+    match error {
+        StopError::StillRuns { .. } => Some(
+            "nothing was recorded; should it shut down yet, it is started again. --stop-timeout waits \
+             longer, --power-off switches it off then",
+        ),
+        StopError::GoingDown { .. } => Some("it is started again once it is off"),
+        StopError::Transient { .. } | StopError::Stands { .. } => {
+            Some("`--method auto` backs it up as it is")
+        }
+        _ => None,
+    }
 }
 
 fn hypervisor_hint(error: &HypervisorError) -> Option<String> {

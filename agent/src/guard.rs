@@ -29,7 +29,8 @@ use crate::error::CommandError;
 use crate::journal::Journal;
 use crate::lock::DomainLock;
 use crate::names::RunId;
-use crate::recover;
+use crate::recover::{self, RecoverError};
+use crate::stop::StopError;
 
 /// Name of the hidden subcommand that this process runs as.
 pub const SUBCOMMAND: &str = "guard";
@@ -119,10 +120,17 @@ pub async fn run(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), C
     let start = Instant::now();
     loop {
         match undo(run, journal, run_dir).await {
-            Err(_) if start.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+            Err(error) if start.elapsed() < PATIENCE || is_going_down(&error) => {
+                tokio::time::sleep(PAUSE).await;
+            }
             undone => return undone,
         }
     }
+}
+
+/// Whether a guest is still waited for that was asked to shut down; its record says how long.
+fn is_going_down(error: &CommandError) -> bool {
+    matches!(error, CommandError::Recover(RecoverError::Stop(StopError::GoingDown { .. })))
 }
 
 async fn undo(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), CommandError> {

@@ -17,6 +17,7 @@ use crate::effect;
 use crate::hypervisor::Reach;
 use crate::names::{DiskName, DomainName, RunId};
 use crate::quiesce::guest_agent::AgentAddress;
+use crate::stop::Stopped;
 
 /// How the names of records begin that are not yet written.
 const PARTIAL: &str = ".partial-";
@@ -144,6 +145,9 @@ pub struct Record {
     /// Whether the guest stands still until it was read.
     #[serde(default)]
     pub suspends: bool,
+    /// Where the run is to start the domain again, and nothing else.
+    #[serde(default)]
+    pub stopped: Option<Stopped>,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
     /// Where QEMU listens, where that is outside the run's folder.
@@ -331,6 +335,7 @@ mod tests {
             qemu: None,
             pauses: false,
             suspends: false,
+            stopped: None,
             agent: None,
             repository_id: "r".into(),
             phase: Phase::Capturing,

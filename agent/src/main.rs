@@ -26,6 +26,7 @@ mod read;
 mod recover;
 mod restore;
 mod share;
+mod stop;
 mod store;
 
 use std::io::{IsTerminal, Write};

@@ -64,6 +64,8 @@ pub enum Method {
     Offline,
     /// The guest stood still while it was read.
     Suspend,
+    /// The domain was shut down for it, and started again.
+    Stop,
 }
 
 impl Method {
@@ -74,6 +76,7 @@ impl Method {
             Self::Pull => "pull",
             Self::Offline => "offline",
             Self::Suspend => "suspend",
+            Self::Stop => "stop",
         }
     }
 }

@@ -17,12 +17,14 @@ pub enum Wanted {
     Offline,
     /// The guest stands still until it was read: needs no room, and stops a service for minutes or hours.
     Suspend,
+    /// The domain is shut down, read and started again.
+    Stop,
 }
 
 /// What a machine can do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Able {
-    /// Whether it does not run.
+    /// Whether it did not run when its backup began.
     pub is_off: bool,
     /// Why none of its disks keeps dirty bitmaps; `None` where one does.
     pub untracked: Option<String>,
@@ -78,6 +80,7 @@ impl Wanted {
     pub fn check_unmanaged(self) -> Result<(), MethodError> {
         let unmanaged = |method, reason| Err(MethodError::Unmanaged { method, reason });
         match self {
+            Self::Stop => unmanaged("stop", "nobody could start this QEMU again"),
             Self::Offline => unmanaged("offline", "a QEMU that answers has its images in use"),
             _ => Ok(()),
         }
@@ -129,6 +132,7 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
         (Wanted::Offline, _) => Err(MethodError::Runs),
         (Wanted::Pull, _) => chosen(Method::Pull, "asked for with --method"),
+        (Wanted::Stop, _) => chosen(Method::Stop, "asked for with --method"),
         (Wanted::Suspend, _) => chosen(Method::Suspend, "asked for with --method"),
         (Wanted::Bitmap, None) => chosen(Method::Bitmap, "asked for with --method"),
         (Wanted::Auto, None) => {
@@ -169,6 +173,9 @@ mod tests {
         assert_eq!(method(Wanted::Pull, &able()), Some(Method::Pull));
         assert_eq!(method(Wanted::Offline, &able()), None);
         assert!(Wanted::Offline.check_unmanaged().is_err());
+        let off = Able { is_off: true, ..able() };
+        let stop = [able(), off].map(|able| method(Wanted::Stop, &able));
+        assert_eq!(stop, [Method::Stop, Method::Offline].map(Some));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Process, Record, Recorded};
 use crate::names::BitmapNames;
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
+use crate::stop::{self, StopError};
 
 /// Why something could not be undone. Its record stays.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,9 @@ pub enum RecoverError {
         /// Why not.
         source: HypervisorError,
     },
+    /// A domain cannot be started again.
+    #[error(transparent)]
+    Stop(#[from] StopError),
     /// The journal cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -72,6 +76,9 @@ pub async fn undo_wherever(
     run_dir: &Path,
 ) -> Result<(), RecoverError> {
     let record = recorded.record();
+    if record.stopped.is_some() {
+        return Ok(stop::undo(journal, recorded).await?);
+    }
     let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
     match reach(record, run_dir).await.map_err(failed)? {
         Some(Machine::Bare(qemu)) => undo(&qemu, journal, recorded, run_dir).await,

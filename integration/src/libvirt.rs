@@ -174,6 +174,12 @@ impl Scene {
         });
     }
 
+    /// The guards of the runs of this host.
+    pub fn guards(&self) -> Vec<u32> {
+        let state = self.host.state();
+        processes(&["guard", state.to_str().expect("a plain path")])
+    }
+
     // ---- what must be true ----------------------------------------------------------------------
 
     /// The dirty bitmaps in the image of a disk of a domain that is shut off.
@@ -284,11 +290,15 @@ pub fn assert_incremental(snapshot: &Value, method: &str) {
 
 /// The storage daemons that have the images of a domain, also one that is about to become one.
 pub fn daemons(domain: &Domain) -> Vec<u32> {
-    let images = domain.folder().to_str().expect("a plain path");
+    processes(&["storage-daemon", domain.folder().to_str().expect("a plain path")])
+}
+
+/// The processes whose command lines have all these words.
+fn processes(words: &[&str]) -> Vec<u32> {
     let has_them = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line);
-        line.contains("storage-daemon") && line.contains(images)
+        words.iter().all(|word| line.contains(word))
     };
     let entries = fs::read_dir("/proc").expect("/proc is there").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

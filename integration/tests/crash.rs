@@ -136,8 +136,8 @@ fn r01_p2_killed_at_each_effect_while_its_guest_stands_still_the_guest_goes_on()
 
 #[test]
 fn r01_p2_failures_while_the_guest_stands_still_let_it_go_on() {
-    sweep(Fault::FailOnce, SUSPEND, 1);
-    sweep(Fault::FailForGood, SUSPEND, 2);
+    sweep(Fault::FailOnce, SUSPEND, 2);
+    sweep(Fault::FailForGood, SUSPEND, 4);
 }
 
 /// Effects in their order, each once.

@@ -11,8 +11,12 @@ use vm_fixtures::{Disk, Guest, GuestBuilder};
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const SUSPEND: &[&str] = &["--method", "suspend"];
+/// Nothing runs in the domains under test that could shut down.
+const STOP: &[&str] = &["--method", "stop", "--stop-timeout", "1", "--power-off"];
 /// How long the watchdog of a killed run may take to let its guest go on.
 const GOES_ON_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long its guard may take to start the domain again: it waits three seconds for another run.
+const STARTS_TIMEOUT: Duration = Duration::from_secs(20);
 /// Domains that are tested at once: a round waits more than it works.
 const WORKERS: usize = 3;
 
@@ -39,13 +43,15 @@ fn survives(scene: &mut Scene, fault: Fault, more: &[&str], n: usize, effect: &s
 
     let outcome = finish(spawn(fault.at(n, scene.command(more))));
 
-    match more == SUSPEND {
-        true => wait_until(GOES_ON_TIMEOUT, &case, || scene.domain.state() == "running"),
-        false => assert_eq!(scene.domain.state(), "running", "{case}"),
-    }
+    let timeout = match more {
+        SUSPEND => GOES_ON_TIMEOUT,
+        STOP => STARTS_TIMEOUT,
+        _ => Duration::ZERO,
+    };
+    wait_until(timeout, &case, || scene.domain.state() == "running");
     scene.host.assert_honest(&case, fault, &outcome, &scene.contents);
     scene.scribble();
-    let next = scene.try_backup(&[]);
+    let next = scene.try_backup(if more == STOP { STOP } else { &[] });
     assert_eq!(next.code, Some(0), "{case}: {next:?}");
     let next = scene.assert_good(&next);
     assert!(kinds(&next).values().all(|kind| kind == "incremental"), "{case}: {next}");
@@ -94,6 +100,17 @@ fn r01_p2_killed_at_each_effect_while_its_guest_stands_still_a_domain_goes_on() 
 fn r01_p2_failures_while_its_guest_stands_still_let_a_domain_go_on() {
     sweep(Fault::FailOnce, SUSPEND, 2);
     sweep(Fault::FailForGood, SUSPEND, 3);
+}
+
+#[test]
+fn r01_killed_at_each_effect_while_it_is_shut_down_for_its_backup_a_domain_is_started_again() {
+    sweep(Fault::Crash, STOP, 1);
+}
+
+#[test]
+fn r01_failures_while_it_is_shut_down_for_its_backup_leave_no_domain_off() {
+    sweep(Fault::FailOnce, STOP, 3);
+    sweep(Fault::FailForGood, STOP, 5);
 }
 
 /// A new effect does not come without its fault: the sweeps go through all of these.

@@ -187,10 +187,11 @@ fn p1_a_disk_that_is_pulled_keeps_its_dirty_bitmap_for_the_next_backup() {
 }
 
 #[test]
-fn a_qemu_that_nobody_manages_has_no_offline_method() {
+fn a_qemu_that_nobody_manages_can_be_neither_offline_nor_started_again() {
     let Some(scene) = Scene::new() else { return };
+    for method in ["offline", "stop"] {
+        let refused = scene.host.try_backup(&scene.guest, &["--method", method]);
 
-    let refused = scene.host.try_backup(&scene.guest, &["--method", "offline"]);
-
-    assert_says(&refused, 2, "--method offline is for domains of libvirt");
+        assert_says(&refused, 2, &format!("--method {method} is for domains of libvirt"));
+    }
 }

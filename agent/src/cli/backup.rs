@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -18,7 +19,7 @@ use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::monitor::ANSWER_TIMEOUT;
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
-use crate::journal::Journal;
+use crate::journal::{Journal, Record};
 use crate::lock::{DomainLock, LockError};
 use crate::method::{self, Able, Wanted};
 use crate::names::{BitmapNames, DiskName, DomainName, NameError};
@@ -29,6 +30,7 @@ use crate::quiesce::guest_agent::AgentAddress;
 use crate::read::{Audit, Limits};
 use crate::recover;
 use crate::share::Share;
+use crate::stop::{self, Stop};
 
 /// How long to wait for a guard that undoes an earlier run.
 const GUARD_TIMEOUT: Duration = Duration::from_secs(60);
@@ -67,6 +69,13 @@ pub struct BackupArgs {
     /// How the point in time is taken
     #[arg(long, value_name = "METHOD", default_value = "auto", env = "KVMSNAP_METHOD")]
     method: Wanted,
+    /// How long a guest may take to shut down for --method stop, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "300",
+          value_parser = clap::value_parser!(u64).range(1..=1200))]
+    stop_timeout: u64,
+    /// Switch a guest off that does not shut down in time, as by pulling its plug
+    #[arg(long, conflicts_with = "qmp")]
+    power_off: bool,
     /// Whether file systems are frozen
     #[arg(long, value_name = "MODE", default_value = "auto")]
     quiesce: Mode,
@@ -122,7 +131,9 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
             Ok(if args.method == Wanted::Suspend { qemu.suspended() } else { qemu })
         };
         let agent = args.qga.clone().map(AgentAddress::Socket);
-        return back_up(Reach::Monitor(monitor.clone()), connect, |_| agent, &args, context).await;
+        let reach = Reach::Monitor(monitor.clone());
+        let _lock = context.until_interrupted(lock(run_dir, &reach)).await?;
+        return back_up(reach, connect, |_| agent, None, &args, context).await;
     }
     let uri = &context.global.connect;
     let libvirt = context.until_interrupted(async { Ok(Libvirt::connect(uri).await?) }).await?;
@@ -164,17 +175,49 @@ async fn back_up_domain(
 ) -> Result<(), CommandError> {
     let handle = libvirt.domain(&known.uuid);
     let reach = Reach::Domain(handle.address());
-    let is_active = async { Ok(handle.is_active().await?) };
-    if context.until_interrupted(is_active).await? {
+    let (run_dir, journal) = (&context.global.run_dir, context.journal()?);
+    let _lock = context.until_interrupted(lock(run_dir, &reach)).await?;
+    let is_active = async {
+        if !args.dry_run {
+            stop::undo_earlier(&journal, &reach).await?;
+        }
+        Ok(handle.is_active().await?)
+    };
+    let is_active = context.until_interrupted(is_active).await?;
+    let stops = args.method == Wanted::Stop && !args.dry_run;
+    if is_active && !stops {
         let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
         let places = Places { scratch, sockets };
         let domain = LibvirtDomain::new(libvirt, &known.uuid, places, args.with_secrets);
         let domain = if args.method == Wanted::Suspend { domain.suspended() } else { domain };
         let connect = async { Ok(domain) };
-        return back_up(reach, connect, LibvirtDomain::agent, args, context).await;
+        return back_up(reach, connect, LibvirtDomain::agent, None, args, context).await;
     }
-    let domain = ShutOffDomain::new(handle, &context.global.run_dir, args.with_secrets);
-    back_up(reach, async { Ok(domain) }, |_| None, args, context).await
+    let domain = ShutOffDomain::new(handle.clone(), run_dir, args.with_secrets);
+    let stop = is_active.then(|| {
+        let allowed = (Duration::from_secs(args.stop_timeout), args.power_off);
+        Ok::<_, NameError>(Arc::new(Stop::new(
+            handle,
+            known.name.parse()?,
+            allowed,
+            journal,
+            run_dir,
+        )))
+    });
+    let stop = stop.transpose()?;
+    let domain = domain.stopped_by(stop.clone());
+    let done = back_up(reach, async { Ok(domain) }, |_| None, stop.as_deref(), args, context).await;
+    let Some(stop) = stop else { return done };
+    // Not to be interrupted.
+    match (stop.finish().await, done) {
+        (Ok(()), done) => done,
+        (Err(error), Ok(())) => Err(error.into()),
+        (Err(error), Err(failed)) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "the domain is off, and its guard goes on trying to start it");
+            Err(failed)
+        }
+    }
 }
 
 /// The domains that are asked for, each once; all where nothing is.
@@ -204,16 +247,16 @@ pub(super) fn choose(
     Ok(chosen)
 }
 
-/// Backs up one guest.
+/// Backs up one guest, the way to which is locked.
 async fn back_up<H: Hypervisor>(
     reach: Reach,
     connect: impl Future<Output = Result<H, HypervisorError>>,
     agent: impl FnOnce(&H) -> Option<AgentAddress>,
+    stop: Option<&Stop>,
     args: &BackupArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
     let run_dir = &context.global.run_dir;
-    let _reach_lock = context.until_interrupted(lock(run_dir, &reach)).await?;
     context.progress.phase("connecting");
     // Opening the repository takes its time; meanwhile the guest shows what it does without us.
     let connect = async {
@@ -226,6 +269,11 @@ async fn back_up<H: Hypervisor>(
     let journal = context.journal()?;
     if !args.dry_run {
         context.until_interrupted(recover_earlier(&hypervisor, &journal, run_dir)).await?;
+    }
+    // Only now: for a repository that cannot be opened nobody shuts a guest down.
+    if let Some(stop) = stop {
+        context.progress.phase("waiting for the guest to shut down");
+        context.until_interrupted(async { Ok(stop.shut_down().await?) }).await?;
     }
     let discover = async {
         let domain: DomainName = match &args.name {
@@ -268,7 +316,9 @@ async fn back_up<H: Hypervisor>(
     };
     let newest_first = earlier.newest_first();
     args.method.leave_bitmaps(&mut machine);
-    let method = method::choose(args.method, &Able::of(&machine))?;
+    let mut able = Able::of(&machine);
+    able.is_off &= !stop.is_some_and(Stop::is_down);
+    let method = method::choose(args.method, &able)?;
     let (index, full) = (&open.index, args.full);
     let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
     if args.dry_run {
@@ -350,7 +400,9 @@ pub(super) async fn recover_earlier(
         tracing::error!(%error, "an undo record is passed over");
     }
     let reach = hypervisor.reach();
-    for recorded in pending.iter().filter(|recorded| recorded.record().reach == reach) {
+    // What was shut down has been started again already, or is on its way down.
+    let is_it = |record: &Record| record.reach == reach && record.stopped.is_none();
+    for recorded in pending.iter().filter(|recorded| is_it(recorded.record())) {
         recover::undo(hypervisor, journal, recorded, run_dir).await?;
     }
     Ok(())

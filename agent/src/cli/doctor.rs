@@ -192,8 +192,11 @@ async fn examine(
         Err(LockError::Held { .. }) => return Ok((RUNNING, false)),
         lock => lock?,
     };
-    let state = match recover::has_ended(record, run_dir).await? {
+    let state = match record.stopped.is_none() && recover::has_ended(record, run_dir).await? {
         true => "QEMU has ended, and with it all that the run had made in it",
+        false if record.stopped.is_some() => {
+            "its run ended before it started the domain again that it had shut down"
+        }
         false if record.suspends && record.holds_guest => {
             "its run ended while the guest stood still for it"
         }

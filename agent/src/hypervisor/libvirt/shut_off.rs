@@ -4,7 +4,7 @@
 //! when the domain runs. A bitmap that begins here gets its checkpoint then, see `reclaim`.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -28,6 +28,7 @@ use crate::hypervisor::{
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, RunId};
+use crate::stop::Stop;
 
 /// How often libvirt is asked whether the domain was started meanwhile.
 const STATE_POLL: Duration = Duration::from_secs(1);
@@ -44,6 +45,8 @@ pub struct ShutOffDomain {
     /// The images of each disk that was discovered.
     chains: OnceCell<Vec<(DiskName, Chain)>>,
     server: Mutex<Option<Server>>,
+    /// What starts it again.
+    stop: Option<Arc<Stop>>,
 }
 
 impl ShutOffDomain {
@@ -56,7 +59,13 @@ impl ShutOffDomain {
             seen: OnceCell::new(),
             chains: OnceCell::new(),
             server: Mutex::new(None),
+            stop: None,
         }
+    }
+
+    /// The same domain, that may have been shut down for its backup and is started again once it was read.
+    pub fn stopped_by(self, stop: Option<Arc<Stop>>) -> Self {
+        Self { stop, ..self }
     }
 
     /// The domain, asked for once.
@@ -325,6 +334,9 @@ impl Hypervisor for ShutOffDomain {
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         if let Some(mut server) = self.take_server() {
             server.end().await?;
+        }
+        if let Some(stop) = &self.stop {
+            stop.start_again().await?;
         }
         // The run may have begun while the domain ran.
         libvirt_job::remove_files(recorded.record())
