@@ -4,9 +4,10 @@
 //! discover ─► quiesce ─► point in time ─► thaw ─► read ─► store ─► release ─► record ─► advance
 //! ```
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::io;
 use std::path::PathBuf;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -232,7 +233,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let stored = match captured {
             Ok(captured) => tokio::select! {
                 stored = self.store(captured, recorded.record()) => stored,
-                () = interrupt => Err(BackupError::Interrupted),
+                () = &mut interrupt => Err(BackupError::Interrupted),
             },
             Err(error) => Err(error),
         };
@@ -243,7 +244,8 @@ impl<H: Hypervisor> Run<'_, H> {
                     tracing::error!(error = %left, "the guest is not as it was; the next run mends it");
                 }
                 let id = recording?;
-                let leftover = self.advance(recorded, released, &names).await.err();
+                let advanced = self.advance(recorded, released, &names, interrupt).await;
+                let leftover = advanced.err();
                 Ok(Finished { id, manifest, leftover })
             }
             Err(error) => Err(self.roll_back(recorded, released, error).await),
@@ -301,6 +303,7 @@ impl<H: Hypervisor> Run<'_, H> {
             suspends: self.hypervisor.suspends(),
             stopped: None,
             nbd_server: false,
+            overlays: self.hypervisor.puts_overlays(),
             socket: self.hypervisor.listens_at(&run),
             disks: self.plan.disks.iter().enumerate().map(disk_record).collect(),
             run,
@@ -542,9 +545,12 @@ impl<H: Hypervisor> Run<'_, H> {
         recorded: &mut Recorded,
         released: Result<(), HypervisorError>,
         names: &BitmapNames,
+        interrupt: Pin<&mut impl Future<Output = ()>>,
     ) -> Result<(), BackupError> {
         self.host.journal.update(recorded, |record| record.phase = Phase::Recorded)?;
         released?;
+        // What it leaves has a record of its own.
+        let finished = self.hypervisor.finish(recorded, interrupt).await;
         let mut bitmaps = recover::obsolete_bitmaps(recorded.record());
         for planned in &self.plan.disks {
             let stale = stale_bitmaps(&planned.disk, names, &self.plan.kept);
@@ -557,7 +563,8 @@ impl<H: Hypervisor> Run<'_, H> {
             Err(gone) if gone.is_gone() => {}
             dropped => dropped?,
         }
-        Ok(self.host.journal.clear(recorded)?)
+        self.host.journal.clear(recorded)?;
+        Ok(finished?)
     }
 
     /// Drops the new bitmaps: the next backup reads by the old ones. Returns why the backup failed.
@@ -568,6 +575,11 @@ impl<H: Hypervisor> Run<'_, H> {
         error: BackupError,
     ) -> BackupError {
         let bitmaps = recover::obsolete_bitmaps(recorded.record());
+        if let Err(left) = self.hypervisor.finish(recorded, pin!(pending())).await
+            && !left.is_gone()
+        {
+            tracing::error!(error = %left, "the guest is not as it was; `kvmsnap purge` mends it");
+        }
         let undone = match released {
             Ok(()) => self.hypervisor.drop_bitmaps(&bitmaps).await,
             Err(error) => Err(error),

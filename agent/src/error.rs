@@ -250,6 +250,9 @@ impl CommandError {
             Self::TooLittleMemory { .. } => {
                 "`ulimit -v` allows more; MemoryMax= of the unit limits what is really used"
             }
+            Self::Leftover(BackupError::Hypervisor(HypervisorError::Overlay(_))) => {
+                "the guest goes on on its overlays: `kvmsnap purge` or the next backup brings it back"
+            }
             Self::Leftover(_) => "`kvmsnap doctor --repair` or the next backup mends it",
             Self::Leftovers { .. } => "`kvmsnap doctor --repair` mends it",
             Self::Catalog(CatalogError::NotFound { .. }) => "`kvmsnap list` shows what there is",
@@ -348,6 +351,7 @@ fn stop_hint(error: &StopError) -> Option<&'static str> {
 
 fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
     let hint = match error {
+        HypervisorError::Overlay(error) => error.hint()?,
         HypervisorError::Monitor { source: QmpError::NoGreeting { .. }, .. } => {
             "QEMU serves one client a socket: end the other one, or give QEMU a second monitor"
         }

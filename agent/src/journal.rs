@@ -150,6 +150,9 @@ pub struct Record {
     pub stopped: Option<Stopped>,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
+    /// Whether it puts overlays above the disks, which a record of their own tells of.
+    #[serde(default)]
+    pub overlays: bool,
     /// Where QEMU listens, where that is outside the run's folder.
     #[serde(default)]
     pub socket: Option<PathBuf>,
@@ -336,6 +339,7 @@ mod tests {
             pauses: false,
             suspends: false,
             stopped: None,
+            overlays: false,
             agent: None,
             repository_id: "r".into(),
             phase: Phase::Capturing,

@@ -60,6 +60,8 @@ pub enum Method {
     Bitmap,
     /// Copy-before-write below the guest, all disks read whole.
     Pull,
+    /// The images, which held still while the guest wrote to overlays.
+    Overlay,
     /// The images as they lay there: the guest did not run.
     Offline,
     /// The guest stood still while it was read.
@@ -74,6 +76,7 @@ impl Method {
         match self {
             Self::Bitmap => "bitmap",
             Self::Pull => "pull",
+            Self::Overlay => "overlay",
             Self::Offline => "offline",
             Self::Suspend => "suspend",
             Self::Stop => "stop",

@@ -1,6 +1,6 @@
 //! How the point in time of a machine is taken: the one place where that is chosen.
 
-use crate::hypervisor::{Machine, Tracking};
+use crate::hypervisor::{Disk, Machine, Tracking};
 use crate::manifest::Method;
 
 /// What a user asks for.
@@ -8,6 +8,8 @@ use crate::manifest::Method;
 pub enum Wanted {
     /// Whatever harms the guest least and reads least: what is chosen and why is shown.
     Auto,
+    /// The guest writes to overlays while its images are read; then it goes back to them.
+    Overlay,
     /// Old blocks are saved before the guest writes over them; dirty bitmaps tell what changed.
     Bitmap,
     /// Old blocks are saved before the guest writes over them; all disks are read whole, and no dirty bitmap
@@ -26,6 +28,10 @@ pub enum Wanted {
 pub struct Able {
     /// Whether it did not run when its backup began.
     pub is_off: bool,
+    /// Why QEMU has no way of its own to a point in time; `None` where it has one.
+    pub no_job: Option<String>,
+    /// Whether the guest writes to overlays already.
+    pub is_held: bool,
     /// Why none of its disks keeps dirty bitmaps; `None` where one does.
     pub untracked: Option<String>,
 }
@@ -43,6 +49,18 @@ pub struct Chosen {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MethodError {
+    /// QEMU cannot save old blocks.
+    #[error("old blocks cannot be saved: {reason}")]
+    NoJob {
+        /// Why not.
+        reason: String,
+    },
+    /// There is nothing to put an overlay above.
+    #[error("--method overlay is not possible: the domain does not run")]
+    Off,
+    /// The guest writes to overlays already.
+    #[error("the images of the guest hold still already, and it writes to overlays")]
+    Held,
     /// No disk keeps dirty bitmaps.
     #[error("--method bitmap is not possible: {reason}")]
     NoBitmaps {
@@ -67,6 +85,7 @@ impl MethodError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Runs => "shut it down first, or `--method auto` backs it up while it runs",
+            Self::Held => "`kvmsnap purge` ends that",
             _ => "`--method auto` takes what is possible",
         }
     }
@@ -85,20 +104,23 @@ impl Wanted {
             _ => Ok(()),
         }
     }
-
-    /// Leaves the dirty bitmaps of a machine that runs alone, where they are not wanted: those that there
-    /// are go on counting for later backups.
-    pub fn leave_bitmaps(self, machine: &mut Machine) {
-        if self == Self::Pull && machine.shut_off.is_none() {
-            for disk in &mut machine.disks {
-                let reason = "read whole, as asked for with --method pull".to_owned();
-                disk.tracking = Tracking::Unsupported(reason);
-            }
-        }
-    }
 }
 
 impl Chosen {
+    /// Leaves the dirty bitmaps of a machine alone where this method needs none: those that there are go on
+    /// counting for later backups.
+    pub fn leave_bitmaps(&self, machine: &mut Machine) {
+        let reason = match self.method {
+            Method::Pull => "read whole, as asked for with --method pull",
+            Method::Overlay => "the overlay method reads everything",
+            _ => return,
+        };
+        let keeps = |disk: &&mut Disk| matches!(disk.tracking, Tracking::Bitmaps(_));
+        for disk in machine.disks.iter_mut().filter(keeps) {
+            disk.tracking = Tracking::Unsupported(reason.to_owned());
+        }
+    }
+
     /// How one disk is read: of a machine with dirty bitmaps some disks may keep none.
     pub fn of_disk(&self, tracked: bool) -> Method {
         match (self.method, tracked) {
@@ -109,15 +131,16 @@ impl Chosen {
 }
 
 impl Able {
-    /// What a machine can do, as it was found.
-    pub fn of(machine: &Machine) -> Self {
+    /// What a machine can do, as it was found: why QEMU has no way of its own, and whether the guest writes
+    /// to overlays already.
+    pub fn of(machine: &Machine, no_job: Option<String>, is_held: bool) -> Self {
         let reasons = machine.disks.iter().map(|disk| match &disk.tracking {
             Tracking::Bitmaps(_) => None,
             Tracking::Unsupported(reason) => Some(format!("{}: {reason}", disk.target)),
         });
         let reasons: Option<Vec<String>> = reasons.collect();
         let untracked = reasons.filter(|all| !all.is_empty()).map(|all| all.join("; "));
-        Self { is_off: machine.shut_off.is_some(), untracked }
+        Self { is_off: machine.shut_off.is_some(), no_job, is_held, untracked }
     }
 }
 
@@ -127,18 +150,26 @@ impl Able {
 /// [`MethodError`] where what is asked for is not possible.
 pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
     let chosen = |method, reason: &str| Ok(Chosen { method, reason: reason.to_owned() });
-    match (wanted, &able.untracked) {
-        (Wanted::Bitmap, Some(reason)) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
+    match (wanted, &able.untracked, &able.no_job) {
+        (Wanted::Overlay, ..) if able.is_off => Err(MethodError::Off),
+        (Wanted::Overlay, ..) if able.is_held => Err(MethodError::Held),
+        (Wanted::Overlay, ..) => chosen(Method::Overlay, "asked for with --method"),
+        (Wanted::Bitmap, Some(reason), _) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
-        (Wanted::Offline, _) => Err(MethodError::Runs),
-        (Wanted::Pull, _) => chosen(Method::Pull, "asked for with --method"),
-        (Wanted::Stop, _) => chosen(Method::Stop, "asked for with --method"),
-        (Wanted::Suspend, _) => chosen(Method::Suspend, "asked for with --method"),
-        (Wanted::Bitmap, None) => chosen(Method::Bitmap, "asked for with --method"),
-        (Wanted::Auto, None) => {
+        (Wanted::Offline, ..) => Err(MethodError::Runs),
+        (Wanted::Stop, ..) => chosen(Method::Stop, "asked for with --method"),
+        (Wanted::Suspend, ..) => chosen(Method::Suspend, "asked for with --method"),
+        (Wanted::Pull | Wanted::Bitmap, _, Some(reason)) => {
+            Err(MethodError::NoJob { reason: reason.clone() })
+        }
+        (Wanted::Pull, _, None) => chosen(Method::Pull, "asked for with --method"),
+        (Wanted::Bitmap, None, None) => chosen(Method::Bitmap, "asked for with --method"),
+        (Wanted::Auto, _, Some(_)) if able.is_held => Err(MethodError::Held),
+        (Wanted::Auto, _, Some(reason)) => chosen(Method::Overlay, reason),
+        (Wanted::Auto, None, None) => {
             chosen(Method::Bitmap, "it runs, and dirty bitmaps tell what changes")
         }
-        (Wanted::Auto, Some(_)) => {
+        (Wanted::Auto, Some(_), None) => {
             chosen(Method::Pull, "it runs, and none of its disks keeps dirty bitmaps")
         }
     }
@@ -149,7 +180,7 @@ mod tests {
     use super::*;
 
     fn able() -> Able {
-        Able { is_off: false, untracked: None }
+        Able { is_off: false, no_job: None, is_held: false, untracked: None }
     }
 
     fn method(wanted: Wanted, able: &Able) -> Option<Method> {
@@ -162,6 +193,10 @@ mod tests {
         assert_eq!(method(Wanted::Auto, &able()), Some(Method::Bitmap));
         assert_eq!(method(Wanted::Auto, &untracked), Some(Method::Pull));
         assert_eq!(method(Wanted::Auto, &Able { is_off: true, ..able() }), Some(Method::Offline));
+        let old = Able { no_job: Some("this QEMU offers no backup jobs".into()), ..untracked };
+        let chosen = choose(Wanted::Auto, &old).unwrap();
+        assert_eq!(chosen.method, Method::Overlay);
+        assert_eq!(chosen.reason, "this QEMU offers no backup jobs");
     }
 
     #[test]
@@ -176,6 +211,13 @@ mod tests {
         let off = Able { is_off: true, ..able() };
         let stop = [able(), off].map(|able| method(Wanted::Stop, &able));
         assert_eq!(stop, [Method::Stop, Method::Offline].map(Some));
+        let old = Able { no_job: Some("old".into()), ..able() };
+        assert_eq!(method(Wanted::Bitmap, &old), None);
+        assert_eq!(method(Wanted::Overlay, &able()), Some(Method::Overlay));
+        assert_eq!(method(Wanted::Overlay, &Able { is_off: true, ..able() }), None);
+        let held = Able { is_held: true, ..able() };
+        assert_eq!(method(Wanted::Overlay, &held), None, "they would go above those of a user");
+        assert_eq!(method(Wanted::Auto, &Able { is_held: true, ..old }), None);
     }
 
     #[test]

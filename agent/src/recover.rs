@@ -1,7 +1,10 @@
 //! Undoing what an earlier run left: one idempotent function for each record of the journal, run at the
 //! start of every backup under the domain's lock. It touches only what the record names.
 
+use std::future::pending;
 use std::path::Path;
+use std::pin::pin;
+use std::time::Duration;
 
 use qmp_client::QmpError;
 
@@ -14,8 +17,18 @@ use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Process, Record, Recorded};
 use crate::names::BitmapNames;
+use crate::overlay::converge::Budget;
+use crate::overlay::purge::Purge;
+use crate::overlay::qmp::QmpLayers;
+use crate::overlay::record::{Purpose, Records};
+use crate::overlay::{Layers, OverlayError};
+use crate::progress::{Progress, When};
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
 use crate::stop::{self, StopError};
+
+/// How long a guest may take on its way back from overlays before somebody else may try.
+const OVERLAY_BUDGET: Budget =
+    Budget { deadline: Duration::from_secs(30), pause_max: Duration::from_millis(500), rate: None };
 
 /// Why something could not be undone. Its record stays.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +61,14 @@ pub async fn undo(
     run_dir: &Path,
 ) -> Result<(), RecoverError> {
     let record = recorded.record();
+    if record.overlays {
+        let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
+        if record.holds_guest && record.qemu == hypervisor.process() {
+            let_go(hypervisor, record).await.map_err(failed)?;
+        }
+        let layers = hypervisor.layers().await.map_err(failed)?;
+        return take_back(&layers, journal, recorded, run_dir).await;
+    }
     if record.qemu.is_some() && record.qemu != hypervisor.process() {
         // Another QEMU is reached that way by now.
         return forget(journal, recorded, run_dir);
@@ -84,8 +105,58 @@ pub async fn undo_wherever(
         Some(Machine::Bare(qemu)) => undo(&qemu, journal, recorded, run_dir).await,
         Some(Machine::Libvirt(domain)) => undo(&*domain, journal, recorded, run_dir).await,
         Some(Machine::ShutOff(domain)) => undo(&*domain, journal, recorded, run_dir).await,
+        // The overlays of one that has ended are written back at rest.
+        None if record.overlays && matches!(record.reach, Reach::Monitor(_)) => {
+            take_back(&QmpLayers::ended(), journal, recorded, run_dir).await
+        }
         None => forget(journal, recorded, run_dir),
     }
+}
+
+/// Brings a guest back from the overlays of a run, then clears the record of the run.
+async fn take_back(
+    layers: &impl Layers,
+    journal: &Journal,
+    recorded: &Recorded,
+    run_dir: &Path,
+) -> Result<(), RecoverError> {
+    let record = recorded.record();
+    let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
+    tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
+    end_overlays(layers, journal.state_dir(), &record.reach).await.map_err(failed)?;
+    capture::remove_socket(run_dir, &record.run).map_err(failed)?;
+    Ok(journal.clear(recorded)?)
+}
+
+/// Brings a guest back from the overlays that a backup has left. Where a person must decide, that is said,
+/// and the overlays stay.
+///
+/// # Errors
+/// [`HypervisorError`] where another try may do better.
+pub async fn end_overlays(
+    layers: &impl Layers,
+    state_dir: &Path,
+    reach: &Reach,
+) -> Result<(), HypervisorError> {
+    let records = Records::open(state_dir).map_err(OverlayError::from)?;
+    let all = records.all_of(reach).map_err(OverlayError::from)?;
+    let progress = Progress::new(When::Never, true);
+    let purge = Purge { layers, records: &records, budget: OVERLAY_BUDGET, progress: &progress };
+    // The newest lies on top.
+    for held in all.into_iter().rev().filter(|held| held.record().purpose == Purpose::Backup) {
+        let domain = held.record().domain.clone();
+        match purge.run(held, pin!(pending())).await {
+            Ok(_) => {}
+            Err(error @ (OverlayError::Hypervisor(_) | OverlayError::TooSlow { .. })) => {
+                return Err(error.into());
+            }
+            Err(error) => {
+                tracing::error!(%domain, "what a backup left stays, see `kvmsnap purge`: {error}");
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether the machine of a record has ended. Changes nothing.

@@ -185,6 +185,7 @@ impl Stop {
             holds_guest: false,
             pauses: false,
             suspends: false,
+            overlays: false,
             stopped: Some(Stopped { id, until }),
             nbd_server: false,
             socket: None,

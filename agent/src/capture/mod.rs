@@ -6,6 +6,7 @@ pub mod image;
 pub mod job;
 pub mod libvirt_job;
 pub mod offline;
+pub mod overlay;
 pub mod place;
 pub mod suspend;
 

@@ -97,7 +97,7 @@ pub async fn serve(
     run_dir: &Path,
 ) -> Result<(Server, Exports), HypervisorError> {
     let record = recorded.record();
-    let step = "export the disks of a domain that is shut off";
+    let step = "export images that lie still";
     let host = |source: io::Error| HypervisorError::Host { step: step.to_owned(), source };
     crate::effect::about_to("socket: create").map_err(host)?;
     let folder = socket_folder(run_dir, &record.run);

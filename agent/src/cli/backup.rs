@@ -11,7 +11,9 @@ use clap::Args;
 
 use super::Context;
 use super::list::BackupLine;
+use super::overlays::{self, WayBack};
 use crate::backup::{Finished, Host, Request, Run, Target};
+use crate::capture::overlay::{Overlaid, Settings};
 use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
@@ -21,8 +23,11 @@ use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, Record};
 use crate::lock::{DomainLock, LockError};
+use crate::manifest::Method;
 use crate::method::{self, Able, Wanted};
 use crate::names::{BitmapNames, DiskName, DomainName, NameError};
+use crate::overlay::files;
+use crate::overlay::record::Records;
 use crate::plan::{self, Plan, PlanError};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
@@ -111,6 +116,28 @@ pub struct BackupArgs {
     /// Use the filter of a backup job, as for QEMU before 7.1
     #[arg(long, hide_short_help = true, requires = "qmp")]
     implicit_filter: bool,
+    #[command(flatten, next_help_heading = "The overlay method")]
+    overlays: OverlayArgs,
+}
+
+/// What the overlay method may do.
+#[derive(Debug, Args)]
+struct OverlayArgs {
+    /// Where overlays go; beside each image unless given
+    #[arg(long, value_name = "FOLDER", env = "KVMSNAP_OVERLAY_DIR")]
+    overlay_dir: Option<PathBuf>,
+    /// Room to reserve for what the guest writes to each disk meanwhile, 1GiB unless given
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    reserve: Option<u64>,
+    #[command(flatten)]
+    way_back: WayBack,
+}
+
+impl OverlayArgs {
+    fn settings(&self) -> Settings {
+        let reserve = self.reserve.unwrap_or(files::RESERVE);
+        Settings { folder: self.overlay_dir.clone(), reserve, budget: self.way_back.budget() }
+    }
 }
 
 /// Runs it.
@@ -306,7 +333,12 @@ async fn back_up<H: Hypervisor>(
         let reclaim = async { Ok(hypervisor.reclaim(&mut machine, &claims).await?) };
         context.until_interrupted(reclaim).await?;
     }
-    super::overlays::leave_untracked(&mut machine, &reach, &context.global.state_dir)?;
+    let state_dir = &context.global.state_dir;
+    let is_held = overlays::leave_untracked(&mut machine, &reach, state_dir)?;
+    let mut able = Able::of(&machine, hypervisor.no_job(), is_held);
+    able.is_off &= !stop.is_some_and(Stop::is_down);
+    let method = method::choose(args.method, &able)?;
+    method.leave_bitmaps(&mut machine);
     let request = Request {
         quiesce: args.quiesce,
         agent: agent(&hypervisor),
@@ -315,10 +347,6 @@ async fn back_up<H: Hypervisor>(
         timeout: Duration::from_secs(args.timeout),
     };
     let newest_first = earlier.newest_first();
-    args.method.leave_bitmaps(&mut machine);
-    let mut able = Able::of(&machine);
-    able.is_off &= !stop.is_some_and(Stop::is_down);
-    let method = method::choose(args.method, &able)?;
     let (index, full) = (&open.index, args.full);
     let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
     if args.dry_run {
@@ -332,16 +360,22 @@ async fn back_up<H: Hypervisor>(
     let target = Target { repository: open.repository, index: open.index };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let host = Host { name, journal, run_dir: run_dir.clone() };
-    let run = Run {
-        hypervisor: &hypervisor,
-        plan: &plan,
-        before,
-        target: &target,
-        host: &host,
-        request: &request,
-        progress: &context.progress,
+    let (by_overlays, progress, lock) = (args.overlays.settings(), &context.progress, open.lock);
+    let (target, host, plan, request) = (&target, &host, &plan, &request);
+    let finished = match plan.method.method {
+        Method::Overlay => {
+            let (layers, records) = (hypervisor.layers().await?, Records::open(state_dir)?);
+            let (inner, run_dir) = (&hypervisor, run_dir.clone());
+            let hypervisor = &Overlaid::new(inner, layers, records, by_overlays, run_dir, progress);
+            let run = Run { hypervisor, plan, before, target, host, request, progress };
+            run.execute(lock, context.interrupted()).await
+        }
+        _ => {
+            let hypervisor = &hypervisor;
+            let run = Run { hypervisor, plan, before, target, host, request, progress };
+            run.execute(lock, context.interrupted()).await
+        }
     };
-    let finished = run.execute(open.lock, context.interrupted()).await;
     context.progress.finish();
     let finished = finished?;
     print_result(&finished, context)?;
@@ -404,6 +438,15 @@ pub(super) async fn recover_earlier(
     let is_it = |record: &Record| record.reach == reach && record.stopped.is_none();
     for recorded in pending.iter().filter(|recorded| is_it(recorded.record())) {
         recover::undo(hypervisor, journal, recorded, run_dir).await?;
+    }
+    if Records::open(journal.state_dir())?.of(&reach)?.is_none() {
+        return Ok(());
+    }
+    // One that could not bring its guest back in time.
+    let layers = hypervisor.layers().await?;
+    if let Err(error) = recover::end_overlays(&layers, journal.state_dir(), &reach).await {
+        let error: &dyn std::error::Error = &error;
+        tracing::warn!(error, "the guest still writes to the overlays of an earlier backup");
     }
     Ok(())
 }

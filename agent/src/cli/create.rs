@@ -18,7 +18,7 @@ use crate::names::DomainName;
 use crate::overlay::create::{self, Request};
 use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::qmp::QmpLayers;
-use crate::overlay::record::{Held, Records};
+use crate::overlay::record::{Held, Purpose, Records};
 use crate::overlay::{Layers, OverlayError, files};
 use crate::quiesce::Mode;
 use crate::quiesce::guest_agent::AgentAddress;
@@ -126,7 +126,8 @@ async fn hold_still(
     if let Some(held) = held
         && let Some(held) = create::settle(layers, &records, held).await?
     {
-        return match create::holds_still(layers, &held).await? {
+        let ours = held.record().purpose == Purpose::User;
+        return match ours && create::holds_still(layers, &held).await? {
             true => print(&held, true, context),
             false => Err(OverlayError::NotStill { domain: held.record().domain.clone() }.into()),
         };

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -10,6 +11,7 @@ use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::{self, KnownDomain};
 use crate::hypervisor::{Machine, Reach, Tracking};
+use crate::overlay::converge::Budget;
 use crate::overlay::files::is_same;
 use crate::overlay::record::{Held, Records};
 
@@ -70,7 +72,8 @@ pub async fn each(
 }
 
 /// Has a backup begin no dirty bitmap in an overlay that `create` made, for `purge` would delete it: the
-/// disk is read whole, and the dirty bitmaps in its own image go on counting.
+/// disk is read whole, and the dirty bitmaps in its own image go on counting. Returns whether there are
+/// overlays.
 ///
 /// # Errors
 /// When the records cannot be read.
@@ -78,7 +81,7 @@ pub fn leave_untracked(
     machine: &mut Machine,
     reach: &Reach,
     state_dir: &Path,
-) -> Result<(), CommandError> {
+) -> Result<bool, CommandError> {
     let held = Records::open(state_dir)?.all_of(reach)?;
     let overlays: Vec<_> = held.iter().flat_map(|held| &held.record().disks).collect();
     for disk in &mut machine.disks {
@@ -88,7 +91,28 @@ pub fn leave_untracked(
             disk.tracking = Tracking::Unsupported(reason);
         }
     }
-    Ok(())
+    Ok(!held.is_empty())
+}
+
+/// How a guest is brought back onto its own images.
+#[derive(Debug, Args)]
+pub struct WayBack {
+    /// How long a guest may write as fast as it likes; then it is slowed down, half as long again
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_seconds)]
+    deadline: Duration,
+    /// How long it may stand still where that was not enough; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = parse_seconds)]
+    max_pause: Duration,
+    /// Write back at most so many bytes a second, like 100MiB
+    #[arg(long, value_name = "BYTES", value_parser = backup::parse_bytes)]
+    limit_rate: Option<u64>,
+}
+
+impl WayBack {
+    /// What is allowed.
+    pub fn budget(&self) -> Budget {
+        Budget { deadline: self.deadline, pause_max: self.max_pause, rate: self.limit_rate }
+    }
 }
 
 /// The records of a domain, oldest first. Those of one that is gone, whose images this one has, are its own
@@ -143,7 +167,7 @@ pub async fn records_of(
 ///
 /// # Errors
 /// In words, where it is none.
-pub fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+pub fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "use a number of seconds")?;
-    std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }

@@ -7,15 +7,14 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Context;
-use super::backup::{lock, parse_bytes};
-use super::overlays::{self, Machines, parse_seconds};
+use super::backup::lock;
+use super::overlays::{self, Machines, WayBack};
 use crate::error::CommandError;
 use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::KnownDomain;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::names::DomainName;
 use crate::overlay::Layers;
-use crate::overlay::converge::Budget;
 use crate::overlay::files::is_same;
 use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::purge::{self, Brought, Purge};
@@ -35,15 +34,8 @@ An overlay is deleted only when it is written back and no domain, running or def
 pub struct PurgeArgs {
     #[command(flatten)]
     machines: Machines,
-    /// How long a guest may write as fast as it likes; then it is slowed down, half as long again
-    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_seconds)]
-    deadline: Duration,
-    /// How long it may stand still where that was not enough; 0 for never
-    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = parse_seconds)]
-    max_pause: Duration,
-    /// Write back at most so many bytes a second, like 100MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    limit_rate: Option<u64>,
+    #[command(flatten)]
+    way_back: WayBack,
     /// Write an overlay that kvmsnap did not make into the image beneath it, and delete it; refused where
     /// any other domain or process uses that image
     #[arg(long, value_name = "OVERLAY", conflicts_with = "all")]
@@ -113,8 +105,7 @@ async fn bring_back<L: Layers>(
     args: &PurgeArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
-    let (deadline, pause_max, rate) = (args.deadline, args.max_pause, args.limit_rate);
-    let budget = Budget { deadline, pause_max, rate };
+    let budget = args.way_back.budget();
     let purge = Purge { layers, records, budget, progress: &context.progress };
     let interrupt = context.interrupted();
     tokio::pin!(interrupt);

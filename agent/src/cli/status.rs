@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::list::local_time;
-use super::{Context, OpenRepository};
+use super::{Context, OpenRepository, overlays};
 use crate::catalog::Backup;
 use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
@@ -102,10 +102,11 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
         }
     };
     let mut lines = Vec::new();
+    let folders = (run_dir.as_path(), context.global.state_dir.as_path());
     for domain in &known {
         let libvirt = libvirt.as_ref().expect("its domains came from it");
         if is_wanted(&args, &domain.name) {
-            lines.push(line(domain, libvirt, &open, &backups, &left, run_dir).await);
+            lines.push(line(domain, libvirt, &open, &backups, &left, folders).await);
         }
     }
     lines.extend(elsewhere(&known, &backups, &left).filter(|l| is_wanted(&args, &l.domain)));
@@ -134,7 +135,7 @@ async fn line<L>(
     open: &OpenRepository<L>,
     backups: &[Backup],
     left: &[Recorded],
-    run_dir: &Path,
+    (run_dir, state_dir): (&Path, &Path),
 ) -> Line {
     let mut line = Line {
         domain: known.name.clone(),
@@ -156,21 +157,23 @@ async fn line<L>(
             backup.manifest.uuid == known.uuid && backup.manifest.domain == domain
         };
         let newest_first = backups.iter().rev().filter(of_it);
-        let machine = match known.is_active {
+        let (mut machine, no_job) = match known.is_active {
             true => {
                 let hypervisor = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
                 let mut machine = hypervisor.discover(&Choice::default()).await?;
                 let claims = plan::claims(&machine, &newest_first);
                 hypervisor.presume(&mut machine, &claims);
-                machine
+                (machine, hypervisor.no_job())
             }
             false => {
                 let hypervisor = ShutOffDomain::new(libvirt.domain(&known.uuid), run_dir, false);
-                hypervisor.discover(&Choice::default()).await?
+                (hypervisor.discover(&Choice::default()).await?, None)
             }
         };
+        let reach = overlays::reach(libvirt, known);
+        let is_held = overlays::leave_untracked(&mut machine, &reach, state_dir)?;
         let (catalog, index) = (open.catalog(), &open.index);
-        let method = method::choose(Wanted::Auto, &Able::of(&machine))?;
+        let method = method::choose(Wanted::Auto, &Able::of(&machine, no_job, is_held))?;
         let plan =
             plan::plan(machine, method, domain.clone(), &newest_first, &catalog, index, false)?;
         Ok::<_, CommandError>(plan)

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, NameError, RunId};
+use crate::overlay::{Layers, OverlayError};
 
 /// Why QEMU could not be asked or changed.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +55,7 @@ pub enum HypervisorError {
         /// What is wrong with it.
         source: serde_json::Error,
     },
-    /// QEMU has no way to a point in time that this program knows.
+    /// QEMU has no way of its own to a point in time.
     #[error("this QEMU ({version}) offers neither a copy-before-write filter nor backup jobs")]
     NoMethod {
         /// QEMU's version.
@@ -161,6 +163,9 @@ pub enum HypervisorError {
         /// What it said.
         words: String,
     },
+    /// Overlays could not be made or taken away.
+    #[error(transparent)]
+    Overlay(Box<OverlayError>),
     /// Something that was to go away still stands.
     #[error("{what} is still in use after {} s", .waited.as_secs())]
     StillInUse {
@@ -169,6 +174,15 @@ pub enum HypervisorError {
         /// How long was waited.
         waited: Duration,
     },
+}
+
+impl From<OverlayError> for HypervisorError {
+    fn from(error: OverlayError) -> Self {
+        match error {
+            OverlayError::Hypervisor(error) => error,
+            error => Self::Overlay(Box::new(error)),
+        }
+    }
 }
 
 impl HypervisorError {
@@ -480,6 +494,19 @@ pub trait Hypervisor {
     /// Where QEMU will listen for a run, where that has a name of its own.
     fn listens_at(&self, run: &RunId) -> Option<PathBuf>;
 
+    /// The way to put overlays above the machine's disks, whatever its own way to a point in time is.
+    async fn layers(&self) -> Result<impl Layers, HypervisorError>;
+
+    /// Why a running machine has no way of its own to a point in time, in words; `None` where it has one.
+    fn no_job(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether a run will put overlays above the disks.
+    fn puts_overlays(&self) -> bool {
+        false
+    }
+
     /// The process that the machine runs in, where it can be told.
     fn process(&self) -> Option<Process> {
         None
@@ -519,6 +546,16 @@ pub trait Hypervisor {
 
     /// Gives the guest its disks back as they were, whatever of the record exists. Idempotent.
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
+
+    /// Ends what may take its time, once the backup is recorded or given up; nobody needs the point in
+    /// time any more. What is left when `interrupt` is ready has a record of its own.
+    async fn finish(
+        &self,
+        _recorded: &Recorded,
+        _interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), HypervisorError> {
+        Ok(())
+    }
 
     /// Lets a guest go on that a run has paused; one that runs is left alone.
     async fn let_go_on(&self) -> Result<(), HypervisorError> {

@@ -17,6 +17,8 @@ use super::{
 use crate::capture::{self, Scratch, filter, job, node_name, suspend};
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::RunId;
+use crate::overlay::Layers;
+use crate::overlay::qmp::QmpLayers;
 
 /// The first QEMU whose block layer has no lock for each I/O thread.
 const THREADS_WITHOUT_LOCK: u32 = 9;
@@ -45,7 +47,8 @@ pub enum Recipe {
 #[derive(Debug)]
 pub struct BareQemu {
     monitor: Monitor,
-    recipe: Recipe,
+    /// `None` where it has no way of its own to a point in time.
+    recipe: Option<Recipe>,
     run_dir: PathBuf,
     scratch_dir: Option<PathBuf>,
     /// The scratch of each disk of the run, in their order.
@@ -98,7 +101,7 @@ impl BareQemu {
     /// Connects, and asks what this QEMU can do. `timeout` is how long it may take for an answer.
     ///
     /// # Errors
-    /// [`HypervisorError::Monitor`], [`HypervisorError::NoMethod`].
+    /// [`HypervisorError::Monitor`].
     pub async fn connect(
         socket: &Path,
         run_dir: &Path,
@@ -110,10 +113,9 @@ impl BareQemu {
         let schema: Vec<SchemaEntry> = monitor.query("query-qmp-schema", json!({})).await?;
         let recipe = match recipe(&schema) {
             Some(Recipe::Filter) if implicit_filter || filter_is_deadly(&monitor).await? => {
-                Recipe::Job
+                Some(Recipe::Job)
             }
-            Some(recipe) => recipe,
-            None => return Err(HypervisorError::NoMethod { version: monitor.version() }),
+            recipe => recipe,
         };
         tracing::debug!(version = monitor.version(), ?recipe, "connected to QEMU");
         Ok(Self {
@@ -128,7 +130,7 @@ impl BareQemu {
 
     /// The same QEMU, whose guest is to stand still until it was read.
     pub fn suspended(self) -> Self {
-        Self { recipe: Recipe::Suspend, ..self }
+        Self { recipe: Some(Recipe::Suspend), ..self }
     }
 
     /// Ready when a guest that is to stand still does not.
@@ -141,6 +143,11 @@ impl BareQemu {
                 return HypervisorError::GuestGoesOn;
             }
         }
+    }
+
+    fn recipe(&self) -> Result<Recipe, HypervisorError> {
+        let version = || self.monitor.version();
+        self.recipe.ok_or_else(|| HypervisorError::NoMethod { version: version() })
     }
 
     /// Ready when the room beside the scratch runs out.
@@ -242,6 +249,14 @@ impl Hypervisor for BareQemu {
         Ok(())
     }
 
+    async fn layers(&self) -> Result<impl Layers, HypervisorError> {
+        Ok(QmpLayers::of(self.monitor.clone()))
+    }
+
+    fn no_job(&self) -> Option<String> {
+        self.recipe().err().map(|error| error.to_string())
+    }
+
     fn reach(&self) -> Reach {
         Reach::Monitor(self.monitor.socket().to_owned())
     }
@@ -267,7 +282,7 @@ impl Hypervisor for BareQemu {
             scratch: node_name(run, 's', index),
             filter: node_name(run, 'f', index),
             snapshot: node_name(run, 'a', index),
-            job: (self.recipe == Recipe::Job).then(|| node_name(run, 'j', index)),
+            job: (self.recipe == Some(Recipe::Job)).then(|| node_name(run, 'j', index)),
             bitmap_new: None,
             bitmap_old: None,
             bitmap_export: None,
@@ -285,14 +300,14 @@ impl Hypervisor for BareQemu {
 
     fn pauses(&self, disks: usize) -> bool {
         match self.recipe {
-            Recipe::Filter => disks > 1,
-            Recipe::Job => false,
-            Recipe::Suspend => true,
+            Some(Recipe::Filter) => disks > 1,
+            Some(Recipe::Suspend) => true,
+            Some(Recipe::Job) | None => false,
         }
     }
 
     fn suspends(&self) -> bool {
-        self.recipe == Recipe::Suspend
+        self.recipe == Some(Recipe::Suspend)
     }
 
     async fn danger(&self) -> HypervisorError {
@@ -305,7 +320,7 @@ impl Hypervisor for BareQemu {
 
     async fn prepare(&self, recorded: &Recorded, disks: &[Disk]) -> Result<(), HypervisorError> {
         let scratch_dir = self.scratch_dir.as_deref();
-        match self.recipe {
+        match self.recipe()? {
             Recipe::Filter => {
                 let scratch = filter::prepare(&self.monitor, recorded, disks, scratch_dir).await?;
                 self.scratch.set(scratch).expect("one connection makes one backup");
@@ -317,7 +332,7 @@ impl Hypervisor for BareQemu {
     }
 
     async fn cut(&self, recorded: &Recorded) -> Result<Cut, HypervisorError> {
-        match self.recipe {
+        match self.recipe()? {
             Recipe::Filter => filter::cut(&self.monitor, recorded).await,
             Recipe::Job => job::cut(&self.monitor, recorded).await,
             Recipe::Suspend => {
@@ -329,7 +344,7 @@ impl Hypervisor for BareQemu {
     }
 
     async fn export(&self, recorded: &Recorded) -> Result<Exports, HypervisorError> {
-        match self.recipe {
+        match self.recipe()? {
             Recipe::Filter => {
                 let care = |index: usize| self.care(index);
                 filter::export(&self.monitor, recorded, &self.run_dir, care).await
@@ -342,7 +357,7 @@ impl Hypervisor for BareQemu {
     async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         // The filter stands on, but what the guest writes goes past it.
         self.monitor.check_stays().await?;
-        match self.recipe {
+        match self.recipe()? {
             Recipe::Filter => filter::confirm(&self.monitor, recorded).await,
             Recipe::Job => job::confirm(&self.monitor, recorded).await,
             Recipe::Suspend => suspend::confirm(&self.monitor, recorded).await,

@@ -66,6 +66,16 @@ impl QmpLayers {
         }
     }
 
+    /// The QEMU of a monitor.
+    pub fn of(monitor: Monitor) -> Self {
+        Self { monitor: Some(monitor) }
+    }
+
+    /// A QEMU that has ended.
+    pub fn ended() -> Self {
+        Self { monitor: None }
+    }
+
     fn monitor(&self) -> Result<&Monitor, HypervisorError> {
         let ended = || HypervisorError::NotRunning { domain: "QEMU".to_owned() };
         self.monitor.as_ref().ok_or_else(ended)

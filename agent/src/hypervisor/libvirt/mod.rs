@@ -30,6 +30,8 @@ use super::{
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::names::{DiskName, RunId};
+use crate::overlay::Layers;
+use crate::overlay::libvirt::LibvirtLayers;
 use crate::quiesce::guest_agent::AgentAddress;
 use connection::{DomainHandle, Libvirt};
 use xml::DomainDisk;
@@ -301,6 +303,10 @@ impl Hypervisor for LibvirtDomain {
                 }
             }
         }
+    }
+
+    async fn layers(&self) -> Result<impl Layers, HypervisorError> {
+        LibvirtLayers::new(self.handle.clone()).await
     }
 
     fn reach(&self) -> Reach {

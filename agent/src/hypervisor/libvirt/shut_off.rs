@@ -28,6 +28,8 @@ use crate::hypervisor::{
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, RunId};
+use crate::overlay::Layers;
+use crate::overlay::libvirt::LibvirtLayers;
 use crate::stop::Stop;
 
 /// How often libvirt is asked whether the domain was started meanwhile.
@@ -263,6 +265,10 @@ impl Hypervisor for ShutOffDomain {
     async fn reclaim(&self, _: &mut Machine, _: &[Claim]) -> Result<(), HypervisorError> {
         // The images name every bitmap that they have.
         Ok(())
+    }
+
+    async fn layers(&self) -> Result<impl Layers, HypervisorError> {
+        LibvirtLayers::new(self.handle.clone()).await
     }
 
     fn reach(&self) -> Reach {
