@@ -432,8 +432,9 @@ impl<H: Hypervisor> Run<'_, H> {
         self.progress.phase("taking the point in time");
         let agent = self.request.agent.as_ref();
         let (mode, machine) = (self.request.quiesce, &self.plan.machine);
-        let mut quiesced = quiesce(mode, agent, &self.hypervisor.reach(), machine).await?;
-        let announced = match recorded.record().pauses {
+        let (reach, pauses) = (self.hypervisor.reach(), recorded.record().pauses);
+        let mut quiesced = quiesce(mode, agent, &reach, machine, pauses).await?;
+        let announced = match pauses {
             true => quiesced.will_pause().await,
             false => Ok(()),
         };

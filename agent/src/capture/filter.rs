@@ -11,9 +11,10 @@ use std::time::Instant;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::room::{Scratch, Watched};
 use super::{
-    Scratch, add_export_bitmaps, add_exports, add_file_node, add_new_bitmaps,
-    remove_export_bitmaps, remove_exports, remove_nodes, scratch_file, scratch_folder,
+    add_export_bitmaps, add_exports, add_file_node, add_new_bitmaps, remove_export_bitmaps,
+    remove_exports, remove_nodes, scratch_file, scratch_folder,
 };
 use crate::hypervisor::monitor::{Monitor, Step};
 use crate::hypervisor::{Care, Cut, Disk, Exports, HypervisorError};
@@ -24,7 +25,7 @@ use crate::journal::{DiskRecord, Recorded};
 const WRITE_TIMEOUT_S: u32 = 1;
 
 /// Adds scratch and filter of each disk, beside the guest's path to it, and begins the new bitmaps.
-/// Returns the scratch of each.
+/// Returns the scratch of each, and watches the room beside it.
 ///
 /// # Errors
 /// The first step that failed; `release` takes away what was made.
@@ -33,7 +34,7 @@ pub async fn prepare(
     recorded: &Recorded,
     disks: &[Disk],
     scratch_dir: Option<&Path>,
-) -> Result<Vec<Scratch>, HypervisorError> {
+) -> Result<Watched, HypervisorError> {
     let record = recorded.record();
     let mut scratch = Vec::new();
     for (names, disk) in record.disks.iter().zip(disks) {
@@ -43,7 +44,7 @@ pub async fn prepare(
         let kept = kept.map_err(|source| HypervisorError::Host { step: step(), source })?;
         scratch.push(Scratch { disk: disk.target.clone(), file: Arc::new(kept) });
         if let Some(low) = scratch.last().and_then(Scratch::low) {
-            return Err(low);
+            return Err(low.into());
         }
         add_file_node(monitor, record, &names.scratch, file).await?;
         let arguments = json!({
@@ -57,7 +58,10 @@ pub async fn prepare(
         monitor.run(Step::new(what, "blockdev-add", arguments)).await?;
     }
     add_new_bitmaps(monitor, record).await?;
-    Ok(scratch)
+    Watched::begin(scratch).map_err(|source| {
+        let step = "start a thread that watches the room of the scratch".to_owned();
+        HypervisorError::Host { step, source }
+    })
 }
 
 /// Puts all filters below their devices in one instant.

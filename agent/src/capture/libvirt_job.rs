@@ -23,8 +23,8 @@ use virt::domain::{
 };
 use virt::error::Error;
 
-use super::Scratch;
 use super::job::{reserve, scratch_len};
+use super::room::Scratch;
 use crate::effect;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::libvirt::{sys, xml};
@@ -54,7 +54,7 @@ pub fn check_room(record: &Record, disks: &[Disk]) -> Result<(), HypervisorError
         reserve(&file, disk, folder, AHEAD.min(scratch_len(disk.size)))?;
         let scratch = Scratch { disk: disk.target.clone(), file: Arc::new(file) };
         if let Some(low) = scratch.low() {
-            return Err(low);
+            return Err(low.into());
         }
         held.push(scratch);
     }
@@ -306,7 +306,7 @@ impl GuardedScratch {
     /// [`Self::is_there`].
     pub fn guard(&mut self) -> Result<(), HypervisorError> {
         if let Some(low) = self.scratch.low() {
-            return Err(low);
+            return Err(low.into());
         }
         self.is_there()?;
         let Ok(meta) = self.scratch.file.metadata() else { return Ok(()) };

@@ -8,6 +8,7 @@ pub mod libvirt_job;
 pub mod offline;
 pub mod overlay;
 pub mod place;
+pub mod room;
 pub mod suspend;
 
 use std::fs::{self, File};
@@ -18,55 +19,16 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sys::statvfs::fstatvfs;
 use serde_json::json;
 
 use crate::hypervisor::monitor::{Monitor, Step};
 use crate::hypervisor::{Care, Disk, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Record, Recorded};
-use crate::names::{DiskName, RunId};
+use crate::names::RunId;
 
 /// Prefix of every node, export and job that a run makes; QEMU allows 31 bytes for a node-name.
 pub fn node_name(run: &RunId, role: char, index: usize) -> String {
     format!("kvmsnap-{run}-{role}{index}")
-}
-
-/// The part of a file system that the scratch never takes, for the guest's own images on it.
-const KEPT_FRACTION: u64 = 20;
-const KEPT_MIN: u64 = 64 << 20;
-const KEPT_FRACTION_MAX: u64 = 4;
-
-/// The scratch of one disk, and the room around it.
-#[derive(Debug)]
-pub struct Scratch {
-    /// The disk.
-    pub disk: DiskName,
-    /// Its file.
-    pub file: Arc<File>,
-}
-
-impl Scratch {
-    /// Says when so little room is left that the guest's own image could not grow.
-    pub fn low(&self) -> Option<HypervisorError> {
-        let (free, kept) = room(&self.file)?;
-        let disk = self.disk.clone();
-        (free < kept).then_some(HypervisorError::ScratchLow { disk, free, kept })
-    }
-
-    /// Gives its room back at once, before the filter is gone; reads show nothing true from here on.
-    pub fn give_up(&self) {
-        // What cannot be cut goes with the filter.
-        let _ = self.file.set_len(0);
-    }
-}
-
-/// Bytes that are left on a file's file system, and how many of them are kept for the guest's own images;
-/// `None` where it does not tell, and so has no bounds that we could keep.
-pub fn room(file: &File) -> Option<(u64, u64)> {
-    let stat = fstatvfs(file).ok()?;
-    let (free, size) = (stat.blocks_available(), stat.blocks());
-    let (free, size) = (free * stat.fragment_size(), size * stat.fragment_size());
-    Some((free, (size / KEPT_FRACTION).max(KEPT_MIN).min(size / KEPT_FRACTION_MAX)))
 }
 
 /// A scratch file without a name: it can neither be left behind nor be opened by anybody else.

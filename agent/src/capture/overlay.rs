@@ -121,7 +121,7 @@ impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
     async fn room_ends(&self) -> HypervisorError {
         loop {
             for (folder, file) in self.folders.get().into_iter().flatten() {
-                match super::room(file) {
+                match super::room::room(file) {
                     Some((free, kept)) if free < kept => {
                         return OverlayError::NoRoom { folder: folder.clone(), free }.into();
                     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use repository::Repository;
 
 use super::Context;
 use super::list::BackupLine;
@@ -158,20 +159,22 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
             Ok(if args.method == Wanted::Suspend { qemu.suspended() } else { qemu })
         };
         let agent = args.qga.clone().map(AgentAddress::Socket);
-        let reach = Reach::Monitor(monitor.clone());
+        let (reach, opening) = (Reach::Monitor(monitor.clone()), context.open());
         let _lock = context.until_interrupted(lock(run_dir, &reach)).await?;
-        return back_up(reach, connect, |_| agent, None, &args, context).await;
+        return back_up(reach, connect, opening, |_| agent, None, &args, context).await;
     }
-    let uri = &context.global.connect;
-    let libvirt = context.until_interrupted(async { Ok(Libvirt::connect(uri).await?) }).await?;
-    let chosen = async {
+    let choosing = async {
+        let libvirt = Libvirt::connect(&context.global.connect).await?;
         let known = libvirt::domains(&libvirt).await?;
-        choose(&known, &args.domains).map(|chosen| (chosen.len(), chosen))
+        let chosen = choose(&known, &args.domains)?;
+        Ok((libvirt, chosen))
     };
-    let (count, chosen) = context.until_interrupted(chosen).await?;
-    let mut failed = 0;
+    // The key is derived once for all domains.
+    let both = async { tokio::try_join!(choosing, context.open()) };
+    let ((libvirt, chosen), repository) = context.until_interrupted(both).await?;
+    let (mut failed, count) = (0, chosen.len());
     for known in chosen {
-        match back_up_domain(&libvirt, &known, &args, context).await {
+        match back_up_domain(&libvirt, &known, &repository, &args, context).await {
             Ok(()) => {}
             // Its guest is for the other host to back up.
             Err(CommandError::Hypervisor(error @ HypervisorError::Migrated { .. })) if args.all => {
@@ -197,9 +200,11 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
 async fn back_up_domain(
     libvirt: &Libvirt,
     known: &KnownDomain,
+    repository: &Repository,
     args: &BackupArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
+    let opening = async { Ok(repository.clone()) };
     let handle = libvirt.domain(&known.uuid);
     let reach = Reach::Domain(handle.address());
     let (run_dir, journal) = (&context.global.run_dir, context.journal()?);
@@ -218,7 +223,8 @@ async fn back_up_domain(
         let domain = LibvirtDomain::new(libvirt, &known.uuid, places, args.with_secrets);
         let domain = if args.method == Wanted::Suspend { domain.suspended() } else { domain };
         let connect = async { Ok(domain) };
-        return back_up(reach, connect, LibvirtDomain::agent, None, args, context).await;
+        let agent = LibvirtDomain::agent;
+        return back_up(reach, connect, opening, agent, None, args, context).await;
     }
     let domain = ShutOffDomain::new(handle.clone(), run_dir, args.with_secrets);
     let stop = is_active.then(|| {
@@ -233,7 +239,8 @@ async fn back_up_domain(
     });
     let stop = stop.transpose()?;
     let domain = domain.stopped_by(stop.clone());
-    let done = back_up(reach, async { Ok(domain) }, |_| None, stop.as_deref(), args, context).await;
+    let (connect, stop_first) = (async { Ok(domain) }, stop.as_deref());
+    let done = back_up(reach, connect, opening, |_| None, stop_first, args, context).await;
     let Some(stop) = stop else { return done };
     // Not to be interrupted.
     match (stop.finish().await, done) {
@@ -278,6 +285,7 @@ pub(super) fn choose(
 async fn back_up<H: Hypervisor>(
     reach: Reach,
     connect: impl Future<Output = Result<H, HypervisorError>>,
+    opening: impl Future<Output = Result<Repository, CommandError>>,
     agent: impl FnOnce(&H) -> Option<AgentAddress>,
     stop: Option<&Stop>,
     args: &BackupArgs,
@@ -291,7 +299,8 @@ async fn back_up<H: Hypervisor>(
         let before = hypervisor.guest_io().await?;
         Ok::<_, CommandError>((hypervisor, before))
     };
-    let both = async { tokio::try_join!(connect, context.open_to_write()) };
+    let open = async { Context::add_to(opening.await?).await };
+    let both = async { tokio::try_join!(connect, open) };
     let ((hypervisor, before), open) = context.until_interrupted(both).await?;
     let journal = context.journal()?;
     if !args.dry_run {

@@ -280,9 +280,9 @@ impl Context {
         .await
     }
 
-    /// Opens the repository to add to it and announces a lock, which settles while other things are done.
-    async fn open_to_write(&self) -> Result<OpenRepository<AnnouncedLock>, CommandError> {
-        let repository = self.open().await?;
+    /// Makes an open repository one to add to: announces a lock, which settles while other things are
+    /// done, and reads the index.
+    async fn add_to(repository: Repository) -> Result<OpenRepository<AnnouncedLock>, CommandError> {
         blocking(move || {
             let lock = repository.announce_lock(LockMode::Shared)?;
             let index = Arc::new(repository.index()?);

@@ -14,7 +14,8 @@ use super::{
     Care, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
     MachineFile, Reach,
 };
-use crate::capture::{self, Scratch, filter, job, node_name, suspend};
+use crate::capture::room::Watched;
+use crate::capture::{self, filter, job, node_name, suspend};
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::names::RunId;
 use crate::overlay::Layers;
@@ -25,9 +26,6 @@ const THREADS_WITHOUT_LOCK: u32 = 9;
 /// The first QEMU whose `snapshot-access` answers any request right; see [`Care::Clusters`].
 const MIXED_REQUESTS_RIGHT: u32 = 8;
 
-/// How often the room beside the scratch is looked at: a guest fills some MiB in that time, twenty times
-/// less than what is kept for it. Each look is one call of the system.
-const ROOM_POLL: Duration = Duration::from_millis(2);
 /// How often QEMU is asked whether its guest is being migrated, or goes on: its events tell the former only
 /// to who has changed its settings.
 const GUEST_POLL: Duration = Duration::from_millis(200);
@@ -52,7 +50,7 @@ pub struct BareQemu {
     run_dir: PathBuf,
     scratch_dir: Option<PathBuf>,
     /// The scratch of each disk of the run, in their order.
-    scratch: OnceLock<Vec<Scratch>>,
+    scratch: OnceLock<Watched>,
     /// Whether the guest is to stand still just now.
     stands: AtomicBool,
 }
@@ -153,13 +151,10 @@ impl BareQemu {
     /// Ready when the room beside the scratch runs out.
     async fn room_ends(&self) -> HypervisorError {
         loop {
-            let scratch = || self.scratch.get().into_iter().flatten();
-            match scratch().find_map(Scratch::low) {
-                None => tokio::time::sleep(ROOM_POLL).await,
-                Some(low) => {
-                    scratch().for_each(Scratch::give_up);
-                    return low;
-                }
+            match self.scratch.get() {
+                Some(scratch) => return scratch.ends().await,
+                // There is none yet.
+                None => tokio::time::sleep(GUEST_POLL).await,
             }
         }
     }
@@ -180,7 +175,7 @@ impl BareQemu {
 
     /// A fault of QEMU does not show in its schema, so here the version counts.
     fn care(&self, index: usize) -> Care {
-        let scratch = self.scratch.get().and_then(|files| files.get(index));
+        let scratch = self.scratch.get().and_then(|scratch| scratch.scratch(index));
         match scratch.filter(|_| self.monitor.major_version() < MIXED_REQUESTS_RIGHT) {
             Some(scratch) => Care::Clusters { scratch: Arc::clone(&scratch.file) },
             None => Care::None,
@@ -358,7 +353,10 @@ impl Hypervisor for BareQemu {
         // The filter stands on, but what the guest writes goes past it.
         self.monitor.check_stays().await?;
         match self.recipe()? {
-            Recipe::Filter => filter::confirm(&self.monitor, recorded).await,
+            Recipe::Filter => {
+                filter::confirm(&self.monitor, recorded).await?;
+                self.scratch.get().map_or(Ok(()), Watched::check)
+            }
             Recipe::Job => job::confirm(&self.monitor, recorded).await,
             Recipe::Suspend => suspend::confirm(&self.monitor, recorded).await,
         }

@@ -223,7 +223,8 @@ async fn take_effect(
 ) -> Result<Vec<String>, OverlayError> {
     make(layers, records, held, request.reserve).await?;
     let agent = request.agent.as_ref();
-    let quiesced = quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine).await?;
+    let quiesced =
+        quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine, false).await?;
     let time = Timestamp::now();
     let put = layers.put(held).await;
     // Whatever comes of it, the guest goes on.

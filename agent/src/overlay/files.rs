@@ -12,7 +12,7 @@ use super::at_rest::LocalImage;
 use super::record::{DiskRecord, FileMark};
 use super::{OverlayError, at_rest};
 use crate::capture::image::{Use, keeps_locks};
-use crate::capture::room;
+use crate::capture::room::room;
 use crate::effect;
 use crate::names::{DiskName, RunId};
 

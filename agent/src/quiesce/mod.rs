@@ -69,7 +69,8 @@ pub struct Outcome {
     pub warnings: Vec<String>,
 }
 
-/// Freezes the guest's file systems where `mode` and `agent` allow, under a watchdog.
+/// Freezes the guest's file systems where `mode` and `agent` allow, under a watchdog. `pauses` says
+/// whether the guest will be paused, which asks for one too.
 ///
 /// # Errors
 /// [`QuiesceError::Required`] when `mode` asks for it, [`QuiesceError::Watchdog`].
@@ -78,6 +79,7 @@ pub async fn quiesce(
     agent: Option<&AgentAddress>,
     reach: &Reach,
     machine: &Machine,
+    pauses: bool,
 ) -> Result<Quiesced, QuiesceError> {
     let agent = agent.filter(|_| mode != Mode::No);
     let mut quiesced = Quiesced {
@@ -97,7 +99,9 @@ pub async fn quiesce(
         // A paused guest holds still already, but what it has not written is not on its disks.
         return quiesced.without("the guest is paused");
     }
-    quiesced.watchdog = Some(Watchdog::start(agent, reach)?);
+    if agent.is_some() || pauses {
+        quiesced.watchdog = Some(Watchdog::start(agent, reach)?);
+    }
     if agent.is_none() {
         return match mode {
             Mode::Require => quiesced.without("there is no way to a guest agent"),

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use repository::BlobId;
+use tokio::task::JoinSet;
 
 use super::chunk_map::{ChunkMap, Fate};
 use super::stream::Limits;
@@ -15,6 +16,9 @@ const AUDIT_FRACTION: u64 = 1000;
 const AUDIT_MIN: u64 = 16;
 /// …and beyond these no more than this many bytes: the cost follows the changes, not the disk.
 const AUDIT_LEN_MAX: u64 = 32 << 20;
+
+/// Chunks that are read at once: the next one while one is compared.
+const UNDER_WAY_MAX: usize = 2;
 
 /// How much of what is unchanged is audited.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,16 +67,27 @@ impl Source {
         let mut chosen = sample(&unchanged, audit.count(unchanged.len() as u64, map.offset(1)));
         chosen.extend(last.filter(|last| chosen.binary_search(last).is_err()));
         let start = Instant::now();
-        let mut bytes = 0;
-        for chunk in chosen {
-            limits.keep(start, bytes).await;
-            let data = self.read(map.offset(chunk), map.len(&(chunk..chunk + 1))).await?;
+        let (mut asked, mut bytes) = (0, 0);
+        let mut chosen = chosen.into_iter();
+        let mut under_way = JoinSet::new();
+        loop {
+            while under_way.len() < UNDER_WAY_MAX
+                && let Some(chunk) = chosen.next()
+            {
+                limits.keep(start, asked).await;
+                let (offset, len) = (map.offset(chunk), map.len(&(chunk..chunk + 1)));
+                asked += len;
+                let source = self.clone();
+                under_way.spawn(async move { (chunk, source.read(offset, len).await) });
+            }
+            let Some(done) = under_way.join_next().await else { return Ok((bytes, None)) };
+            let (chunk, data) = done.expect("reads neither panic nor are aborted");
+            let data = data?;
             bytes += data.len() as u64;
             if parent.get(chunk as usize) != Some(&BlobId::of(&data)) {
                 return Ok((bytes, Some(chunk)));
             }
         }
-        Ok((bytes, None))
     }
 }
 
