@@ -133,7 +133,6 @@ fn r01_the_effects_on_a_domain_are_known() {
         "repository: write pack",
         "repository: write snapshot",
         "scratch: create",
-        "watchdog: start",
     ]);
     if takes_sockets(&libvirt) {
         expected.insert("socket: create");

@@ -403,7 +403,7 @@ fn r01_the_effects_of_create_and_purge_on_a_domain_are_known() {
     let expected = [
         vec!["overlays: record"],
         thrice(&["overlay: create"]),
-        vec!["overlays: record", "watchdog: start", "libvirt: put overlays above the disks"],
+        vec!["overlays: record", "libvirt: put overlays above the disks"],
         vec!["overlays: record"],
     ]
     .concat();

@@ -229,7 +229,7 @@ fn r01_the_effects_of_a_backup_by_overlays_are_known() {
         per_disk(&["overlay: create"]),
         vec!["overlays: record"],
         per_disk(&["qmp: blockdev-add"]),
-        vec!["journal: write", "watchdog: start", "qmp: transaction", "journal: write"],
+        vec!["journal: write", "qmp: transaction", "journal: write"],
         vec!["overlays: record", "socket: create", "storage daemon: start", "journal: write"],
     ];
     assert_eq!(taken, expected.concat());

@@ -379,7 +379,7 @@ fn r01_the_effects_of_create_and_purge_are_known() {
         per_disk(&["overlay: create"]),
         vec!["overlays: record"],
         per_disk(&["qmp: blockdev-add"]),
-        vec!["watchdog: start", "qmp: transaction", "overlays: record"],
+        vec!["qmp: transaction", "overlays: record"],
     ]
     .concat();
     assert_eq!(created, expected);
