@@ -9,7 +9,7 @@ use std::time::Duration;
 use qmp_client::QmpError;
 
 use crate::capture::{self, libvirt_job};
-use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::connection::{DomainHandle, Libvirt};
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::monitor::ANSWER_TIMEOUT;
@@ -18,10 +18,11 @@ use crate::hypervisor::{Hypervisor, HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Process, Record, Recorded};
 use crate::names::BitmapNames;
 use crate::overlay::converge::Budget;
+use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::purge::Purge;
 use crate::overlay::qmp::QmpLayers;
 use crate::overlay::record::{Purpose, Records};
-use crate::overlay::{Layers, OverlayError};
+use crate::overlay::{self, Layers, OverlayError};
 use crate::progress::{Progress, When};
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
 use crate::stop::{self, StopError};
@@ -157,6 +158,26 @@ pub async fn end_overlays(
         }
     }
     Ok(())
+}
+
+/// The same for a record of overlays, however its machine is reached.
+///
+/// # Errors
+/// As [`end_overlays`].
+pub async fn end_overlays_wherever(
+    record: &overlay::record::Record,
+    state_dir: &Path,
+) -> Result<(), HypervisorError> {
+    match &record.reach {
+        Reach::Monitor(socket) => {
+            let layers = QmpLayers::connect(socket, record.qemu).await?;
+            end_overlays(&layers, state_dir, &record.reach).await
+        }
+        Reach::Domain(address) => {
+            let layers = LibvirtLayers::new(DomainHandle::connect(address).await?).await?;
+            end_overlays(&layers, state_dir, &record.reach).await
+        }
+    }
 }
 
 /// Whether the machine of a record has ended. Changes nothing.

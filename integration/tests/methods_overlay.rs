@@ -206,9 +206,10 @@ fn r13_a_backup_whose_guest_cannot_be_brought_back_in_time_is_kept_and_says_so()
     scene.host.assert_holds(snapshot, &before);
     assert_eq!((scene.records().len(), scene.host.undo_records()), (1, 0));
     let doctor = scene.host.run(["doctor"]);
-    assert!(doctor.stdout.contains("purge"), "{doctor:?}");
+    assert!(doctor.stdout.contains("could not bring the guest back"), "{doctor:?}");
+    assert_eq!(doctor.code, Some(1));
     scene.contents.scribble(&scene.guest, 4);
-    scene.ok("purge", &[]);
+    scene.host.ok(["doctor", "--repair"]);
     scene.assert_back();
     scene.assert_holds();
 }

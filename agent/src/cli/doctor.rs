@@ -11,7 +11,7 @@ use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::journal::{Journal, Recorded};
 use crate::lock::{DomainLock, LockError};
-use crate::overlay::record::{Held, Records, Stage};
+use crate::overlay::record::{Held, Purpose, Records, Stage};
 use crate::recover;
 use crate::restore::in_place;
 
@@ -53,7 +53,7 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
         tracing::error!("{error}: it tells of a guest that writes to overlays");
     }
     for held in &overlays {
-        left += usize::from(!examine_overlays(held, context)?);
+        left += usize::from(!examine_overlays(held, args.repair, context).await?);
     }
     for record in &exchanges {
         left += usize::from(!examine_exchange(record, args.repair, context).await?);
@@ -101,7 +101,11 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
 }
 
 /// Tells of a machine that writes to overlays, and says whether that is as it was meant to be.
-fn examine_overlays(held: &Held, context: &Context) -> Result<bool, CommandError> {
+async fn examine_overlays(
+    held: &Held,
+    repair: bool,
+    context: &Context,
+) -> Result<bool, CommandError> {
     let record = held.record();
     let lock = DomainLock::on_reach(&context.global.run_dir, &record.reach);
     if let Err(error @ LockError::Held { .. }) = lock {
@@ -109,24 +113,36 @@ fn examine_overlays(held: &Held, context: &Context) -> Result<bool, CommandError
         return Ok(true);
     }
     let is_whole = record.held.is_some() && record.disks.iter().all(|d| d.stage == Stage::Above);
+    let of_backup = record.purpose == Purpose::Backup;
     let state = match is_whole {
+        _ if of_backup => "a backup could not bring the guest back, which writes to overlays",
         true => "its images hold still, the guest writes to overlays",
         false => "a create or purge of it did not end",
     };
+    let state_dir = &context.global.state_dir;
+    if repair
+        && of_backup
+        && let Err(error) = recover::end_overlays_wherever(record, state_dir).await
+    {
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(error, domain = %record.domain, "cannot bring it back");
+    }
+    let mended = !Records::open(state_dir)?.path(record).exists();
     let since = record.held.map_or(record.begun, |held| held.time);
     let mut out = std::io::stdout().lock();
     if context.global.json {
         let overlays: Vec<_> = record.disks.iter().map(|disk| &disk.overlay).collect();
         let line = serde_json::json!({
             "domain": record.domain, "reach": record.reach.to_string(), "since": since,
-            "overlays": overlays, "state": state,
+            "overlays": overlays, "state": state, "mended": mended,
         });
         context.print_json(&mut out, &line)?;
     } else {
         let time = super::list::local_time(since);
-        writeln!(out, "{} (overlays, {time}): {state}; `kvmsnap purge` ends it", record.domain)?;
+        let ends = if mended { "mended" } else { "`kvmsnap purge` ends it" };
+        writeln!(out, "{} (overlays, {time}): {state}; {ends}", record.domain)?;
     }
-    Ok(is_whole)
+    Ok(mended || (is_whole && !of_backup))
 }
 
 /// Tells of a restore in place that stopped between two disks, and says whether it is finished now.

@@ -13,7 +13,7 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
@@ -71,6 +71,8 @@ pub struct LibvirtDomain {
     secrets: bool,
     /// The domain as it was when it was first looked at.
     seen: OnceCell<xml::Domain>,
+    /// Whether its libvirt and QEMU can run backup jobs.
+    offers_jobs: OnceLock<bool>,
     /// Size in bytes of each disk of the run.
     sizes: Mutex<Vec<u64>>,
     scratch: Mutex<Vec<GuardedScratch>>,
@@ -119,6 +121,7 @@ impl LibvirtDomain {
             places,
             secrets,
             seen: OnceCell::new(),
+            offers_jobs: OnceLock::new(),
             sizes: Mutex::new(Vec::new()),
             scratch: Mutex::new(Vec::new()),
             suspends: false,
@@ -148,6 +151,17 @@ impl LibvirtDomain {
     /// The way to the guest agent, where the domain has a channel for one; after `discover`.
     pub fn agent(&self) -> Option<AgentAddress> {
         self.seen().has_agent.then(|| AgentAddress::Domain(self.handle.address()))
+    }
+
+    /// Whether its libvirt and QEMU can run backup jobs; those that do not tell can.
+    async fn offers_jobs(&self) -> Result<bool, HypervisorError> {
+        let emulator = self.look().await?.emulator.clone();
+        let ask = move |connection: &Connect| {
+            connection.domain_capabilities(emulator.as_deref(), None, None, None, 0)
+        };
+        let told = self.handle.libvirt().ask("tell what its QEMU can do", ask).await;
+        let told = told.ok().and_then(|text| xml::parse(&text).ok());
+        Ok(told.is_none_or(|told| xml::offers_backup_jobs(&told)))
     }
 
     /// The domain, asked for once.
@@ -249,6 +263,8 @@ impl Hypervisor for LibvirtDomain {
         if !is_active(state) {
             return Err(HypervisorError::NotRunning { domain: seen.name.clone() });
         }
+        // A second look finds the same.
+        let _ = self.offers_jobs.set(self.offers_jobs().await?);
         let mut bitmaps: BTreeMap<String, Vec<Bitmap>> = BTreeMap::new();
         for (_, of_disks) in self.checkpoints(true).await? {
             for (target, bitmap) in of_disks {
@@ -307,6 +323,11 @@ impl Hypervisor for LibvirtDomain {
 
     async fn layers(&self) -> Result<impl Layers, HypervisorError> {
         LibvirtLayers::new(self.handle.clone()).await
+    }
+
+    fn no_job(&self) -> Option<String> {
+        let lacks = self.offers_jobs.get() == Some(&false);
+        lacks.then(|| "this libvirt, or the QEMU of the domain, offers no backup jobs".to_owned())
     }
 
     fn reach(&self) -> Reach {

@@ -30,6 +30,8 @@ pub struct Domain {
     pub has_tpm: bool,
     /// Whether SELinux confines its QEMU.
     pub has_selinux: bool,
+    /// The program that it runs in.
+    pub emulator: Option<String>,
     /// The memory of its firmware, where that is a file.
     pub nvram: Option<PathBuf>,
     /// The kernel that it boots directly.
@@ -125,6 +127,7 @@ pub fn read_domain(domain: &Element) -> Domain {
         has_agent: false,
         has_tpm: false,
         has_selinux: labels.any(|label| label == "selinux"),
+        emulator: domain.get_child("devices").and_then(|devices| text(devices, "emulator")),
         nvram: None,
         kernel: None,
         initrd: None,
@@ -358,6 +361,13 @@ pub fn tops(domain: &Element) -> Vec<Top> {
     devices.filter(|device| device.name == "disk").map(top).collect()
 }
 
+/// Whether libvirt can run backup jobs, by what it says of a program ("Domain capabilities XML format");
+/// one that says nothing of them is too old.
+pub fn offers_backup_jobs(capabilities: &Element) -> bool {
+    let features = capabilities.get_child("features");
+    features.and_then(|features| attribute(features, "backup", "supported")) == Some("yes")
+}
+
 /// Leaves a disk out of a description.
 pub fn remove_disk(domain: &mut Element, target: &str) {
     let is_it = |device: &XMLNode| {
@@ -481,6 +491,17 @@ mod tests {
              <target dev='vda'/></disk>"
         );
         read_disk(&parse(&xml).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn backup_jobs_are_believed_in_only_where_libvirt_says_so() {
+        let of = |features: &str| {
+            let text = format!("<domainCapabilities>{features}</domainCapabilities>");
+            offers_backup_jobs(&parse(&text).unwrap())
+        };
+        assert!(of("<features><gic supported='no'/><backup supported='yes'/></features>"));
+        assert!(!of("<features><backup supported='no'/></features>"));
+        assert!(!of("<features/>") && !of(""));
     }
 
     #[test]

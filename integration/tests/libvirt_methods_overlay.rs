@@ -1,0 +1,112 @@
+//! `backup --method overlay` on domains of libvirt.
+
+use std::fs;
+use std::path::PathBuf;
+
+use integration::faults::{kinds, noise, signal, wait_until};
+use integration::libvirt::{Scene, WAIT};
+use integration::{Running, finish, spawn};
+use nix::sys::signal::Signal;
+use vm_fixtures::libvirt::Libvirt;
+
+const OVERLAY: [&str; 2] = ["--method", "overlay"];
+
+fn overlays(scene: &Scene) -> Vec<PathBuf> {
+    let files = fs::read_dir(scene.domain.folder()).expect("the domain's folder").flatten();
+    let is_one = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("kvmsnap-") && name.ends_with(".qcow2")
+    };
+    files.map(|entry| entry.path()).filter(is_one).collect()
+}
+
+/// Whether a description names overlays, which are called after their disks.
+fn names_overlays(xml: &str) -> bool {
+    ["vda", "vdb", "vdc"].iter().any(|disk| xml.contains(&format!("-{disk}.qcow2'")))
+}
+
+/// The domain runs on, and starts with, its own images; nothing is left of any overlay.
+#[track_caller]
+fn assert_back(scene: &Scene) {
+    for inactive in [&[][..], &["--inactive"]] {
+        let xml = scene.domain.virsh("dumpxml", inactive);
+        assert!(!names_overlays(&xml) && !xml.contains("<mirror"), "{xml}");
+    }
+    assert_eq!(overlays(scene), Vec::<PathBuf>::new());
+}
+
+/// A backup that takes its time, reading, while the domain writes to overlays.
+fn slow_backup(scene: &mut Scene) -> Running {
+    scene.write("vda", 0, &noise(2 << 20, 7));
+    let more = [&OVERLAY[..], &["--limit-read", "64KiB"]].concat();
+    let mut running = spawn(scene.command(&more));
+    wait_until(WAIT, "the domain writes to overlays", || {
+        assert!(!running.has_ended(), "it ended too early");
+        names_overlays(&scene.domain.virsh("dumpxml", &[]))
+    });
+    running
+}
+
+#[test]
+fn p1_p3_frozen_images_of_a_domain_are_stored_and_its_checkpoints_go_on() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.scribble();
+
+    let made = scene.backup_with(&OVERLAY);
+
+    assert_eq!((&made["method"], &made["kind"]), (&"overlay".into(), &"rescan".into()), "{made}");
+    assert_back(&scene);
+    scene.assert_clean();
+    scene.scribble();
+    let after = scene.backup();
+    let kinds = kinds(&after);
+    assert_eq!((&*kinds["vda"], &*kinds["vdb"]), ("incremental", "incremental"), "{after}");
+    scene.assert_clean();
+}
+
+#[test]
+fn p3_a_killed_backup_of_a_domain_is_undone_by_its_guard_or_the_next() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    for by_guard in [false, true] {
+        let running = slow_backup(&mut scene);
+        scene.scribble();
+
+        signal(running.pid(), Signal::SIGKILL);
+
+        finish(running);
+        scene.scribble();
+        if by_guard {
+            wait_until(WAIT, "the run is undone", || scene.host.undo_records() == 0);
+            assert_back(&scene);
+        }
+        scene.scribble();
+        let next = scene.backup_with(&OVERLAY);
+        assert_eq!(next["kind"], "rescan", "{next}");
+        assert_back(&scene);
+        scene.assert_clean();
+    }
+}
+
+#[test]
+fn r02_a_domain_killed_in_a_backup_starts_with_its_own_images_that_hold_all() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let running = slow_backup(&mut scene);
+    scene.scribble();
+    scene.flush();
+
+    scene.domain.kill_qemu();
+
+    let outcome = finish(running);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    wait_until(WAIT, "the overlays are written back", || overlays(&scene).is_empty());
+    wait_until(WAIT, "the run is forgotten", || scene.host.undo_records() == 0);
+    scene.domain.start();
+    scene.scribble();
+    let next = scene.backup();
+    assert_eq!(kinds(&next)["vdc"], "rescan", "{next}");
+    let xml = scene.domain.virsh("dumpxml", &[]);
+    assert!(!names_overlays(&xml), "{xml}");
+}
