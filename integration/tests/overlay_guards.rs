@@ -66,6 +66,45 @@ fn r01_r23_a_guest_whose_purge_was_killed_is_brought_back_while_it_runs_on_its_o
 }
 
 #[test]
+fn r01_what_a_killed_create_left_is_removed_by_as_many_attempts_as_it_takes() {
+    let Some(mut scene) = Scene::new() else { return };
+    let killed_at = |n: u32| {
+        let mut create = scene.command("create", &[]);
+        create.env("KVMSNAP_CRASH_AT", n.to_string());
+        assert_eq!(finish(spawn(create)).code, None);
+    };
+    // Both overlays are open, none is put above its disk; then one of them is deleted, and the other not.
+    killed_at(6);
+    assert_eq!(scene.overlays().len(), 2);
+    (3..7).for_each(killed_at);
+
+    scene.ok("create", &[]);
+
+    scene.contents.scribble(&scene.guest, 2);
+    scene.ok("purge", &[]);
+    scene.assert_back();
+    scene.assert_holds();
+}
+
+#[test]
+fn r23_disks_of_a_guest_that_ran_on_its_own_images_are_never_of_two_times() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    scene.guest.quit();
+    scene.guest.restart();
+    scene.guest.qemu_io("vdb", "write -P 8 0 64k");
+    scene.guest.quit();
+    let before = std::fs::read(scene.guest.disk_path("vda")).expect("an image");
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "vdb.raw was written to while it should hold still");
+    assert_nothing_was_deleted(&scene);
+    assert_eq!(before, std::fs::read(scene.guest.disk_path("vda")).expect("an image"));
+}
+
+#[test]
 fn r01_a_guest_that_did_not_go_on_with_its_image_is_brought_back_after_its_end() {
     let Some(mut scene) = Scene::new() else { return };
     scene.ok("create", &[]);

@@ -7,12 +7,14 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Context;
-use super::backup::lock;
+use super::backup::{lock, recover_earlier};
 use super::overlays::{self, Machines, WayBack};
 use crate::error::CommandError;
 use crate::hypervisor::Reach;
-use crate::hypervisor::libvirt::KnownDomain;
 use crate::hypervisor::libvirt::connection::Libvirt;
+use crate::hypervisor::libvirt::{KnownDomain, LibvirtDomain, Places};
+use crate::hypervisor::monitor::ANSWER_TIMEOUT;
+use crate::hypervisor::qmp::BareQemu;
 use crate::names::DomainName;
 use crate::overlay::Layers;
 use crate::overlay::files::is_same;
@@ -62,8 +64,23 @@ pub async fn run(args: PurgeArgs, context: &Context) -> Result<(), CommandError>
         return nothing(&reach.to_string());
     }
     let known = held.last().and_then(|held| held.record().qemu);
-    let connect = async { Ok(QmpLayers::connect(&monitor, known).await?) };
+    let connect = async {
+        let layers = QmpLayers::connect(&monitor, known).await?;
+        if !layers.is_there() {
+            return Ok(layers);
+        }
+        // QEMU serves one client at a time.
+        drop(layers);
+        // What a killed backup left stands above the overlay, or uses it.
+        let (run_dir, journal) = (&context.global.run_dir, context.journal()?);
+        let qemu = BareQemu::connect(&monitor, run_dir, None, false, ANSWER_TIMEOUT).await?;
+        recover_earlier(&qemu, &journal, run_dir).await?;
+        drop(qemu);
+        Ok(QmpLayers::connect(&monitor, known).await?)
+    };
     let layers = context.until_interrupted(connect).await?;
+    // A backup's own are gone by now.
+    let held = records.all_of(&reach)?;
     let name: DomainName = "qemu".parse()?;
     bring_back(&layers, &records, held, (name, String::new(), reach), &args, context).await
 }
@@ -86,8 +103,16 @@ async fn of_domain(
         };
     }
     let handle = libvirt.domain(&known.uuid);
-    let connect = async { Ok(LibvirtLayers::new(handle).await?) };
+    let connect = async {
+        if handle.is_active().await? {
+            let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
+            recover_earlier(&domain, &context.journal()?, &context.global.run_dir).await?;
+        }
+        Ok(LibvirtLayers::new(handle).await?)
+    };
     let layers = context.until_interrupted(connect).await?;
+    // A backup's own are gone by now.
+    let held = records.all_of(&reach)?;
     let machine = (known.name.parse()?, known.uuid.clone(), reach);
     bring_back(&layers, &records, held, machine, args, context).await
 }

@@ -103,7 +103,11 @@ pub async fn settle(
         let images = chains.iter().flat_map(|chain| &chain.images);
         images.into_iter().any(|image| files::is_same(&image.path, &disk.overlay))
     };
-    let was_used = |disk: &DiskRecord| Ok::<_, OverlayError>(!files::is_untouched(disk)?);
+    let was_used = |disk: &DiskRecord| match disk.stage {
+        // It was about to be deleted, and is.
+        Stage::Back(_) if files::mark(&disk.overlay)?.is_none() => Ok(false),
+        _ => files::is_untouched(disk).map(|untouched| !untouched),
+    };
     // They are put in one instant, so one tells of all. What a guest wrote to is never thrown away.
     let mut took_effect = held.record().disks.iter().any(is_above);
     for disk in &held.record().disks {
@@ -123,6 +127,10 @@ pub async fn settle(
         return Ok(Some(held));
     }
     layers.close(&held).await?;
+    // Whoever is killed in between leaves a part of them, which is no sign of use.
+    records.update(&mut held, |record| {
+        record.disks.iter_mut().for_each(|disk| disk.stage = Stage::Back(disk.made));
+    })?;
     for disk in &held.record().disks {
         files::delete(disk)?;
     }
@@ -251,6 +259,7 @@ pub fn hold(
     }
     records.update(held, |record| {
         record.held = Some(since);
+        record.disks.iter_mut().for_each(|disk| disk.stage = Stage::Above);
         for (disk, still) in record.disks.iter_mut().zip(still) {
             disk.still = still;
         }

@@ -148,6 +148,13 @@ impl<L: Layers> Purge<'_, L> {
             return Ok(Vec::new());
         };
         self.lift_limits(&mut held).await?;
+        if self.layers.chains().await?.is_none() {
+            // All or none: disks of one machine belong to one time.
+            let is_left = |disk: &&DiskRecord| !matches!(disk.stage, Stage::Back(_));
+            for disk in held.record().disks.iter().filter(is_left) {
+                self.to_write(held.record(), disk).await?;
+            }
+        }
         let (mut brought, mut stays) = (Vec::new(), None);
         for index in 0..held.record().disks.len() {
             if !matches!(held.record().disks[index].stage, Stage::Back(_)) {
@@ -254,11 +261,25 @@ impl<L: Layers> Purge<'_, L> {
     // ---- a machine that does not run ------------------------------------------------------------
 
     async fn at_rest(&self, held: &mut Held, index: usize) -> Result<(), OverlayError> {
-        self.layers.check_off().await?;
         let disk = held.record().disks[index].clone();
+        if let Some(chain) = self.to_write(held.record(), &disk).await? {
+            self.set_stage(held, index, Stage::Committing)?;
+            self.progress.phase(&format!("writing back {}", disk.overlay.display()));
+            at_rest::commit(&chain).await?;
+        }
+        self.point_back(held, &disk).await
+    }
+
+    /// The images of a disk at rest, from the overlay down; `None` where the overlay adds nothing.
+    async fn to_write(
+        &self,
+        record: &Record,
+        disk: &DiskRecord,
+    ) -> Result<Option<Vec<Image>>, OverlayError> {
+        self.layers.check_off().await?;
         let overlay = disk.overlay_image();
-        match files::is_ours(&disk)? {
-            None => return Err(missing(held.record(), &disk)),
+        match files::is_ours(disk)? {
+            None => return Err(missing(record, disk)),
             Some(false) => return Err(OverlayError::Replaced { overlay: overlay.path }),
             Some(true) => {}
         }
@@ -268,23 +289,20 @@ impl<L: Layers> Purge<'_, L> {
                 return Err(HypervisorError::ImageInUse { image }.into());
             }
         }
+        refuse_snapshots(disk).await?;
         // Where the base has no data of its own, what lies beneath it counts.
         let beneath = image::chain(vec![disk.base.image()], true)
             .await?
             .map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })?;
         let chain = [vec![overlay.image()], beneath.images].concat();
-        if !may_be_written(&disk, &chain[1])? {
-            self.progress.phase(&format!("comparing {} with its image", disk.overlay.display()));
-            if !at_rest::adds_nothing(&chain).await? {
-                return Err(untrusted(&disk));
-            }
-            return self.point_back(held, &disk).await;
+        if may_be_written(disk, &chain[1])? {
+            return Ok(Some(chain));
         }
-        refuse_snapshots(&disk).await?;
-        self.set_stage(held, index, Stage::Committing)?;
-        self.progress.phase(&format!("writing back {}", disk.overlay.display()));
-        at_rest::commit(&chain).await?;
-        self.point_back(held, &disk).await
+        self.progress.phase(&format!("comparing {} with its image", disk.overlay.display()));
+        match at_rest::adds_nothing(&chain).await? {
+            true => Ok(None),
+            false => Err(untrusted(disk)),
+        }
     }
 
     /// Has the machine start with the disk's own image. It may have started with the overlay meanwhile: then

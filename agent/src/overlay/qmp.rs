@@ -76,6 +76,11 @@ impl QmpLayers {
         Self { monitor: None }
     }
 
+    /// Whether there is a QEMU.
+    pub fn is_there(&self) -> bool {
+        self.monitor.is_some()
+    }
+
     fn monitor(&self) -> Result<&Monitor, HypervisorError> {
         let ended = || HypervisorError::NotRunning { domain: "QEMU".to_owned() };
         self.monitor.as_ref().ok_or_else(ended)
