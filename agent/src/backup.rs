@@ -287,6 +287,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 ..self.hypervisor.names(&run, index, &planned.disk)
             }
         };
+        let targets: Vec<_> = self.plan.disks.iter().map(|planned| &planned.disk.target).collect();
         Record {
             pid: std::process::id(),
             started: Timestamp::now(),
@@ -302,6 +303,7 @@ impl<H: Hypervisor> Run<'_, H> {
             pauses: self.plan.machine.runs && self.hypervisor.pauses(self.plan.disks.len()),
             suspends: self.hypervisor.suspends(),
             stopped: None,
+            snapshots: self.hypervisor.snapshots(&run, &targets),
             nbd_server: false,
             overlays: self.hypervisor.puts_overlays(),
             socket: self.hypervisor.listens_at(&run),

@@ -377,6 +377,16 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
         }
         HypervisorError::Migrated { .. } => "back it up there; its dirty bitmaps went with it",
         HypervisorError::Migrating => "nothing was recorded: back it up where it runs then",
+        HypervisorError::NoVolume { .. } => {
+            "--disk names those that are, `--method auto` takes what is possible"
+        }
+        HypervisorError::SnapshotFull { .. } => {
+            "nothing was recorded and the guest goes on; --lvm-size makes it larger, or give the pool room"
+        }
+        HypervisorError::Tool { tool: "lvcreate", .. } => {
+            "--lvm-size says how large a snapshot is made; `vgs` says what is left"
+        }
+        HypervisorError::Host { step, .. } if step.contains("`lvs`") => "it is in the package lvm2",
         HypervisorError::ImageInUse { .. } => {
             "the domain may be starting, or another one have the same disk, also on another host"
         }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::capture::lvm::Snapshot;
 use crate::effect;
 use crate::hypervisor::Reach;
 use crate::names::{DiskName, DomainName, RunId};
@@ -148,6 +149,9 @@ pub struct Record {
     /// Where the run is to start the domain again, and nothing else.
     #[serde(default)]
     pub stopped: Option<Stopped>,
+    /// The snapshots of LVM that it makes, of each disk one, or none.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
     /// Whether it may have started QEMU's NBD server.
     pub nbd_server: bool,
     /// Whether it puts overlays above the disks, which a record of their own tells of.
@@ -340,6 +344,7 @@ mod tests {
             suspends: false,
             stopped: None,
             overlays: false,
+            snapshots: Vec::new(),
             agent: None,
             repository_id: "r".into(),
             phase: Phase::Capturing,

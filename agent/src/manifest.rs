@@ -68,6 +68,8 @@ pub enum Method {
     Suspend,
     /// The domain was shut down for it, and started again.
     Stop,
+    /// Snapshots of LVM.
+    Lvm,
 }
 
 impl Method {
@@ -80,6 +82,7 @@ impl Method {
             Self::Offline => "offline",
             Self::Suspend => "suspend",
             Self::Stop => "stop",
+            Self::Lvm => "lvm",
         }
     }
 }

@@ -21,6 +21,8 @@ pub enum Wanted {
     Suspend,
     /// The domain is shut down, read and started again.
     Stop,
+    /// LVM makes snapshots of the logical volumes that the disks are on.
+    Lvm,
 }
 
 /// What a machine can do.
@@ -157,6 +159,7 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
         (Wanted::Bitmap, Some(reason), _) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
         (Wanted::Offline, ..) => Err(MethodError::Runs),
+        (Wanted::Lvm, ..) => chosen(Method::Lvm, "asked for with --method"),
         (Wanted::Stop, ..) => chosen(Method::Stop, "asked for with --method"),
         (Wanted::Suspend, ..) => chosen(Method::Suspend, "asked for with --method"),
         (Wanted::Pull | Wanted::Bitmap, _, Some(reason)) => {

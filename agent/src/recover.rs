@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use qmp_client::QmpError;
 
-use crate::capture::{self, libvirt_job};
+use crate::capture::{self, libvirt_job, lvm};
 use crate::hypervisor::libvirt::connection::{DomainHandle, Libvirt};
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
 use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
@@ -72,13 +72,14 @@ pub async fn undo(
     }
     if record.qemu.is_some() && record.qemu != hypervisor.process() {
         // Another QEMU is reached that way by now.
-        return forget(journal, recorded, run_dir);
+        return forget(journal, recorded, run_dir).await;
     }
     tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
     let undone = async {
         if record.holds_guest {
             let_go(hypervisor, record).await?;
         }
+        lvm::remove(&record.snapshots).await?;
         hypervisor.release(recorded).await?;
         hypervisor.drop_bitmaps(&obsolete_bitmaps(record)).await
     };
@@ -110,7 +111,7 @@ pub async fn undo_wherever(
         None if record.overlays && matches!(record.reach, Reach::Monitor(_)) => {
             take_back(&QmpLayers::ended(), journal, recorded, run_dir).await
         }
-        None => forget(journal, recorded, run_dir),
+        None => forget(journal, recorded, run_dir).await,
     }
 }
 
@@ -231,8 +232,15 @@ async fn reach(record: &Record, run_dir: &Path) -> Result<Option<Machine>, Hyper
 ///
 /// # Errors
 /// [`RecoverError`].
-pub fn forget(journal: &Journal, recorded: &Recorded, run_dir: &Path) -> Result<(), RecoverError> {
+pub async fn forget(
+    journal: &Journal,
+    recorded: &Recorded,
+    run_dir: &Path,
+) -> Result<(), RecoverError> {
     let record = recorded.record();
+    let snapshots = lvm::remove(&record.snapshots).await;
+    snapshots
+        .map_err(|source| RecoverError::Hypervisor { record: Box::new(record.clone()), source })?;
     capture::remove_socket(run_dir, &record.run)
         .and_then(|()| match record.reach {
             Reach::Monitor(_) => Ok(()),

@@ -187,6 +187,7 @@ impl Stop {
             suspends: false,
             overlays: false,
             stopped: Some(Stopped { id, until }),
+            snapshots: Vec::new(),
             nbd_server: false,
             socket: None,
             disks: Vec::new(),

@@ -309,7 +309,7 @@ pub fn tool(mut command: Command) -> Output {
 }
 
 /// The program under test: built beside the tests, unless `KVMSNAP_PROGRAM` names another.
-fn program() -> PathBuf {
+pub fn program() -> PathBuf {
     if let Some(program) = std::env::var_os("KVMSNAP_PROGRAM") {
         return PathBuf::from(program);
     }

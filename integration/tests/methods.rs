@@ -195,3 +195,16 @@ fn a_qemu_that_nobody_manages_can_be_neither_offline_nor_started_again() {
         assert_says(&refused, 2, &format!("--method {method} is for domains of libvirt"));
     }
 }
+
+#[test]
+fn a_disk_that_is_no_logical_volume_has_no_snapshot_of_lvm() {
+    if !vm_fixtures::available("lvs", "lvm2") {
+        return;
+    }
+    let Some(scene) = Scene::new() else { return };
+
+    let refused = scene.host.try_backup(&scene.guest, &["--method", "lvm"]);
+
+    assert_says(&refused, 1, "disk `vda` is no raw image on a logical volume of lvm");
+    scene.host.assert_nothing_left();
+}

@@ -23,6 +23,8 @@ const AGENT_PACKAGE: &str = "qemu-guest-agent";
 /// The drivers of the guest. What they need is looked up; what the kernel has built in is skipped.
 const MODULES: [&str; 7] =
     ["virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "virtio_console", "ext4", "xfs"];
+/// Those of a guest that plays the host, which loads them itself.
+const MAPPER_MODULES: [&str; 2] = ["dm_snapshot", "dm_thin_pool"];
 /// Raise this when the outcome changes for a reason that no other part of the key shows.
 const RECIPE_VERSION: &str = "1";
 
@@ -68,7 +70,7 @@ fn cache_folder() -> PathBuf {
 fn key() -> String {
     let mut digest = Sha256::new();
     let release = fs::read("/etc/os-release").unwrap_or_default();
-    let modules = MODULES.join(" ");
+    let modules = [&MODULES[..], &MAPPER_MODULES].concat().join(" ");
     for part in [RECIPE_VERSION, INIT, KERNEL_PACKAGE, AGENT_PACKAGE, &modules] {
         digest.update(part);
         digest.update([0]);
@@ -167,17 +169,21 @@ fn add_program(archive: &mut Archive, as_path: &str, program: &Path) {
     }
 }
 
-/// Adds the modules, and `order`, the list in which each comes after those it needs.
+/// Adds the modules, and the lists in which each comes after those it needs: `order`, and then
+/// `device-mapper`.
 fn add_modules(archive: &mut Archive, packages: &Path) {
     let mut files = BTreeMap::new();
     let folder = ["usr/lib/modules", "lib/modules"].map(|modules| packages.join(modules));
     collect_modules(folder.iter().find(|folder| folder.is_dir()).expect("a kernel"), &mut files);
-    let mut order = Vec::new();
-    for module in MODULES {
-        add_module(archive, module, &files, &mut order);
+    let (mut order, mut listed) = (Vec::new(), 0);
+    for (list, modules) in [("order", &MODULES[..]), ("device-mapper", &MAPPER_MODULES)] {
+        for module in modules {
+            add_module(archive, module, &files, &mut order);
+        }
+        let lines: String = order[listed..].iter().map(|module| format!("{module}.ko\n")).collect();
+        archive.file(&format!("lib/modules/{list}"), lines.as_bytes());
+        listed = order.len();
     }
-    let order: String = order.iter().map(|module| format!("{module}.ko\n")).collect();
-    archive.file("lib/modules/order", order.as_bytes());
 }
 
 fn collect_modules(folder: &Path, files: &mut BTreeMap<String, PathBuf>) {

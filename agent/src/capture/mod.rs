@@ -5,6 +5,7 @@ pub mod filter;
 pub mod image;
 pub mod job;
 pub mod libvirt_job;
+pub mod lvm;
 pub mod offline;
 pub mod overlay;
 pub mod place;

@@ -209,6 +209,7 @@ async fn examine(
         lock => lock?,
     };
     let state = match record.stopped.is_none() && recover::has_ended(record, run_dir).await? {
+        _ if !record.snapshots.is_empty() => "its run ended without removing its LVM snapshots",
         true => "QEMU has ended, and with it all that the run had made in it",
         false if record.stopped.is_some() => {
             "its run ended before it started the domain again that it had shut down"

@@ -6,6 +6,7 @@
 
 pub mod graph;
 pub mod libvirt;
+pub mod lvm;
 pub mod monitor;
 pub mod qmp;
 
@@ -22,6 +23,7 @@ use jiff::Timestamp;
 use qmp_client::QmpError;
 use serde::{Deserialize, Serialize};
 
+use crate::capture::lvm::Snapshot;
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, NameError, RunId};
@@ -147,6 +149,22 @@ pub enum HypervisorError {
     /// The guest was to stand still until it was read.
     #[error("somebody let the guest go on while it was read")]
     GuestGoesOn,
+    /// The image is not a logical volume.
+    #[error("disk `{disk}` is no raw image on a logical volume of LVM")]
+    NoVolume {
+        /// The disk.
+        disk: DiskName,
+    },
+    /// A snapshot of LVM takes no more, or is about to.
+    #[error("the LVM snapshot {what} of disk `{disk}` is {percent} % full")]
+    SnapshotFull {
+        /// The disk.
+        disk: DiskName,
+        /// The snapshot.
+        what: String,
+        /// How full it or its pool is, in percent.
+        percent: u8,
+    },
     /// An image that should lie still is used.
     #[error("the image {image} is in use by another process")]
     ImageInUse {
@@ -491,6 +509,11 @@ pub trait Hypervisor {
     /// The names of what a run will make on a disk, for its undo record.
     fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord;
 
+    /// The snapshots of LVM that a run will make, for its undo record.
+    fn snapshots(&self, _run: &RunId, _disks: &[&DiskName]) -> Vec<Snapshot> {
+        Vec::new()
+    }
+
     /// Where QEMU will listen for a run, where that has a name of its own.
     fn listens_at(&self, run: &RunId) -> Option<PathBuf>;
 
@@ -554,6 +577,11 @@ pub trait Hypervisor {
         _recorded: &Recorded,
         _interrupt: Pin<&mut impl Future<Output = ()>>,
     ) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    /// Pauses a guest that runs.
+    async fn pause(&self) -> Result<(), HypervisorError> {
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::graph::{self, BlockDevice};
-use super::monitor::Monitor;
+use super::monitor::{Monitor, Step};
 use super::{
     Care, Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine,
     MachineFile, Reach,
@@ -371,6 +371,10 @@ impl Hypervisor for BareQemu {
             true => job::release(&self.monitor, recorded, &self.run_dir).await,
             false => filter::release(&self.monitor, recorded, &self.run_dir).await,
         }
+    }
+
+    async fn pause(&self) -> Result<(), HypervisorError> {
+        self.monitor.run(Step::new("pause the guest", "stop", json!({}))).await.map(drop)
     }
 
     async fn let_go_on(&self) -> Result<(), HypervisorError> {

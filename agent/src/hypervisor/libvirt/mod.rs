@@ -413,7 +413,7 @@ impl Hypervisor for LibvirtDomain {
         let start = Instant::now();
         let pauses = recorded.record().pauses;
         if pauses {
-            self.handle.change("pause the guest", Domain::suspend).await?;
+            self.pause().await?;
         }
         let cut = libvirt_job::cut(&self.handle, recorded, &others, takes_sockets).await?;
         self.stands.store(self.suspends, Ordering::SeqCst);
@@ -438,6 +438,10 @@ impl Hypervisor for LibvirtDomain {
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         libvirt_job::release(&self.handle, recorded).await
+    }
+
+    async fn pause(&self) -> Result<(), HypervisorError> {
+        self.handle.change("pause the guest", Domain::suspend).await
     }
 
     async fn let_go_on(&self) -> Result<(), HypervisorError> {
