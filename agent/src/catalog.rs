@@ -239,8 +239,15 @@ impl Catalog {
         };
         let snapshots = self.repository.snapshots()?.good;
         for (id, file) in snapshots.iter().rev().filter(|(_, file)| other(file)) {
-            // What one that cannot be read began is lost with it.
-            let Ok(manifest) = self.manifest(*id, file) else { continue };
+            let manifest = match self.manifest(*id, file) {
+                Ok(manifest) => manifest,
+                // It may tell of any of them, once it can be read again.
+                Err(error) => {
+                    tracing::warn!(%error, "dirty bitmaps of a backup that cannot be read stay");
+                    claimed.append(&mut bitmaps);
+                    break;
+                }
+            };
             if manifest.uuid != uuid {
                 continue;
             }

@@ -77,14 +77,17 @@ pub async fn cut(
             Ok(socket) => begin(domain, recorded, others, Some(socket)).await,
             Err(error) => Err(error),
         };
-        match begun {
-            // Nothing has begun.
-            Err(error @ (HypervisorError::Libvirt { .. } | HypervisorError::Host { .. })) => {
-                tracing::debug!(?error, "no socket can be passed: QEMU makes one");
-                remove_files(recorded.record())?;
-            }
-            begun => return begun,
+        let is_about_it = match &begun {
+            Err(HypervisorError::Libvirt { source, .. }) => source.is_of_the_request(),
+            Err(HypervisorError::Host { .. }) => true,
+            _ => false,
+        };
+        if !is_about_it {
+            return begun;
         }
+        // Nothing has begun.
+        tracing::debug!(?begun, "no socket can be passed: QEMU makes one");
+        remove(recorded.record().socket.as_deref())?;
     }
     begin(domain, recorded, others, None).await
 }
@@ -217,7 +220,11 @@ pub async fn release(domain: &DomainHandle, recorded: &Recorded) -> Result<(), H
 /// [`HypervisorError::Host`].
 pub fn remove_files(record: &Record) -> Result<(), HypervisorError> {
     let scratch = record.disks.iter().map(|disk| Path::new(&disk.scratch));
-    for path in scratch.chain(record.socket.as_deref()) {
+    remove(scratch.chain(record.socket.as_deref()))
+}
+
+fn remove<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<(), HypervisorError> {
+    for path in paths {
         match fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 let step = format!("remove {}", path.display());

@@ -73,6 +73,8 @@ pub struct LibvirtDomain {
     seen: OnceCell<xml::Domain>,
     /// Whether its libvirt and QEMU can run backup jobs.
     offers_jobs: OnceLock<bool>,
+    /// Whether libvirt may take the socket of a backup job, asked for once.
+    takes_sockets: OnceCell<bool>,
     /// Size in bytes of each disk of the run.
     sizes: Mutex<Vec<u64>>,
     scratch: Mutex<Vec<GuardedScratch>>,
@@ -122,6 +124,7 @@ impl LibvirtDomain {
             secrets,
             seen: OnceCell::new(),
             offers_jobs: OnceLock::new(),
+            takes_sockets: OnceCell::new(),
             sizes: Mutex::new(Vec::new()),
             scratch: Mutex::new(Vec::new()),
             suspends: false,
@@ -181,8 +184,12 @@ impl LibvirtDomain {
     /// Whether libvirt may take the socket of a backup job. To QEMU under SELinux it would be of no use: a
     /// socket bears the label of the process that made it, and nobody changes that.
     async fn takes_sockets(&self) -> Result<bool, HypervisorError> {
-        let version = self.handle.libvirt().ask("tell its version", Connect::lib_version).await?;
-        Ok(version >= SOCKETS_FROM && !self.seen().has_selinux)
+        let ask = async || {
+            let libvirt = self.handle.libvirt();
+            let version = libvirt.ask("tell its version", Connect::lib_version).await?;
+            Ok(version >= SOCKETS_FROM && !self.seen().has_selinux)
+        };
+        self.takes_sockets.get_or_try_init(ask).await.copied()
     }
 
     /// The disks of the domain that a record does not name.
@@ -402,6 +409,8 @@ impl Hypervisor for LibvirtDomain {
         if !self.suspends {
             libvirt_job::check_room(recorded.record(), disks)?;
         }
+        // Not while the guest is frozen.
+        self.takes_sockets().await?;
         let sizes = disks.iter().map(|disk| disk.size);
         *self.sizes.lock().unwrap_or_else(PoisonError::into_inner) = sizes.collect();
         Ok(())

@@ -400,6 +400,21 @@ impl Refusal {
         is(&self.0, sys::VIR_ERR_CHECKPOINT_INCONSISTENT)
     }
 
+    /// Whether libvirt does not understand, or cannot do, what it was asked for.
+    pub fn is_of_the_request(&self) -> bool {
+        let codes = [
+            sys::VIR_ERR_NO_SUPPORT,
+            sys::VIR_ERR_INVALID_ARG,
+            sys::VIR_ERR_XML_ERROR,
+            sys::VIR_ERR_XML_DETAIL,
+            sys::VIR_ERR_XML_INVALID_SCHEMA,
+            sys::VIR_ERR_CONFIG_UNSUPPORTED,
+            sys::VIR_ERR_ARGUMENT_UNSUPPORTED,
+            sys::VIR_ERR_OPERATION_UNSUPPORTED,
+        ];
+        codes.into_iter().any(|code| is(&self.0, code))
+    }
+
     /// Whether the domain does not exist.
     pub fn is_no_domain(&self) -> bool {
         is_no_domain(&self.0)
