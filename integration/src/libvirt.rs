@@ -294,7 +294,7 @@ pub fn daemons(domain: &Domain) -> Vec<u32> {
 }
 
 /// The processes whose command lines have all these words.
-fn processes(words: &[&str]) -> Vec<u32> {
+pub fn processes(words: &[&str]) -> Vec<u32> {
     let has_them = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line);

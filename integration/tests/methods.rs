@@ -5,6 +5,7 @@ use std::time::Duration;
 use integration::faults::{
     Contents, assert_goes_on, assert_says, kinds, signal, wait_for_export, wait_until,
 };
+use integration::libvirt::processes;
 use integration::restored::disk;
 use integration::{Host, Running, finish, spawn};
 use nix::sys::signal::Signal;
@@ -125,6 +126,24 @@ fn r01_p2_the_guest_of_a_killed_run_goes_on_within_a_second() {
         scene.host.backup_and_compare(&scene.guest, &scene.contents, &SUSPEND);
         scene.assert_clean();
     }
+}
+
+#[test]
+fn r01_p2_the_guest_of_a_run_that_was_killed_with_its_watchdog_is_let_go_by_the_guard() {
+    let Some(mut scene) = Scene::new() else { return };
+    let running = scene.backup_slowly();
+    let socket = scene.guest.qmp();
+    let watchdogs = processes(&["quiesce-watchdog", socket.to_str().expect("a plain path")]);
+    assert_eq!(watchdogs.len(), 1);
+
+    signal(watchdogs[0], Signal::SIGKILL);
+    signal(running.pid(), Signal::SIGKILL);
+
+    finish(running);
+    wait_until(GUARD_TIMEOUT, "the guest goes on", || scene.guest.is_running());
+    wait_until(GUARD_TIMEOUT, "the run is undone", || scene.host.undo_records() == 0);
+    scene.host.backup_and_compare(&scene.guest, &scene.contents, &SUSPEND);
+    scene.assert_clean();
 }
 
 #[test]
