@@ -98,8 +98,8 @@ fn r01_p2_killed_at_each_effect_while_its_guest_stands_still_a_domain_goes_on() 
 
 #[test]
 fn r01_p2_failures_while_its_guest_stands_still_let_a_domain_go_on() {
-    sweep(Fault::FailOnce, SUSPEND, 2);
-    sweep(Fault::FailForGood, SUSPEND, 3);
+    sweep(Fault::FailOnce, SUSPEND, 3);
+    sweep(Fault::FailForGood, SUSPEND, 5);
 }
 
 #[test]
@@ -109,8 +109,8 @@ fn r01_killed_at_each_effect_while_it_is_shut_down_for_its_backup_a_domain_is_st
 
 #[test]
 fn r01_failures_while_it_is_shut_down_for_its_backup_leave_no_domain_off() {
-    sweep(Fault::FailOnce, STOP, 3);
-    sweep(Fault::FailForGood, STOP, 5);
+    sweep(Fault::FailOnce, STOP, 4);
+    sweep(Fault::FailForGood, STOP, 7);
 }
 
 /// A new effect does not come without its fault: the sweeps go through all of these.
