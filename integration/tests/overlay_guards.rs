@@ -87,6 +87,35 @@ fn r01_what_a_killed_create_left_is_removed_by_as_many_attempts_as_it_takes() {
 }
 
 #[test]
+fn r01_r23_whether_a_guest_went_back_as_its_purge_was_killed_is_not_guessed() {
+    let Some(mut scene) = Scene::new() else { return };
+    let created = scene.ok("create", &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    let mut purge = scene.command("purge", &[]);
+    // QEMU has gone on with the image of the first disk, and its job is not cleared away yet.
+    purge.env("KVMSNAP_CRASH_AT", "5");
+    assert_eq!(finish(spawn(purge)).code, None);
+    scene.guest.kill();
+    scene.guest.restart();
+    // Also where the overlay holds something.
+    scene.guest.qemu_io("vda", "write -P 9 0 8M");
+
+    let running = scene.try_run("purge", &[]);
+    scene.guest.quit();
+    let off = scene.try_run("purge", &[]);
+
+    for outcome in [running, off] {
+        assert_says(&outcome, 1, "whether it did cannot be told now");
+    }
+    assert_nothing_was_deleted(&scene);
+    // It is well there, says the administrator.
+    std::fs::remove_file(text(&created[0], "overlay")).expect("an overlay");
+    scene.ok("purge", &[]);
+    scene.contents.note("vda", 0, &[9; 8 << 20]);
+    scene.assert_holds();
+}
+
+#[test]
 fn r23_disks_of_a_guest_that_ran_on_its_own_images_are_never_of_two_times() {
     let Some(mut scene) = Scene::new() else { return };
     scene.ok("create", &[]);

@@ -93,6 +93,16 @@ pub enum OverlayError {
         /// Since when.
         since: Timestamp,
     },
+    /// The guest may have gone on with its image, and nobody saw it.
+    #[error("a purge was killed just as disk `{disk}` went back to {}: whether it did cannot be told now, so {} was neither written back nor deleted", .base.display(), .overlay.display())]
+    MayBeBack {
+        /// The disk.
+        disk: DiskName,
+        /// Its image.
+        base: PathBuf,
+        /// Its overlay.
+        overlay: PathBuf,
+    },
     /// The overlay is not where it was put.
     #[error("the overlay {} is not above the image that disk `{disk}` had; nothing was changed", .overlay.display())]
     Moved {
@@ -220,6 +230,10 @@ impl OverlayError {
             Self::Elsewhere { .. } => {
                 "keep both: the overlay is worth nothing without the image. Start the guest on the overlay \
                  and purge; or, to give up what it wrote there, delete the overlay and its record"
+            }
+            Self::MayBeBack { .. } => {
+                "where the guest is well on its image: delete the overlay, then purge. Where what it wrote last \
+                 is missing: start it on the overlay, then purge"
             }
             Self::Moved { .. } => {
                 "the disk was given another image or name since; `kvmsnap purge` goes on once it is put back"

@@ -230,6 +230,10 @@ impl<L: Layers> Purge<'_, L> {
                     return Err(OverlayError::Moved { disk, overlay });
                 }
                 Place::Absent if self.was_pivoted(disk, &chains) => {}
+                Place::Absent if given_up(disk)? => {}
+                Place::Absent if matches!(disk.stage, Stage::Pivoting(_)) => {
+                    return Err(untrusted(disk));
+                }
                 Place::Absent => return Err(elsewhere(held.record(), disk)),
             },
         }
@@ -279,6 +283,7 @@ impl<L: Layers> Purge<'_, L> {
         self.layers.check_off().await?;
         let overlay = disk.overlay_image();
         match files::is_ours(disk)? {
+            None if given_up(disk)? => return Ok(None),
             None => return Err(missing(record, disk)),
             Some(false) => return Err(OverlayError::Replaced { overlay: overlay.path }),
             Some(true) => {}
@@ -556,12 +561,17 @@ fn may_be_written(disk: &DiskRecord, base: &Image) -> Result<bool, OverlayError>
     Ok(tells && matches!(disk.stage, Stage::Above | Stage::Committing) && is_still(disk)?)
 }
 
+/// Whether somebody has decided that the guest went back, and deleted the overlay.
+fn given_up(disk: &DiskRecord) -> Result<bool, OverlayError> {
+    Ok(matches!(disk.stage, Stage::Pivoting(_)) && files::mark(&disk.overlay)?.is_none())
+}
+
 /// Why the overlay is not written to the base, though it holds something else.
 fn untrusted(disk: &DiskRecord) -> OverlayError {
     let (base, overlay) = (disk.base.path.clone(), disk.overlay.clone());
     match disk.stage {
         Stage::Above if disk.still.is_some() => OverlayError::BaseChanged { base, overlay },
-        Stage::Pivoting(_) => OverlayError::BaseChanged { base, overlay },
+        Stage::Pivoting(_) => OverlayError::MayBeBack { disk: disk.disk.clone(), base, overlay },
         _ => OverlayError::BaseUnknown { base, overlay },
     }
 }
