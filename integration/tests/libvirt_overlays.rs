@@ -352,9 +352,11 @@ fn r23_overlays_that_only_a_definition_names_are_not_taken_for_unused() {
     let Some(libvirt) = Libvirt::start() else { return };
     let scene = Scene::new(&libvirt);
     scene.domain.start();
+    // The last effect records that the images hold still.
+    let last = scene.host.effects(command(&scene, "create", &[])).len();
+    ok(&scene, "purge", &[]);
     let mut killed = command(&scene, "create", &[]);
-    // Its last effect records that the images hold still.
-    killed.env("KVMSNAP_CRASH_AT", "8");
+    killed.env("KVMSNAP_CRASH_AT", last.to_string());
     assert_eq!(finish(spawn(killed)).code, None);
     assert_eq!(overlays(&scene).len(), 3);
     scene.domain.destroy();

@@ -191,10 +191,12 @@ impl Machine {
         let outcome = finish(running);
         let (code, stderr) = (outcome.code, &outcome.stderr);
         self.tell(format!("{command}, QEMU killed after {delay:?}: {code:?} {stderr}"));
-        // What it ran on at the end nobody has seen: whoever starts it again goes by the records.
+        // What it ran on at the end nobody has seen: whoever starts it again goes by what it ran on before, and
+        // by the records.
         for disk in DISKS {
             let known = self.records().into_iter().find(|known| known.disk == disk && !known.back);
-            let overlay = known.filter(|known| known.held).map(|known| known.overlay);
+            let is_on = |known: &Recorded| known.held || self.tops[disk] == known.overlay;
+            let overlay = known.filter(is_on).map(|known| known.overlay);
             self.tops.insert(disk, overlay.unwrap_or_else(|| self.own(disk)));
         }
         self.check(&outcome);

@@ -253,8 +253,8 @@ impl OverlayError {
                  again"
             }
             Self::BaseUnknown { .. } => {
-                "a block device never tells, nor does an image of which a purge was killed. If no guest was \
-                 started on it: start the guest on the overlay, as its definition has it, and purge while it \
+                "a block device never tells, nor an image of which a create or purge was killed. If no guest \
+                 was started on it: start the guest on the overlay, as its definition has it, and purge while it \
                  runs"
             }
             Self::HasSnapshots { .. } => {
