@@ -270,62 +270,6 @@ fn a_domain_that_is_off_needs_no_overlays() {
 
 // ---- what is refused ----------------------------------------------------------------------------
 
-/// Defines a domain that does not run and has only this disk; it is undefined with the scene's folder.
-fn define_other(scene: &Scene, disk: &str) -> String {
-    let name = format!("{}-other", scene.domain.name());
-    let xml = format!(
-        "<domain type='qemu'><name>{name}</name><memory>65536</memory><os><type>hvm</type></os>\
-         <devices>{disk}</devices></domain>"
-    );
-    let file = scene.domain.folder().join("other.xml");
-    fs::write(&file, xml).expect("the folder is writable");
-    scene.domain.libvirt().virsh(&["define", file.to_str().expect("a plain path")]);
-    name
-}
-
-#[test]
-fn r23_an_overlay_that_a_definition_may_name_is_not_deleted() {
-    let Some(libvirt) = Libvirt::start() else { return };
-    let scene = Scene::new(&libvirt);
-    scene.domain.start();
-    let created = ok(&scene, "create", &[]);
-    let overlay = text(&created[0], "overlay");
-    let folder = scene.domain.folder();
-    let clone = folder.join("clone.qcow2");
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", overlay]);
-    tool({
-        create.arg(&clone).arg("8M");
-        create
-    });
-    let unread = folder.join("unread.qcow2");
-    fs::write(&unread, "no image").expect("the folder is writable");
-    let file = |image: &Path| {
-        let image = image.display();
-        format!(
-            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
-             <source file='{image}'/><target dev='vda'/><readonly/></disk>"
-        )
-    };
-    let volume = "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>\
-                  <source pool='no-such-pool' volume='a'/><target dev='vda'/></disk>";
-    let says = ["still names it", "unread.qcow2 (", "volume `a` of pool `no-such-pool`"];
-    for (disk, says) in [file(&clone), file(&unread), volume.to_owned()].iter().zip(says) {
-        let other = define_other(&scene, disk);
-        let outcome = try_run(&scene, "purge", &[]);
-        assert_says(&outcome, 1, says);
-        assert_says(&outcome, 1, &other);
-        assert!(Path::new(overlay).exists());
-        libvirt.virsh(&["undefine", &other]);
-    }
-
-    ok(&scene, "purge", &[]);
-
-    assert_back(&scene);
-    scene.domain.destroy();
-    assert_images_hold(&scene);
-}
-
 #[test]
 fn a_job_of_somebody_else_is_not_taken_for_a_purge() {
     let Some(libvirt) = Libvirt::start() else { return };

@@ -118,7 +118,7 @@ fn r01_r23_whether_a_guest_went_back_as_its_purge_was_killed_is_not_guessed() {
 #[test]
 fn r23_disks_of_a_guest_that_ran_on_its_own_images_are_never_of_two_times() {
     let Some(mut scene) = Scene::new() else { return };
-    scene.ok("create", &[]);
+    let created = scene.ok("create", &[]);
     scene.contents.scribble(&scene.guest, 2);
     scene.guest.quit();
     scene.guest.restart();
@@ -131,6 +131,12 @@ fn r23_disks_of_a_guest_that_ran_on_its_own_images_are_never_of_two_times() {
     assert_says(&outcome, 1, "vdb.raw was written to while it should hold still");
     assert_nothing_was_deleted(&scene);
     assert_eq!(before, std::fs::read(scene.guest.disk_path("vda")).expect("an image"));
+    // What the overlays hold counts, says the administrator, who sees the guest run on them.
+    let successor = scene.start_on_overlays(&created);
+    let adopted = adopt(&scene, Path::new(text(&created[1], "overlay")), &[]);
+    assert_eq!(adopted.code, Some(0), "{adopted:?}");
+    successor.quit();
+    assert_eq!(scene.overlays(), Vec::<PathBuf>::new());
 }
 
 #[test]

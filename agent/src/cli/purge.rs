@@ -137,9 +137,10 @@ async fn bring_back<L: Layers>(
     if let Some(overlay) = &args.adopt {
         let overlay = std::path::absolute(overlay).unwrap_or_else(|_| overlay.clone());
         let is_it = |disk: &DiskRecord| is_same(&disk.overlay, &overlay);
-        // An adoption that was interrupted is gone on with.
-        if !held.iter().any(|held| held.record().disks.iter().any(is_it)) {
-            held.push(purge::adopt(layers, records, &overlay, machine).await?);
+        match held.iter_mut().find(|held| held.record().disks.iter().any(is_it)) {
+            // An adoption that was interrupted is gone on with.
+            Some(known) => purge::vouch(layers, records, known, &overlay).await?,
+            None => held.push(purge::adopt(layers, records, &overlay, machine).await?),
         }
     }
     // The newest lies on top.

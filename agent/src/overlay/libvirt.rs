@@ -84,9 +84,16 @@ async fn leads_to(libvirt: &Libvirt, top: &xml::Top, image: &Path) -> Result<boo
                 let pool = connection.lookup_storage_pool_by_name(&pool_name)?;
                 pool.lookup_storage_vol_by_name(&volume_name)?.path()
             };
-            let found = libvirt.ask("find a volume", find).await;
-            let unknown = |error| format!("volume `{volume}` of pool `{pool}` ({})", told(&error));
-            found.map_err(unknown)?.into()
+            match libvirt.ask("find a volume", find).await {
+                Ok(path) => path.into(),
+                // What is not there leads nowhere.
+                Err(HypervisorError::Libvirt { source, .. }) if source.is_no_volume() => {
+                    return Ok(false);
+                }
+                Err(error) => {
+                    return Err(format!("volume `{volume}` of pool `{pool}` ({})", told(&error)));
+                }
+            }
         }
         // It has no medium, or one on the network.
         (None, None) => return Ok(false),
@@ -96,7 +103,6 @@ async fn leads_to(libvirt: &Libvirt, top: &xml::Top, image: &Path) -> Result<boo
         if is_same(&next.path, image) {
             return Ok(true);
         }
-        // What is not there leads nowhere.
         if next.format == "raw" || matches!(next.path.try_exists(), Ok(false)) {
             return Ok(false);
         }

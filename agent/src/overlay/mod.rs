@@ -262,7 +262,8 @@ impl OverlayError {
                  snapshot -d`; or keep the overlay"
             }
             Self::BaseChanged { .. } => {
-                "keep both files: what the guest wrote in between is only in the overlay"
+                "keep both files: what the guest wrote in between is only in the overlay. To go on with that: \
+                 start the guest on it, see whether it is well, and `kvmsnap purge --adopt OVERLAY`"
             }
             Self::StillNamed { .. } => "`kvmsnap purge` deletes it once nothing names it",
             Self::TooSlow { .. } => {

@@ -133,6 +133,33 @@ pub async fn adopt(
     Ok(records.begin(record)?)
 }
 
+/// Notes that the user wants an overlay of ours written back although its image was written to: the guest
+/// runs on it, and is well.
+///
+/// # Errors
+/// [`OverlayError::NotAdopted`], [`OverlayError::Record`].
+pub async fn vouch(
+    layers: &impl Layers,
+    records: &Records,
+    held: &mut Held,
+    overlay: &Path,
+) -> Result<(), OverlayError> {
+    let chains = layers.chains().await?.unwrap_or_default();
+    for index in 0..held.record().disks.len() {
+        let disk = &held.record().disks[index];
+        if !is_same(&disk.overlay, overlay) || disk.stage != Stage::Above {
+            continue;
+        }
+        if !matches!(place(&chains, disk), Place::Top) {
+            let (domain, overlay) = (held.record().domain.clone(), overlay.to_owned());
+            return Err(OverlayError::NotAdopted { domain, overlay });
+        }
+        let still = files::mark(&disk.base.path)?;
+        records.update(held, |record| record.disks[index].still = still)?;
+    }
+    Ok(())
+}
+
 impl<L: Layers> Purge<'_, L> {
     /// Brings a machine back onto its own images. Under the machine's lock. When `interrupt` is ready it
     /// ends; what is not brought back yet stays recorded.

@@ -420,6 +420,11 @@ impl Refusal {
         is_no_domain(&self.0)
     }
 
+    /// Whether a storage pool or a volume of it does not exist.
+    pub fn is_no_volume(&self) -> bool {
+        is(&self.0, sys::VIR_ERR_NO_STORAGE_POOL) || is(&self.0, sys::VIR_ERR_NO_STORAGE_VOL)
+    }
+
     /// Whether the domain does not run.
     pub fn is_not_running(&self) -> bool {
         is(&self.0, sys::VIR_ERR_OPERATION_INVALID) && self.0.message().contains("not running")
