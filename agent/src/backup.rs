@@ -392,6 +392,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 reason: disk.decision.reason.clone(),
                 method: Some(self.plan.method.of_disk(disk.decision.tracked)),
                 bitmap: record.disks[index].bitmap_new.clone(),
+                overlay: self.hypervisor.begins_overlay(&planned.disk.target),
                 bytes_changed: disk.map.bytes_dirty(),
                 bytes_read: bytes_read[index],
                 bytes_zero: disk.map.bytes(Fate::Zero),

@@ -165,6 +165,9 @@ pub struct DiskManifest {
     pub method: Option<Method>,
     /// The dirty bitmap that began at this point in time.
     pub bitmap: Option<String>,
+    /// The overlay that began at this point in time, where overlays track what changes.
+    #[serde(default)]
+    pub overlay: Option<String>,
     /// Bytes that the dirty bitmap showed as changed; the size where there was none.
     pub bytes_changed: u64,
     /// Bytes read from the guest's image.

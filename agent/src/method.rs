@@ -25,6 +25,13 @@ pub enum Wanted {
     Lvm,
 }
 
+/// How changes are tracked from one backup to the next, where dirty bitmaps cannot or shall not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TrackBy {
+    /// An overlay stays between two backups: what it holds is what changed. Until `purge`.
+    Overlay,
+}
+
 /// What a machine can do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Able {
@@ -34,6 +41,8 @@ pub struct Able {
     pub no_job: Option<String>,
     /// Whether the guest writes to overlays already.
     pub is_held: bool,
+    /// Whether overlays track its changes, or are to.
+    pub tracks: bool,
     /// Why none of its disks keeps dirty bitmaps; `None` where one does.
     pub untracked: Option<String>,
 }
@@ -133,16 +142,16 @@ impl Chosen {
 }
 
 impl Able {
-    /// What a machine can do, as it was found: why QEMU has no way of its own, and whether the guest writes
-    /// to overlays already.
-    pub fn of(machine: &Machine, no_job: Option<String>, is_held: bool) -> Self {
+    /// What a machine can do, as it was found, and why QEMU has no way of its own. Overlays there are none.
+    pub fn of(machine: &Machine, no_job: Option<String>) -> Self {
         let reasons = machine.disks.iter().map(|disk| match &disk.tracking {
-            Tracking::Bitmaps(_) => None,
+            Tracking::Bitmaps(_) | Tracking::Overlay(_) => None,
             Tracking::Unsupported(reason) => Some(format!("{}: {reason}", disk.target)),
         });
         let reasons: Option<Vec<String>> = reasons.collect();
         let untracked = reasons.filter(|all| !all.is_empty()).map(|all| all.join("; "));
-        Self { is_off: machine.shut_off.is_some(), no_job, is_held, untracked }
+        let is_off = machine.shut_off.is_some();
+        Self { is_off, no_job, is_held: false, tracks: false, untracked }
     }
 }
 
@@ -155,6 +164,9 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
     match (wanted, &able.untracked, &able.no_job) {
         (Wanted::Overlay, ..) if able.is_off => Err(MethodError::Off),
         (Wanted::Overlay, ..) if able.is_held => Err(MethodError::Held),
+        (Wanted::Overlay | Wanted::Auto, ..) if able.tracks && !able.is_off && !able.is_held => {
+            chosen(Method::Overlay, "overlays track what changes")
+        }
         (Wanted::Overlay, ..) => chosen(Method::Overlay, "asked for with --method"),
         (Wanted::Bitmap, Some(reason), _) => Err(MethodError::NoBitmaps { reason: reason.clone() }),
         _ if able.is_off => chosen(Method::Offline, "it is shut off: its images lie still"),
@@ -183,7 +195,7 @@ mod tests {
     use super::*;
 
     fn able() -> Able {
-        Able { is_off: false, no_job: None, is_held: false, untracked: None }
+        Able { is_off: false, no_job: None, is_held: false, tracks: false, untracked: None }
     }
 
     fn method(wanted: Wanted, able: &Able) -> Option<Method> {
@@ -196,6 +208,9 @@ mod tests {
         assert_eq!(method(Wanted::Auto, &able()), Some(Method::Bitmap));
         assert_eq!(method(Wanted::Auto, &untracked), Some(Method::Pull));
         assert_eq!(method(Wanted::Auto, &Able { is_off: true, ..able() }), Some(Method::Offline));
+        assert_eq!(method(Wanted::Auto, &Able { tracks: true, ..able() }), Some(Method::Overlay));
+        let off = Able { tracks: true, is_off: true, ..able() };
+        assert_eq!(method(Wanted::Auto, &off), Some(Method::Offline));
         let old = Able { no_job: Some("this QEMU offers no backup jobs".into()), ..untracked };
         let chosen = choose(Wanted::Auto, &old).unwrap();
         assert_eq!(chosen.method, Method::Overlay);

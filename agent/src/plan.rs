@@ -253,9 +253,9 @@ fn find_parent<'a>(
         Some((backup, earlier))
     });
     let continues =
-        |earlier: &DiskManifest| decide(disk, Some(earlier), false).bitmap_old.is_some();
-    match disk.tracking.bitmaps() {
-        [] => of_disk.next(),
+        |earlier: &DiskManifest| decide(disk, Some(earlier), false).kind == Kind::Incremental;
+    match &disk.tracking {
+        Tracking::Unsupported(_) => of_disk.next(),
         _ => of_disk.clone().find(|(_, earlier)| continues(earlier)).or_else(|| of_disk.next()),
     }
 }
@@ -328,6 +328,10 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
     }
     let bitmaps = match &disk.tracking {
         Tracking::Bitmaps(bitmaps) => bitmaps,
+        Tracking::Overlay(overlay) => {
+            (decision.kind, decision.reason) = decide_by_overlay(disk, overlay.as_deref(), parent);
+            return decision;
+        }
         Tracking::Unsupported(reason) => {
             decision.reason.clone_from(reason);
             return decision;
@@ -371,6 +375,23 @@ pub fn decide(disk: &Disk, parent: Option<&DiskManifest>, full: bool) -> Decisio
         },
     };
     decision
+}
+
+/// Decides how a disk is read whose changes an overlay tracks: it holds what changed since the very backup
+/// at which it began.
+fn decide_by_overlay(disk: &Disk, overlay: Option<&str>, parent: &DiskManifest) -> (Kind, String) {
+    let rescan = |reason: &str| (Kind::Rescan, reason.to_owned());
+    match overlay {
+        None => rescan("no overlay has tracked what changed since the last backup"),
+        Some(_) if parent.overlay.as_deref() != overlay => {
+            rescan("the overlay did not begin with the last backup")
+        }
+        Some(_) if disk.size < parent.size => rescan("the disk was shrunk"),
+        Some(_) if !CHUNK_SIZES.contains(&parent.chunk_size) => {
+            rescan("the last backup has chunks of another size")
+        }
+        Some(_) => (Kind::Incremental, "the overlay since the last backup".to_owned()),
+    }
 }
 
 /// Dirty bitmaps of this repository on a disk that no backup needs any more.
@@ -428,6 +449,7 @@ mod tests {
             reason: String::new(),
             method: None,
             bitmap: Some("c1".into()),
+            overlay: Some("o1".into()),
             bytes_changed: 0,
             bytes_read: 0,
             bytes_zero: 0,
@@ -449,6 +471,19 @@ mod tests {
         assert_eq!(kind(bitmaps("c1", Lost)), Kind::Incremental, "it is what a backup hopes for");
         assert_eq!(kind(Tracking::Bitmaps(Vec::new())), Kind::Rescan);
         assert_eq!(kind(Tracking::Unsupported("raw".into())), Kind::Rescan);
+    }
+
+    #[test]
+    fn r22_only_the_very_overlay_that_began_with_the_parent_makes_a_backup_incremental() {
+        let kind = |overlay: Option<&str>, size| {
+            let tracking = Tracking::Overlay(overlay.map(str::to_owned));
+            decide(&disk(size, tracking), Some(&parent(100)), false).kind
+        };
+        assert_eq!(kind(Some("o1"), 100), Kind::Incremental);
+        assert_eq!(kind(Some("o1"), 200), Kind::Incremental);
+        assert_eq!(kind(Some("o1"), 50), Kind::Rescan);
+        assert_eq!(kind(Some("o0"), 100), Kind::Rescan);
+        assert_eq!(kind(None, 100), Kind::Rescan);
     }
 
     #[test]

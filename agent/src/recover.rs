@@ -141,6 +141,7 @@ pub async fn end_overlays(
     reach: &Reach,
 ) -> Result<(), HypervisorError> {
     let records = Records::open(state_dir).map_err(OverlayError::from)?;
+    overlay::track::settle(layers, &records, reach).await?;
     let all = records.all_of(reach).map_err(OverlayError::from)?;
     let progress = Progress::new(When::Never, true);
     let purge = Purge { layers, records: &records, budget: OVERLAY_BUDGET, progress: &progress };

@@ -25,7 +25,7 @@ use tokio::process::{Child, Command};
 
 use super::image::{self, Chain, Mark, Use};
 use super::{SOCKET, remove_socket, socket_folder};
-use crate::hypervisor::{Care, Export, Exports, HypervisorError};
+use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Recorded};
 
 /// Name of the hidden subcommand that the storage daemon begins as.
@@ -86,7 +86,7 @@ pub fn marks(chains: &[Chain]) -> Result<Vec<Mark>, HypervisorError> {
 /// Starts the daemon and connects to its exports. `marks` were made before.
 ///
 /// Our connections wait in the socket before the daemon has it, so the socket's name is gone again
-/// before anybody could look for it.
+/// before anybody could look for it. `by_depth` has the topmost image of each chain be what changed.
 ///
 /// # Errors
 /// [`HypervisorError::Host`], [`HypervisorError::Tool`] with what the daemon says.
@@ -94,6 +94,7 @@ pub async fn serve(
     recorded: &Recorded,
     chains: &[Chain],
     marks: Vec<Mark>,
+    by_depth: bool,
     run_dir: &Path,
 ) -> Result<(Server, Exports), HypervisorError> {
     let record = recorded.record();
@@ -119,7 +120,7 @@ pub async fn serve(
     // Only now: newer daemons (11.1, tried) answer while they open an image, and would know no export.
     command.args(["--nbd-server", "addr.type=fd,addr.str=0"]);
     for (index, disk) in record.disks.iter().enumerate() {
-        command.arg("--export").arg(export(&id(index), disk).to_string());
+        command.arg("--export").arg(export(&id(index), disk, by_depth).to_string());
     }
     command.process_group(0).kill_on_drop(true);
     command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -139,7 +140,10 @@ pub async fn serve(
 
     let export = |(disk, stream): (&DiskRecord, UnixStream)| Export {
         name: disk.snapshot.clone(),
-        dirty_context: disk.bitmap_old.as_ref().map(|old| format!("qemu:dirty-bitmap:{old}")),
+        dirty_context: match by_depth {
+            true => Some(DEPTH_CONTEXT.to_owned()),
+            false => disk.bitmap_old.as_ref().map(|old| format!("qemu:dirty-bitmap:{old}")),
+        },
         care: Care::None,
         stream: Arc::new(stream),
     };
@@ -147,12 +151,17 @@ pub async fn serve(
     Ok((server, Exports { disks, outlive_us: false }))
 }
 
-fn export(id: &str, disk: &DiskRecord) -> Value {
+fn export(id: &str, disk: &DiskRecord, by_depth: bool) -> Value {
     let bitmaps: Vec<&String> = disk.bitmap_old.iter().collect();
-    json!({
+    let mut export = json!({
         "type": "nbd", "id": id, "node-name": id, "name": disk.snapshot, "writable": false,
         "bitmaps": bitmaps,
-    })
+    });
+    // Older daemons do not know the word.
+    if by_depth {
+        export["allocation-depth"] = true.into();
+    }
+    export
 }
 
 /// Waits until a server speaks, and returns whether it did: the other end may also just have closed.

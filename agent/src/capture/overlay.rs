@@ -19,16 +19,16 @@ use crate::hypervisor::{
     Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
     Reach,
 };
-use crate::journal::{DiskRecord, Process, Recorded};
+use crate::journal::{DiskRecord, Phase, Process, Recorded};
 use crate::manifest::Consistency;
-use crate::names::RunId;
+use crate::names::{DiskName, RunId};
 use crate::overlay::at_rest::LocalImage;
 use crate::overlay::converge::Budget;
 use crate::overlay::create::{self, Owner};
 use crate::overlay::files::is_same;
 use crate::overlay::purge::Purge;
 use crate::overlay::record::{self, Held, HeldSince, Purpose, Records};
-use crate::overlay::{Layers, OverlayError};
+use crate::overlay::{Layers, OverlayError, track};
 use crate::progress::Progress;
 
 /// How often the room around the overlays is looked at.
@@ -43,6 +43,8 @@ pub struct Settings {
     pub reserve: u64,
     /// How long the guest may take on its way back.
     pub budget: Budget,
+    /// Whether the overlays stay until the next backup, and track what changes.
+    pub tracks: bool,
 }
 
 /// A machine whose point in time is taken by overlays, reached through `H`.
@@ -59,6 +61,8 @@ pub struct Overlaid<'a, H, L> {
     /// The overlays' folders, to know how much room is left there.
     folders: OnceLock<Vec<(PathBuf, File)>>,
     reading: Mutex<Option<Reading>>,
+    /// The overlays that track what changes from this run on.
+    begun: OnceLock<Vec<(DiskName, String)>>,
 }
 
 /// Who exports the images, and what they are.
@@ -88,6 +92,7 @@ impl<'a, H, L> Overlaid<'a, H, L> {
             held: AsyncMutex::new(None),
             folders: OnceLock::new(),
             reading: Mutex::new(None),
+            begun: OnceLock::new(),
         }
     }
 
@@ -153,7 +158,8 @@ impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
         create::hold(&self.records, held, since, true)?;
         let chains = self.frozen(held).await?;
         let marks = offline::marks(&chains)?;
-        let (server, exports) = offline::serve(recorded, &chains, marks, &self.run_dir).await?;
+        let (server, exports) =
+            offline::serve(recorded, &chains, marks, self.settings.tracks, &self.run_dir).await?;
         *self.reading() = Some(Reading { server, chains });
         Ok(exports)
     }
@@ -222,6 +228,11 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         self.inner.process()
     }
 
+    fn begins_overlay(&self, disk: &DiskName) -> Option<String> {
+        let begun = self.begun.get()?;
+        begun.iter().find(|(name, _)| name == disk).map(|(_, overlay)| overlay.clone())
+    }
+
     fn puts_overlays(&self) -> bool {
         true
     }
@@ -248,6 +259,11 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         };
         let folder = self.settings.folder.as_deref();
         let planned = create::plan(&self.layers, disks, owner, folder).await?;
+        if self.settings.tracks {
+            let overlay = |disk: &record::DiskRecord| disk.overlay.display().to_string();
+            let begun = planned.disks.iter().map(|disk| (disk.disk.clone(), overlay(disk)));
+            self.begun.set(begun.collect()).expect("one connection makes one backup");
+        }
         let held = self.records.begin(planned).map_err(OverlayError::from)?;
         let mut kept = self.held.lock().await;
         Ok(self.make(kept.insert(held)).await?)
@@ -290,12 +306,24 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
 
     async fn finish(
         &self,
-        _: &Recorded,
+        recorded: &Recorded,
         interrupt: Pin<&mut impl Future<Output = ()>>,
     ) -> Result<(), HypervisorError> {
-        let Some(held) = self.held.lock().await.take() else { return Ok(()) };
+        let Some(mut held) = self.held.lock().await.take() else { return Ok(()) };
         let (layers, records, budget) = (&self.layers, &self.records, self.settings.budget);
         let purge = Purge { layers, records, budget, progress: self.progress };
+        if self.settings.tracks && recorded.record().phase == Phase::Recorded {
+            let kept = records.update(&mut held, |record| record.purpose = Purpose::Tracking);
+            kept.map_err(OverlayError::from)?;
+            if let Err(error) = track::sink(&purge, &held.record().reach, interrupt).await {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(
+                    error,
+                    "the next backup goes on writing back what this one has read"
+                );
+            }
+            return Ok(());
+        }
         let brought = purge.run(held, interrupt).await?;
         for disk in brought.iter().filter(|disk| disk.slowed || disk.paused.is_some()) {
             let paused = disk.paused.map_or(0, |paused| paused.as_millis());

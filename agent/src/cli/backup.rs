@@ -22,14 +22,16 @@ use crate::hypervisor::libvirt::{self, KnownDomain, LibvirtDomain, Places};
 use crate::hypervisor::lvm::OnVolumes;
 use crate::hypervisor::monitor::ANSWER_TIMEOUT;
 use crate::hypervisor::qmp::BareQemu;
-use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Reach};
+use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Machine, Reach};
 use crate::journal::{Journal, Record};
 use crate::lock::{DomainLock, LockError};
-use crate::manifest::Method;
-use crate::method::{self, Able, Wanted};
+use crate::manifest::{Kind, Method};
+use crate::method::{self, Able, TrackBy, Wanted};
 use crate::names::{BitmapNames, DiskName, DomainName, NameError};
 use crate::overlay::files;
-use crate::overlay::record::Records;
+use crate::overlay::purge::Purge;
+use crate::overlay::record::{Purpose, Records};
+use crate::overlay::track::{self, Tracker};
 use crate::plan::{self, Plan, PlanError};
 use crate::progress::human_bytes;
 use crate::quiesce::Mode;
@@ -87,6 +89,9 @@ pub struct BackupArgs {
     /// fifth of the disk unless given
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     lvm_size: Option<u64>,
+    /// How changes are tracked from one backup to the next instead of by dirty bitmaps; kept until `purge`
+    #[arg(long, value_name = "HOW", env = "KVMSNAP_TRACKING")]
+    tracking: Option<TrackBy>,
     /// Whether file systems are frozen
     #[arg(long, value_name = "MODE", default_value = "auto")]
     quiesce: Mode,
@@ -140,9 +145,9 @@ struct OverlayArgs {
 }
 
 impl OverlayArgs {
-    fn settings(&self) -> Settings {
-        let reserve = self.reserve.unwrap_or(files::RESERVE);
-        Settings { folder: self.overlay_dir.clone(), reserve, budget: self.way_back.budget() }
+    fn settings(&self, tracks: bool) -> Settings {
+        let (folder, reserve) = (self.overlay_dir.clone(), self.reserve.unwrap_or(files::RESERVE));
+        Settings { folder, reserve, budget: self.way_back.budget(), tracks }
     }
 }
 
@@ -357,11 +362,18 @@ async fn back_up<H: Hypervisor>(
         context.until_interrupted(reclaim).await?;
     }
     let state_dir = &context.global.state_dir;
+    let tracker = async { tracker(&hypervisor, &machine, &reach, args, context).await };
+    let tracker = context.until_interrupted(tracker).await?;
     let is_held = overlays::leave_untracked(&mut machine, &reach, state_dir)?;
-    let mut able = Able::of(&machine, hypervisor.no_job(), is_held);
+    let mut able = Able::of(&machine, hypervisor.no_job());
     able.is_off &= !stop.is_some_and(Stop::is_down);
+    (able.is_held, able.tracks) = (is_held && tracker.is_none(), tracker.is_some());
     let method = method::choose(args.method, &able)?;
-    method.leave_bitmaps(&mut machine);
+    let tracker = tracker.filter(|_| method.method == Method::Overlay);
+    match &tracker {
+        Some(tracker) => tracker.describe(&mut machine),
+        None => method.leave_bitmaps(&mut machine),
+    }
     let request = Request {
         quiesce: args.quiesce,
         agent: agent(&hypervisor),
@@ -383,7 +395,8 @@ async fn back_up<H: Hypervisor>(
     let target = Target { repository: open.repository, index: open.index };
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let host = Host { name, journal, run_dir: run_dir.clone() };
-    let (by_overlays, progress, lock) = (args.overlays.settings(), &context.progress, open.lock);
+    let by_overlays = args.overlays.settings(tracker.is_some());
+    let (progress, lock) = (&context.progress, open.lock);
     let (target, host, plan, request) = (&target, &host, &plan, &request);
     let finished = match plan.method.method {
         Method::Overlay => {
@@ -402,9 +415,53 @@ async fn back_up<H: Hypervisor>(
     context.progress.finish();
     let finished = finished?;
     print_result(&finished, context)?;
+    for disk in finished.manifest.disks.iter().filter(|_| args.qmp.is_some()) {
+        if let Some(overlay) = &disk.overlay {
+            let target = &disk.target;
+            tracing::warn!(
+                "{target}: the guest writes to {overlay} from here on: start it with that from now on"
+            );
+        }
+    }
     match finished.leftover {
         None => Ok(()),
         Some(error) => Err(CommandError::Leftover(error)),
+    }
+}
+
+/// The overlays that track the changes of a machine that runs, where there are any or shall be. What an
+/// earlier backup has read is written back first.
+async fn tracker(
+    hypervisor: &impl Hypervisor,
+    machine: &Machine,
+    reach: &Reach,
+    args: &BackupArgs,
+    context: &Context,
+) -> Result<Option<Tracker>, CommandError> {
+    let records = Records::open(&context.global.state_dir)?;
+    let all = records.all_of(reach)?;
+    let of = |purpose| all.iter().any(|held| held.record().purpose == purpose);
+    let by_user = of(Purpose::User) || of(Purpose::Backup);
+    let is_wanted = matches!(args.tracking, Some(TrackBy::Overlay)) || of(Purpose::Tracking);
+    if !is_wanted || by_user || machine.shut_off.is_some() {
+        return Ok(None);
+    }
+    let layers = hypervisor.layers().await?;
+    let (budget, progress) = (args.overlays.way_back.budget(), &context.progress);
+    let purge = Purge { layers: &layers, records: &records, budget, progress };
+    if !args.dry_run
+        && let Err(error) = track::sink(&purge, reach, std::pin::pin!(context.interrupted())).await
+    {
+        let error: &dyn std::error::Error = &error;
+        tracing::warn!(error, "what an earlier backup has read is not written back yet");
+    }
+    let tracker = track::look(&layers, &records, reach).await?;
+    match tracker.lost() {
+        Some(words) => {
+            tracing::error!("{words}; until then nothing tracks what changes");
+            Ok(None)
+        }
+        None => Ok(Some(tracker)),
     }
 }
 
@@ -504,7 +561,7 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
                     "domain": plan.domain, "target": disk.target, "size": disk.size,
                     "kind": decision.kind, "reason": decision.reason,
                     "parent": plan.parent.map(|parent| parent.to_string()),
-                    "tracked": decision.bitmap_old.is_some(),
+                    "tracked": decision.kind == Kind::Incremental,
                     "method": plan.method.method, "method_reason": plan.method.reason,
                     "disk_method": plan.method.of_disk(decision.tracked),
                 }),

@@ -126,6 +126,10 @@ async fn hold_still(
     if let Some(held) = held
         && let Some(held) = create::settle(layers, &records, held).await?
     {
+        if held.record().purpose == Purpose::Tracking {
+            let domain = held.record().domain.clone();
+            return Err(OverlayError::Tracked { domain }.into());
+        }
         let ours = held.record().purpose == Purpose::User;
         return match ours && create::holds_still(layers, &held).await? {
             true => print(&held, true, context),

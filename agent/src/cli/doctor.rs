@@ -116,6 +116,9 @@ async fn examine_overlays(
     let of_backup = record.purpose == Purpose::Backup;
     let state = match is_whole {
         _ if of_backup => "a backup could not bring the guest back, which writes to overlays",
+        _ if record.purpose == Purpose::Tracking => {
+            "overlays track what changes from one backup to the next"
+        }
         true => "its images hold still, the guest writes to overlays",
         false => "a create or purge of it did not end",
     };
@@ -142,7 +145,8 @@ async fn examine_overlays(
         let ends = if mended { "mended" } else { "`kvmsnap purge` ends it" };
         writeln!(out, "{} (overlays, {time}): {state}; {ends}", record.domain)?;
     }
-    Ok(mended || (is_whole && !of_backup))
+    // One that was written back only in part goes on with the next backup.
+    Ok(mended || record.purpose == Purpose::Tracking || (is_whole && !of_backup))
 }
 
 /// Tells of a restore in place that stopped between two disks, and says whether it is finished now.

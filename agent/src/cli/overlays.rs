@@ -13,7 +13,9 @@ use crate::hypervisor::libvirt::{self, KnownDomain};
 use crate::hypervisor::{Machine, Reach, Tracking};
 use crate::overlay::converge::Budget;
 use crate::overlay::files::is_same;
-use crate::overlay::record::{Held, Records};
+use crate::overlay::libvirt::LibvirtLayers;
+use crate::overlay::record::{Held, Purpose, Records};
+use crate::overlay::track::{self, Tracker};
 
 /// The machines that are meant.
 #[derive(Debug, Args)]
@@ -87,11 +89,33 @@ pub fn leave_untracked(
     for disk in &mut machine.disks {
         let is_it = |path: &PathBuf| overlays.iter().any(|known| known.overlay == *path);
         if disk.image.as_ref().is_some_and(is_it) {
-            let reason = "its image holds still: `kvmsnap purge` ends that".to_owned();
+            let reason = "an overlay is above its image: `kvmsnap purge` ends that".to_owned();
             disk.tracking = Tracking::Unsupported(reason);
         }
     }
     Ok(!held.is_empty())
+}
+
+/// The overlays that track the changes of a domain that runs, where nothing keeps its next backup from
+/// reading by them. Changes nothing.
+///
+/// # Errors
+/// [`CommandError`].
+pub async fn tracker(
+    libvirt: &Libvirt,
+    known: &KnownDomain,
+    reach: &Reach,
+    state_dir: &Path,
+) -> Result<Option<Tracker>, CommandError> {
+    let records = Records::open(state_dir)?;
+    let all = records.all_of(reach)?;
+    let track = |held: &Held| held.record().purpose == Purpose::Tracking;
+    if !known.is_active || all.is_empty() || !all.iter().all(track) {
+        return Ok(None);
+    }
+    let layers = LibvirtLayers::new(libvirt.domain(&known.uuid)).await?;
+    let tracker = track::look(&layers, &records, reach).await?;
+    Ok(Some(tracker).filter(|tracker| tracker.lost().is_none()))
 }
 
 /// How a guest is brought back onto its own images.

@@ -22,6 +22,7 @@ use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::purge::{self, Brought, Purge};
 use crate::overlay::qmp::QmpLayers;
 use crate::overlay::record::{DiskRecord, Held, Records};
+use crate::overlay::track;
 use crate::progress::human_bytes;
 
 /// Bring guests back onto their own images after `create`, running or not
@@ -134,6 +135,12 @@ async fn bring_back<L: Layers>(
     let purge = Purge { layers, records, budget, progress: &context.progress };
     let interrupt = context.interrupted();
     tokio::pin!(interrupt);
+    // A run that was killed may have written back an overlay beneath another one.
+    let before = held.len();
+    track::settle(layers, records, &machine.2).await?;
+    if before > 0 {
+        held = records.all_of(&machine.2)?;
+    }
     if let Some(overlay) = &args.adopt {
         let overlay = std::path::absolute(overlay).unwrap_or_else(|_| overlay.clone());
         let is_it = |disk: &DiskRecord| is_same(&disk.overlay, &overlay);

@@ -59,6 +59,9 @@ pub async fn run(args: ShowArgs, context: &Context) -> Result<(), CommandError> 
         writeln!(out, "  zero       {}", human_bytes(disk.bytes_zero))?;
         writeln!(out, "  stored     {}", human_bytes(disk.bytes_stored))?;
         writeln!(out, "  bitmap     {}", disk.bitmap.as_deref().unwrap_or("none"))?;
+        if let Some(overlay) = &disk.overlay {
+            writeln!(out, "  overlay    {overlay} tracks what changed since")?;
+        }
     }
     for skipped in &manifest.skipped {
         writeln!(out, "left out     {}: {}", skipped.device, skipped.reason)?;

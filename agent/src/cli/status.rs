@@ -171,9 +171,15 @@ async fn line<L>(
             }
         };
         let reach = overlays::reach(libvirt, known);
+        let tracker = overlays::tracker(libvirt, known, &reach, state_dir).await?;
         let is_held = overlays::leave_untracked(&mut machine, &reach, state_dir)?;
+        let mut able = Able::of(&machine, no_job);
+        (able.is_held, able.tracks) = (is_held && tracker.is_none(), tracker.is_some());
+        if let Some(tracker) = &tracker {
+            tracker.describe(&mut machine);
+        }
         let (catalog, index) = (open.catalog(), &open.index);
-        let method = method::choose(Wanted::Auto, &Able::of(&machine, no_job, is_held))?;
+        let method = method::choose(Wanted::Auto, &able)?;
         let plan =
             plan::plan(machine, method, domain.clone(), &newest_first, &catalog, index, false)?;
         Ok::<_, CommandError>(plan)
@@ -184,7 +190,7 @@ async fn line<L>(
                 target: planned.disk.target.to_string(),
                 kind: planned.decision.kind,
                 reason: planned.decision.reason.clone(),
-                tracked: planned.decision.bitmap_old.is_some(),
+                tracked: planned.decision.kind == Kind::Incremental,
             });
             line.next = next.collect();
             line.method = Some(plan.method.method);

@@ -195,7 +195,7 @@ impl<H: Hypervisor> Hypervisor for OnVolumes<H> {
             chains.push(chain.map_err(lost)?);
         }
         let (server, exports) =
-            offline::serve(recorded, &chains, Vec::new(), &self.run_dir).await?;
+            offline::serve(recorded, &chains, Vec::new(), false, &self.run_dir).await?;
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         Ok(exports)
     }

@@ -377,6 +377,8 @@ pub struct Disk {
 pub enum Tracking {
     /// It keeps these.
     Bitmaps(Vec<Bitmap>),
+    /// An overlay tracks changes instead: the one that holds what changed, where there is one yet.
+    Overlay(Option<String>),
     /// It keeps none, and why.
     Unsupported(String),
 }
@@ -386,7 +388,7 @@ impl Tracking {
     pub fn bitmaps(&self) -> &[Bitmap] {
         match self {
             Self::Bitmaps(bitmaps) => bitmaps,
-            Self::Unsupported(_) => &[],
+            Self::Overlay(_) | Self::Unsupported(_) => &[],
         }
     }
 }
@@ -451,13 +453,18 @@ pub struct Exports {
 pub struct Export {
     /// Its name at the server.
     pub name: String,
-    /// The metadata context of the dirty map, where there is one.
+    /// The metadata context of the dirty map, where there is one. Of [`DEPTH_CONTEXT`] the topmost image
+    /// counts as dirty.
     pub dirty_context: Option<String>,
     /// What its reader must mind.
     pub care: Care,
     /// A connection to the server. It stays open when this end is closed; see `capture`.
     pub stream: Arc<UnixStream>,
 }
+
+/// The metadata context that tells which image of a chain holds a part of the disk: 1 for the one on top
+/// (QEMU's docs/interop/nbd.txt, from QEMU 5.2).
+pub const DEPTH_CONTEXT: &str = "qemu:allocation-depth";
 
 /// What a reader must mind to see the point in time, and not the live disk, while the guest writes.
 #[derive(Debug, Clone)]
@@ -528,6 +535,11 @@ pub trait Hypervisor {
     /// Whether a run will put overlays above the disks.
     fn puts_overlays(&self) -> bool {
         false
+    }
+
+    /// The overlay that begins with this run, where overlays track what changes on a disk.
+    fn begins_overlay(&self, _disk: &DiskName) -> Option<String> {
+        None
     }
 
     /// The process that the machine runs in, where it can be told.

@@ -246,8 +246,19 @@ impl Layers for LibvirtLayers {
     ) -> Result<(), HypervisorError> {
         let (target, rate) = (disk.disk.to_string(), rate.unwrap_or(0));
         let step = format!("write back the overlay of `{target}`");
+        let found = self.disk(disk).await?;
+        let top = found.as_ref().and_then(|found| images(found).into_iter().next());
+        if top.is_some_and(|top| !is_same(&top.path, &disk.overlay)) {
+            let [base, overlay] = [&disk.base.path, &disk.overlay].map(|p| p.display().to_string());
+            // One that a killed run has begun goes on by itself.
+            let commit = move |domain: &Domain| match sys::block_job(domain, &target)? {
+                Some(_) => Ok(()),
+                None => sys::commit_between(domain, &target, (&base, &overlay), rate),
+            };
+            return self.handle.change(&step, commit).await;
+        }
         // One that a killed purge has begun. libvirt refuses a second job.
-        let begun = self.disk(disk).await?.and_then(|disk| disk.mirror);
+        let begun = found.and_then(|disk| disk.mirror);
         match begun {
             Some(into) if is_same(&into, &disk.base.path) => Ok(()),
             Some(into) => {
@@ -273,6 +284,18 @@ impl Layers for LibvirtLayers {
         let ask = move |domain: &Domain| sys::block_job(domain, &target);
         let job = self.handle.ask(&step, ask).await?;
         Ok(Ok(job.map(|job| Written { done: job.done, total: job.total, is_ready })))
+    }
+
+    async fn has_sunk(
+        &self,
+        _: &Held,
+        disk: &DiskRecord,
+    ) -> Result<Result<bool, String>, HypervisorError> {
+        let target = disk.disk.to_string();
+        let step = format!("tell how far the job on `{target}` is");
+        let ask = move |domain: &Domain| sys::block_job(domain, &target);
+        // libvirt keeps no word of one that failed: the chain tells.
+        Ok(Ok(self.handle.ask(&step, ask).await?.is_none()))
     }
 
     async fn pivot(

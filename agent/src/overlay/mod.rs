@@ -12,6 +12,7 @@ pub mod libvirt;
 pub mod purge;
 pub mod qmp;
 pub mod record;
+pub mod track;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,12 @@ pub enum OverlayError {
     /// The guest could not be made consistent.
     #[error(transparent)]
     Quiesce(#[from] QuiesceError),
+    /// Its overlays are not those of `create`.
+    #[error("the changes of domain `{domain}` are tracked by overlays from one backup to the next")]
+    Tracked {
+        /// The domain.
+        domain: DomainName,
+    },
     /// The record could not be read or written.
     #[error(transparent)]
     Record(#[from] JournalError),
@@ -223,6 +230,7 @@ impl OverlayError {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::NotRunning { .. } => "copy them; `kvmsnap backup` takes them too",
+            Self::Tracked { .. } => "`kvmsnap purge` ends that; its next backup reads everything",
             Self::NoRoom { .. } => {
                 "--overlay-dir names a roomier folder, --reserve asks for less room"
             }
@@ -323,7 +331,8 @@ pub trait Layers {
     /// Has QEMU close the overlays that no disk is above any more. Idempotent.
     async fn close(&self, held: &Held) -> Result<(), HypervisorError>;
 
-    /// Begins to write an overlay back, at so many bytes a second at most, or joins the job that does.
+    /// Begins to write an overlay back, at so many bytes a second at most, or joins the job that does. One
+    /// beneath another overlay is written back while that stays.
     async fn commit(
         &self,
         held: &Held,
@@ -337,6 +346,13 @@ pub trait Layers {
         held: &Held,
         disk: &DiskRecord,
     ) -> Result<Result<Option<Written>, String>, HypervisorError>;
+
+    /// Whether the job is over that writes back an overlay beneath another one, or words where it failed.
+    async fn has_sunk(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+    ) -> Result<Result<bool, String>, HypervisorError>;
 
     /// Has the guest go on with its own image; the job is ready.
     async fn pivot(

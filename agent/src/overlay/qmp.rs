@@ -256,18 +256,22 @@ impl Layers for QmpLayers {
             None => {}
         }
         let chain = self.chain(disk).await?;
-        let is_it = |layers: &&[Layer]| {
-            is_same(&layers[0].path, &disk.overlay) && is_same(&layers[1].path, &disk.base.path)
-        };
-        let layers = chain.layers.get(..2).filter(is_it);
-        let Some([overlay, base]) = layers else {
+        let at = chain.layers.windows(2).position(|pair| {
+            is_same(&pair[0].path, &disk.overlay) && is_same(&pair[1].path, &disk.base.path)
+        });
+        let Some(at) = at else {
             let what = "it runs on another image by now".to_owned();
             return Err(HypervisorError::PointInTimeLost { disk: disk.disk.clone(), what });
         };
-        let arguments = json!({
+        let (overlay, base) = (&chain.layers[at], &chain.layers[at + 1]);
+        let mut arguments = json!({
             "job-id": job_id(held, disk), "device": chain.root, "top-node": overlay.node,
             "base-node": base.node, "auto-dismiss": false, "speed": rate.unwrap_or(0),
         });
+        if at > 0 {
+            // What the overlay above will name as the image beneath it.
+            arguments["backing-file"] = json!(base.path);
+        }
         let what = format!("write back the overlay of `{}`", disk.disk);
         self.monitor()?.run(Step::new(what, "block-commit", arguments)).await.map(drop)
     }
@@ -287,6 +291,20 @@ impl Layers for QmpLayers {
             total: job.total_progress,
             is_ready: job.status == "ready",
         })))
+    }
+
+    async fn has_sunk(
+        &self,
+        held: &Held,
+        disk: &DiskRecord,
+    ) -> Result<Result<bool, String>, HypervisorError> {
+        match self.job(held, disk).await? {
+            None => Ok(Ok(true)),
+            Some(job) if job.status == "concluded" => {
+                Ok(self.end(held, disk).await?.map_or(Ok(true), Err))
+            }
+            Some(_) => Ok(Ok(false)),
+        }
     }
 
     async fn pivot(

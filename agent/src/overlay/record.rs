@@ -54,6 +54,8 @@ pub enum Purpose {
     User,
     /// A backup, until it is done: whoever finds it later ends it.
     Backup,
+    /// Backups, from one to the next: what the overlays hold is what changed since. Until `purge`.
+    Tracking,
 }
 
 /// The instant that frozen images show.

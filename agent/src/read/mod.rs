@@ -16,7 +16,7 @@ use nbd::{Client, Errno, NbdError, Options};
 use nix::unistd::{Whence, lseek};
 use tokio::net::UnixStream;
 
-use crate::hypervisor::{Care, Export, HypervisorError};
+use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::ChunkMap;
 
@@ -24,6 +24,8 @@ pub use audit::Audit;
 pub use stream::{Limits, Piece, Stream};
 
 const ALLOCATION: &str = "base:allocation";
+/// The depth of the image on top.
+const DEPTH_TOP: u64 = 1;
 /// Length in bytes of what QEMU saves at once to a raw scratch (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const CLUSTER_LEN: u32 = 64 << 10;
 /// The most that is asked about at once. At each change QEMU's filter searches its bitmaps of all that is
@@ -110,6 +112,8 @@ pub struct Source {
     client: Client,
     allocation: Option<usize>,
     dirty: Option<usize>,
+    /// Whether the dirty map tells depths.
+    is_depth: bool,
     care: Care,
 }
 
@@ -159,7 +163,9 @@ impl Source {
                 found => found,
             },
         };
-        Ok(Self { disk: disk.clone(), client, allocation, dirty, care: export.care.clone() })
+        let is_depth = export.dirty_context.as_deref() == Some(DEPTH_CONTEXT);
+        let (disk, care) = (disk.clone(), export.care.clone());
+        Ok(Self { disk, client, allocation, dirty, is_depth, care })
     }
 
     /// Asks what is data, and what changed since the parent, which had `parent_size` bytes. Without a
@@ -210,7 +216,7 @@ impl Source {
                     if Some(context) == self.allocation && extent.flags & STATE_ZERO == 0 {
                         map.mark_data(offset, len);
                     }
-                    if Some(context) == self.dirty && tracked && extent.flags & STATE_DIRTY != 0 {
+                    if Some(context) == self.dirty && tracked && self.is_dirty(extent.flags) {
                         map.mark_dirty(offset, len);
                     }
                     offset += len;
@@ -219,6 +225,13 @@ impl Source {
             at = end;
         }
         Ok(())
+    }
+
+    fn is_dirty(&self, flags: u64) -> bool {
+        match self.is_depth {
+            true => flags == DEPTH_TOP,
+            false => flags & STATE_DIRTY != 0,
+        }
     }
 
     /// Marks as data what the scratch holds.

@@ -325,7 +325,8 @@ impl Hypervisor for ShutOffDomain {
         // In this order: a start that the question missed shows in the images.
         let marks = offline::marks(&chains)?;
         self.check_off().await?;
-        let (server, exports) = offline::serve(recorded, &chains, marks, &self.run_dir).await?;
+        let (server, exports) =
+            offline::serve(recorded, &chains, marks, false, &self.run_dir).await?;
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         Ok(exports)
     }

@@ -286,6 +286,32 @@ pub fn commit_top(domain: &Domain, disk: &str, rate: u64) -> Result<(), Error> {
     })
 }
 
+/// Begins to write an image of a disk that is not on top into the one right beneath it, at so many bytes a
+/// second at most (0 for no limit). The job ends by itself.
+///
+/// # Errors
+/// libvirt's.
+pub fn commit_between(
+    domain: &Domain,
+    disk: &str,
+    (base, top): (&str, &str),
+    rate: u64,
+) -> Result<(), Error> {
+    let (disk, base, top) = (text(disk)?, text(base)?, text(top)?);
+    let flags = sys::VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES;
+    // SAFETY: the domain is referenced by its wrapper, the texts live until the call returns.
+    check(unsafe {
+        sys::virDomainBlockCommit(
+            domain.as_ptr(),
+            disk.as_ptr(),
+            base.as_ptr(),
+            top.as_ptr(),
+            rate as _,
+            flags as c_uint,
+        )
+    })
+}
+
 /// The job on a disk, where one runs.
 ///
 /// # Errors

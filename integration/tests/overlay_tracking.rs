@@ -1,0 +1,246 @@
+//! `backup --tracking overlay` on a QEMU that nothing manages: what an overlay holds is what changed since
+//! the backup at which it began. For raw disks, qcow2 of version 2, and guests that crash.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
+use integration::overlays::{SIZE, Scene, files_in, lines, plan};
+use integration::restored::{disk, text};
+use integration::{Host, finish, spawn};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use vm_fixtures::{Disk, Format, Guest, MIB};
+
+const DISKS: [&str; 2] = ["vda", "vdb"];
+const TRACKING: [&str; 2] = ["--tracking", "overlay"];
+/// That of the machine, whenever it is started.
+const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+const WAIT: Duration = Duration::from_secs(30);
+/// What a backup reads at most of a disk of which scribbles have changed two pieces of 192 KiB, in chunks of
+/// 128 KiB.
+const READ_MAX: u64 = 2 * 384 * 1024;
+
+/// A machine with a qcow2 disk of version 2 and a raw one, and a repository.
+fn scene() -> Option<Scene> {
+    let host = Host::new();
+    let qmp = host.folder().join("qmp");
+    let disks =
+        [Disk::new("vda", SIZE).create_options("compat=0.10"), Disk::new("vdb", SIZE).raw()];
+    let guest = plan(&qmp, disks).uuid(UUID).boot()?;
+    let mut scene = Scene { qmp, ..Scene::of(guest, host) };
+    scene.contents.scribble(&scene.guest, 1);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 1);
+    scene.contents.write_noise(&scene.guest, "vdb", 0, 2 * MIB as usize, 2);
+    Some(scene)
+}
+
+#[track_caller]
+fn assert_kinds(snapshot: &Value, kind: &str) {
+    for disk in DISKS {
+        assert_eq!(kinds(snapshot)[disk], kind, "{disk}: {snapshot}");
+    }
+}
+
+/// A backup that reads only what a scribble has changed, and restores to what the guest wrote.
+#[track_caller]
+fn assert_reads_little(scene: &Scene, snapshot: &Value) {
+    assert_kinds(snapshot, "incremental");
+    scene.host.assert_holds(snapshot, &scene.contents);
+    for name in DISKS {
+        let read = disk(snapshot, name)["bytes_read"].as_u64();
+        assert!(read <= Some(READ_MAX), "{name} was read too much of: {snapshot}");
+    }
+}
+
+fn back_up(scene: &Scene, more: &[&str]) -> Value {
+    let snapshot = scene.ok("backup", &[&TRACKING[..], more].concat()).remove(0);
+    scene.host.assert_holds(&snapshot, &scene.contents);
+    snapshot
+}
+
+/// One overlay on each disk, right above its image, and one record of both.
+#[track_caller]
+fn assert_tracked(scene: &Scene, snapshot: &Value) {
+    let mut expected: Vec<PathBuf> =
+        DISKS.iter().map(|name| text(disk(snapshot, name), "overlay").into()).collect();
+    let mut found = files_in(scene.guest.folder(), "kvmsnap-");
+    (found.sort(), expected.sort());
+    assert_eq!(found, expected);
+    assert_eq!(scene.records().len(), 1, "one record");
+    assert_eq!(scene.host.undo_records(), 0, "no undo record");
+}
+
+/// QEMU again, on the overlays that a backup named.
+#[track_caller]
+fn start_on_overlays(scene: &Scene, snapshot: &Value) -> Guest {
+    let disks = DISKS.iter().map(|name| {
+        let overlay = Path::new(text(disk(snapshot, name), "overlay"));
+        Disk::existing(name, overlay, Format::Qcow2)
+    });
+    plan(&scene.qmp, disks).uuid(UUID).boot().expect("QEMU is there")
+}
+
+/// Has QEMU bring to its images what the guest wrote.
+fn flush(guest: &Guest) {
+    DISKS.iter().for_each(|disk| drop(guest.qemu_io(disk, "flush")));
+}
+
+// ---- the story ----------------------------------------------------------------------------------
+
+#[test]
+fn p1_p3_raw_and_old_qcow2_disks_are_incremental_also_after_qemu_was_killed() {
+    let Some(mut scene) = scene() else { return };
+    let first = back_up(&scene, &[]);
+    assert_kinds(&first, "full");
+    assert_tracked(&scene, &first);
+    for turn in 2..4 {
+        scene.contents.scribble(&scene.guest, turn);
+        // The overlays are there: nobody has to ask for them again.
+        let snapshot = scene.ok("backup", &[]).remove(0);
+        assert_reads_little(&scene, &snapshot);
+        assert_tracked(&scene, &snapshot);
+    }
+    scene.contents.scribble(&scene.guest, 5);
+    flush(&scene.guest);
+    let last = scene.host.list().pop().expect("a snapshot");
+
+    scene.guest.kill();
+
+    let successor = start_on_overlays(&scene, &last);
+    let after = scene.ok("backup", &[]).remove(0);
+    assert_reads_little(&scene, &after);
+    assert_tracked(&scene, &after);
+    scene.contents.scribble(&successor, 6);
+    let next = scene.ok("backup", &[]).remove(0);
+    assert_reads_little(&scene, &next);
+    let folder = scene.host.restore_by_restic(&next);
+    scene.contents.assert_restored(&folder);
+    let shown = scene.host.ok(["show", text(&next, "id")]);
+    assert!(shown.contains("tracks what changed since"), "{shown}");
+    assert_eq!(scene.host.run(["doctor"]).code, Some(0), "nothing of it is wrong");
+
+    scene.ok("purge", &[]);
+
+    assert_eq!(files_in(scene.guest.folder(), "kvmsnap-"), Vec::<PathBuf>::new());
+    assert_eq!(scene.records(), Vec::<PathBuf>::new());
+    successor.quit();
+    scene.assert_holds();
+}
+
+#[test]
+fn p1_zeros_and_discards_are_changes_too() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.zero(&scene.guest, "vda", 0, MIB as usize);
+    scene.contents.discard(&scene.guest, "vdb", 0, MIB as usize);
+    scene.contents.write(&scene.guest, "vdb", 4 * MIB as usize, 512, 9);
+
+    let snapshot = back_up(&scene, &[]);
+
+    assert_reads_little(&scene, &snapshot);
+    assert!(disk(&snapshot, "vdb")["bytes_changed"].as_u64() >= Some(MIB), "{snapshot}");
+}
+
+#[test]
+fn r22_a_backup_without_the_overlay_in_between_does_not_lead_astray() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    let other = scene.ok("backup", &["--method", "pull"]).remove(0);
+    scene.host.assert_holds(&other, &scene.contents);
+    assert_kinds(&other, "rescan");
+    scene.contents.scribble(&scene.guest, 3);
+
+    let next = back_up(&scene, &[]);
+
+    assert_kinds(&next, "incremental");
+    assert_says(&scene.try_run("create", &[]), 1, "tracked by overlays");
+}
+
+// ---- faults -------------------------------------------------------------------------------------
+
+#[test]
+fn p3_a_killed_backup_loses_nothing_and_the_next_is_incremental() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    for (turn, kill_qemu) in [(2, false), (4, true)] {
+        scene.contents.scribble(&scene.guest, turn);
+        let mut running = spawn(scene.command("backup", &["--limit-read", "64KiB"]));
+        wait_until(WAIT, "it reads", || {
+            assert!(!running.has_ended(), "it ended too early");
+            files_in(scene.guest.folder(), "kvmsnap-").len() == 4
+                && scene.guest.qmp_command("query-jobs", &json!({})) == json!([])
+                && scene.records().len() == 2
+        });
+        signal(running.pid(), Signal::SIGKILL);
+        finish(running);
+        scene.contents.scribble(&scene.guest, turn + 1);
+        if kill_qemu {
+            flush(&scene.guest);
+            scene.guest.kill();
+            wait_until(WAIT, "the fresh overlays are written back", || scene.records().len() == 1);
+            let last = scene.host.list().pop().expect("a snapshot");
+            let successor = start_on_overlays(&scene, &last);
+            let next = scene.ok("backup", &[]).remove(0);
+            assert_kinds(&next, "incremental");
+            scene.host.assert_holds(&next, &scene.contents);
+            assert_tracked(&scene, &next);
+            successor.quit();
+            return;
+        }
+        let next = scene.ok("backup", &[]).remove(0);
+        assert_kinds(&next, "incremental");
+        scene.host.assert_holds(&next, &scene.contents);
+        assert_tracked(&scene, &next);
+    }
+}
+
+#[test]
+fn r23_a_guest_restarted_on_its_own_images_keeps_its_overlay_and_the_operator_is_told() {
+    let Some(mut scene) = scene() else { return };
+    let first = back_up(&scene, &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    scene.guest.kill();
+    let disks = [("vda", Format::Qcow2), ("vdb", Format::Raw)];
+    let own =
+        disks.map(|(name, format)| Disk::existing(name, &scene.guest.disk_path(name), format));
+    let successor = plan(&scene.qmp, own).uuid(UUID).boot().expect("QEMU is there");
+    successor.qemu_io("vda", "write -P 9 0 64k");
+
+    let outcome = scene.try_run("backup", &TRACKING);
+
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("runs without its overlay"), "{outcome:?}");
+    let next: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+    assert_kinds(&next, "rescan");
+    assert_tracked(&scene, &first);
+    successor.quit();
+}
+
+#[test]
+fn r01_a_tracked_backup_killed_or_failing_at_each_effect_loses_nothing() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    let count = scene.host.effects(scene.command("backup", &[])).len();
+    for n in 1..=count {
+        let fault = if n % 3 == 0 { Fault::FailOnce } else { Fault::Crash };
+        let case = format!("{fault:?} at {n} of {count}");
+        scene.contents.scribble(&scene.guest, 3 * n);
+        let faulty = fault.at(n, scene.command("backup", &[]));
+
+        let outcome = finish(spawn(faulty));
+
+        scene.host.assert_honest(&case, fault, &outcome, &scene.contents);
+        assert_eq!(scene.guest.status(), "running", "{case}");
+        scene.contents.scribble(&scene.guest, 3 * n + 1);
+        let next = scene.try_run("backup", &[]);
+        assert!(next.stdout.contains("\"kind\":\"incremental\""), "{case}: {outcome:?} {next:?}");
+        let next = lines(&next).remove(0);
+        scene.host.assert_holds(&next, &scene.contents);
+        assert_tracked(&scene, &next);
+    }
+    scene.ok("purge", &[]);
+    scene.assert_back();
+    scene.assert_holds();
+}
