@@ -17,7 +17,9 @@ fn overlays(scene: &Scene) -> Vec<PathBuf> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("kvmsnap-") && name.ends_with(".qcow2")
     };
-    files.map(|entry| entry.path()).filter(is_one).collect()
+    let mut found: Vec<_> = files.map(|entry| entry.path()).filter(is_one).collect();
+    found.sort();
+    found
 }
 
 /// Whether a description names overlays, which are called after their disks.
@@ -109,4 +111,62 @@ fn r02_a_domain_killed_in_a_backup_starts_with_its_own_images_that_hold_all() {
     assert_eq!(kinds(&next)["vdc"], "rescan", "{next}");
     let xml = scene.domain.virsh("dumpxml", &[]);
     assert!(!names_overlays(&xml), "{xml}");
+}
+
+#[test]
+fn p1_p3_overlays_track_what_changes_in_a_domain_through_kills_and_restarts() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.scribble();
+    let first = scene.backup_with(&["--tracking", "overlay"]);
+    assert_eq!((&first["method"], overlays(&scene).len()), (&"overlay".into(), 3), "{first}");
+    for kills in [false, true, false] {
+        scene.scribble();
+        if kills {
+            scene.flush();
+            scene.domain.kill_qemu();
+            // Its definition names the overlays.
+            scene.domain.start();
+        }
+
+        let next = scene.backup();
+
+        let kinds = kinds(&next);
+        assert!(["vda", "vdb", "vdc"].iter().all(|disk| kinds[*disk] == "incremental"), "{next}");
+        assert_eq!(overlays(&scene).len(), 3);
+        assert_eq!(scene.host.undo_records(), 0);
+    }
+    let status = scene.host.ok(["status", "--json", scene.domain.name()]);
+    assert!(status.contains("the overlay since the last backup"), "{status}");
+
+    scene.host.ok(["purge", scene.domain.name()]);
+
+    assert_back(&scene);
+    scene.scribble();
+    assert_eq!(scene.backup()["kind"], "rescan");
+    assert_back(&scene);
+}
+
+#[test]
+fn p3_a_killed_tracked_backup_of_a_domain_loses_nothing() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::running(&libvirt);
+    scene.backup_with(&["--tracking", "overlay"]);
+    let before = overlays(&scene);
+    scene.write("vda", 0, &noise(2 << 20, 7));
+    let mut running = spawn(scene.command(&["--limit-read", "64KiB"]));
+    wait_until(WAIT, "the domain writes to fresh overlays", || {
+        assert!(!running.has_ended(), "it ended too early");
+        overlays(&scene).len() == 6 && !scene.domain.virsh("domblklist", &[]).is_empty()
+    });
+    signal(running.pid(), Signal::SIGKILL);
+    finish(running);
+    scene.scribble();
+
+    wait_until(WAIT, "the run is undone", || scene.host.undo_records() == 0);
+
+    assert_eq!(overlays(&scene), before, "the older ones go on counting");
+    let next = scene.backup();
+    let kinds = kinds(&next);
+    assert!(["vda", "vdb", "vdc"].iter().all(|disk| kinds[*disk] == "incremental"), "{next}");
 }

@@ -65,7 +65,8 @@ fn assert_tracked(scene: &Scene, snapshot: &Value) {
     let mut expected: Vec<PathBuf> =
         DISKS.iter().map(|name| text(disk(snapshot, name), "overlay").into()).collect();
     let mut found = files_in(scene.guest.folder(), "kvmsnap-");
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     assert_eq!(found, expected);
     assert_eq!(scene.records().len(), 1, "one record");
     assert_eq!(scene.host.undo_records(), 0, "no undo record");

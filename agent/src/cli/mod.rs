@@ -122,7 +122,7 @@ pub struct GlobalArgs {
 enum Command {
     #[command(subcommand)]
     Repository(repository::RepositoryCommand),
-    Backup(backup::BackupArgs),
+    Backup(Box<backup::BackupArgs>),
     Create(create::CreateArgs),
     Purge(purge::PurgeArgs),
     List(list::ListArgs),
@@ -187,7 +187,7 @@ impl Cli {
             Command::Repository(command) => {
                 context.until_interrupted(repository::run(command, &context)).await
             }
-            Command::Backup(args) => backup::run(args, &context).await,
+            Command::Backup(args) => backup::run(*args, &context).await,
             Command::Create(args) => create::run(args, &context).await,
             Command::Purge(args) => purge::run(args, &context).await,
             Command::List(args) => context.until_interrupted(list::run(args, &context)).await,
