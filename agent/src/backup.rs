@@ -159,6 +159,23 @@ enum Quiet {
     Held(quiesce::Holding),
 }
 
+impl Quiet {
+    /// Ready when a guest that stands still is held by nobody any more.
+    async fn ends(&mut self) -> QuiesceError {
+        match self {
+            Self::LetGo(_) => pending().await,
+            Self::Held(holding) => holding.ends().await,
+        }
+    }
+}
+
+/// What was read of a point in time.
+struct Seen {
+    disks: Vec<Mapped>,
+    bytes_read: Vec<u64>,
+    store: Store,
+}
+
 /// A point in time that is there.
 struct Taken {
     cut: Cut,
@@ -252,11 +269,11 @@ impl<H: Hypervisor> Run<'_, H> {
         }
     }
 
-    /// Lets a guest go on that may be paused still, then gives it its disks back.
+    /// Lets a guest go on that may be paused or frozen still, whatever became of its watchdog, and gives it
+    /// its disks back.
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
-        let record = recorded.record();
-        if record.suspends && record.pauses && record.holds_guest {
-            self.hypervisor.let_go_on().await?;
+        if recorded.record().holds_guest {
+            recover::let_go(self.hypervisor, recorded.record()).await?;
         }
         self.hypervisor.release(recorded).await
     }
@@ -320,34 +337,17 @@ impl<H: Hypervisor> Run<'_, H> {
         guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let Taken { mut cut, quiet, files, mut warnings } = self.point_in_time(recorded).await?;
+        let Taken { mut cut, mut quiet, files, mut warnings } =
+            self.point_in_time(recorded).await?;
         let paused = Instant::now();
         self.host.journal.update(recorded, |record| {
             record.holds_guest = matches!(quiet, Quiet::Held(_));
             record.nbd_server = true;
         })?;
-        let exports = self.hypervisor.export(recorded).await?;
-        self.progress.phase("mapping");
-        // All at once: QEMU hangs up on who takes too long to say what it wants.
-        let mut sources = Vec::new();
-        for (planned, export) in self.plan.disks.iter().zip(&exports.disks) {
-            let (disk, timeout) = (&planned.disk, self.request.timeout);
-            sources.push(Source::connect(export, &disk.target, disk.size, timeout).await?);
-            // Not before: QEMU waits for who has connected and not yet said what it wants.
-            if exports.outlive_us {
-                guard.hold(&export.stream).map_err(BackupError::Guard)?;
-            }
-        }
-        let mut disks = Vec::new();
-        for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, &mut warnings).await?);
-        }
-        let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
-        if self.request.audit.is_off() && disks.iter().any(incremental) {
-            warnings.push(NOT_AUDITED.to_owned());
-        }
-        let (store, bytes_read) = self.read(&disks, lock).await?;
-        self.hypervisor.confirm(recorded).await?;
+        let Seen { disks, bytes_read, store } = tokio::select! {
+            seen = self.see(recorded, lock, guard, &mut warnings) => seen?,
+            error = quiet.ends() => return Err(error.into()),
+        };
         let mut quiesced = match quiet {
             Quiet::LetGo(quiesced) => quiesced,
             Quiet::Held(holding) => {
@@ -363,6 +363,39 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         quiesced.warnings.extend(warnings);
         Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store })
+    }
+
+    /// Reads the point in time to the end.
+    async fn see(
+        &self,
+        recorded: &Recorded,
+        lock: AnnouncedLock,
+        guard: &Guard,
+        warnings: &mut Vec<String>,
+    ) -> Result<Seen, BackupError> {
+        let exports = self.hypervisor.export(recorded).await?;
+        self.progress.phase("mapping");
+        // All at once: QEMU hangs up on who takes too long to say what it wants.
+        let mut sources = Vec::new();
+        for (planned, export) in self.plan.disks.iter().zip(&exports.disks) {
+            let (disk, timeout) = (&planned.disk, self.request.timeout);
+            sources.push(Source::connect(export, &disk.target, disk.size, timeout).await?);
+            // Not before: QEMU waits for who has connected and not yet said what it wants.
+            if exports.outlive_us {
+                guard.hold(&export.stream).map_err(BackupError::Guard)?;
+            }
+        }
+        let mut disks = Vec::new();
+        for (planned, source) in self.plan.disks.iter().zip(sources) {
+            disks.push(self.map(planned, source, warnings).await?);
+        }
+        let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
+        if self.request.audit.is_off() && disks.iter().any(incremental) {
+            warnings.push(NOT_AUDITED.to_owned());
+        }
+        let (store, bytes_read) = self.read(&disks, lock).await?;
+        self.hypervisor.confirm(recorded).await?;
+        Ok(Seen { disks, bytes_read, store })
     }
 
     /// Waits until all that was read is durable; only the snapshot file is missing then.

@@ -173,10 +173,11 @@ pub fn choose(wanted: Wanted, able: &Able) -> Result<Chosen, MethodError> {
         (Wanted::Offline, ..) => Err(MethodError::Runs),
         (Wanted::Lvm, ..) => chosen(Method::Lvm, "asked for with --method"),
         (Wanted::Stop, ..) => chosen(Method::Stop, "asked for with --method"),
-        (Wanted::Suspend, ..) => chosen(Method::Suspend, "asked for with --method"),
-        (Wanted::Pull | Wanted::Bitmap, _, Some(reason)) => {
+        // Its images are read through QEMU's own exports too.
+        (Wanted::Pull | Wanted::Bitmap | Wanted::Suspend, _, Some(reason)) => {
             Err(MethodError::NoJob { reason: reason.clone() })
         }
+        (Wanted::Suspend, _, None) => chosen(Method::Suspend, "asked for with --method"),
         (Wanted::Pull, _, None) => chosen(Method::Pull, "asked for with --method"),
         (Wanted::Bitmap, None, None) => chosen(Method::Bitmap, "asked for with --method"),
         (Wanted::Auto, _, Some(_)) if able.is_held => Err(MethodError::Held),
@@ -223,6 +224,8 @@ mod tests {
         assert_eq!(method(Wanted::Bitmap, &able()), Some(Method::Bitmap));
         assert_eq!(method(Wanted::Bitmap, &untracked), None);
         assert_eq!(method(Wanted::Suspend, &untracked), Some(Method::Suspend));
+        let old = Able { no_job: Some("this QEMU offers no backup jobs".into()), ..able() };
+        assert_eq!(method(Wanted::Suspend, &old), None);
         assert_eq!(method(Wanted::Pull, &able()), Some(Method::Pull));
         assert_eq!(method(Wanted::Offline, &able()), None);
         assert!(Wanted::Offline.check_unmanaged().is_err());

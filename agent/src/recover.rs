@@ -27,9 +27,11 @@ use crate::progress::{Progress, When};
 use crate::quiesce::{FREEZE_TIMEOUT, guest_agent};
 use crate::stop::{self, StopError};
 
-/// How long a guest may take on its way back from overlays before somebody else may try.
-const OVERLAY_BUDGET: Budget =
+/// How long a command that is about something else waits for a guest on its way back from overlays.
+pub const IN_PASSING: Budget =
     Budget { deadline: Duration::from_secs(30), pause_max: Duration::from_millis(500), rate: None };
+/// How long one waits that is there for nothing else, and that nobody waits for.
+pub const UNATTENDED: Budget = Budget { deadline: Duration::from_secs(3600), ..IN_PASSING };
 
 /// Why something could not be undone. Its record stays.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +53,8 @@ pub enum RecoverError {
     Journal(#[from] JournalError),
 }
 
-/// Undoes a record of a machine, then clears it.
+/// Undoes a record of a machine, then clears it. Overlays stay: they have records of their own, by which
+/// [`end_overlays`] writes them back.
 ///
 /// # Errors
 /// [`RecoverError`]; calling it again goes on from there.
@@ -67,8 +70,8 @@ pub async fn undo(
         if record.holds_guest && record.qemu == hypervisor.process() {
             let_go(hypervisor, record).await.map_err(failed)?;
         }
-        let layers = hypervisor.layers().await.map_err(failed)?;
-        return take_back(&layers, journal, recorded, run_dir).await;
+        capture::remove_socket(run_dir, &record.run).map_err(failed)?;
+        return Ok(journal.clear(recorded)?);
     }
     if record.qemu.is_some() && record.qemu != hypervisor.process() {
         // Another QEMU is reached that way by now.
@@ -104,33 +107,41 @@ pub async fn undo_wherever(
     }
     let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
     match reach(record, run_dir).await.map_err(failed)? {
-        Some(Machine::Bare(qemu)) => undo(&qemu, journal, recorded, run_dir).await,
-        Some(Machine::Libvirt(domain)) => undo(&*domain, journal, recorded, run_dir).await,
-        Some(Machine::ShutOff(domain)) => undo(&*domain, journal, recorded, run_dir).await,
+        Some(Machine::Bare(qemu)) => wholly(&qemu, journal, recorded, run_dir).await,
+        Some(Machine::Libvirt(domain)) => wholly(&*domain, journal, recorded, run_dir).await,
+        Some(Machine::ShutOff(domain)) => wholly(&*domain, journal, recorded, run_dir).await,
         // The overlays of one that has ended are written back at rest.
         None if record.overlays && matches!(record.reach, Reach::Monitor(_)) => {
-            take_back(&QmpLayers::ended(), journal, recorded, run_dir).await
+            let layers = QmpLayers::ended();
+            let ended = end_overlays(&layers, journal.state_dir(), &record.reach, UNATTENDED).await;
+            ended.map_err(failed)?;
+            forget(journal, recorded, run_dir).await
         }
         None => forget(journal, recorded, run_dir).await,
     }
 }
 
-/// Brings a guest back from the overlays of a run, then clears the record of the run.
-async fn take_back(
-    layers: &impl Layers,
+/// Undoes a record, and writes back the overlays of its run. While that lasts the record stays.
+async fn wholly(
+    hypervisor: &impl Hypervisor,
     journal: &Journal,
     recorded: &Recorded,
     run_dir: &Path,
 ) -> Result<(), RecoverError> {
     let record = recorded.record();
-    let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
-    tracing::warn!(run = %record.run, domain = %record.domain, "undoing what an earlier run left");
-    end_overlays(layers, journal.state_dir(), &record.reach).await.map_err(failed)?;
-    capture::remove_socket(run_dir, &record.run).map_err(failed)?;
-    Ok(journal.clear(recorded)?)
+    if record.overlays {
+        let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
+        if record.holds_guest && record.qemu == hypervisor.process() {
+            let_go(hypervisor, record).await.map_err(failed)?;
+        }
+        let layers = hypervisor.layers().await.map_err(failed)?;
+        let ended = end_overlays(&layers, journal.state_dir(), &record.reach, UNATTENDED).await;
+        ended.map_err(failed)?;
+    }
+    undo(hypervisor, journal, recorded, run_dir).await
 }
 
-/// Brings a guest back from the overlays that a backup has left. Where a person must decide, that is said,
+/// Brings a guest back, within a budget, from the overlays that a backup has left. Where a person must decide, that is said,
 /// and the overlays stay.
 ///
 /// # Errors
@@ -139,12 +150,13 @@ pub async fn end_overlays(
     layers: &impl Layers,
     state_dir: &Path,
     reach: &Reach,
+    budget: Budget,
 ) -> Result<(), HypervisorError> {
     let records = Records::open(state_dir).map_err(OverlayError::from)?;
     overlay::track::settle(layers, &records, reach).await?;
     let all = records.all_of(reach).map_err(OverlayError::from)?;
     let progress = Progress::new(When::Never, true);
-    let purge = Purge { layers, records: &records, budget: OVERLAY_BUDGET, progress: &progress };
+    let purge = Purge { layers, records: &records, budget, progress: &progress };
     // The newest lies on top.
     for held in all.into_iter().rev().filter(|held| held.record().purpose == Purpose::Backup) {
         let domain = held.record().domain.clone();
@@ -173,11 +185,11 @@ pub async fn end_overlays_wherever(
     match &record.reach {
         Reach::Monitor(socket) => {
             let layers = QmpLayers::connect(socket, record.qemu).await?;
-            end_overlays(&layers, state_dir, &record.reach).await
+            end_overlays(&layers, state_dir, &record.reach, UNATTENDED).await
         }
         Reach::Domain(address) => {
             let layers = LibvirtLayers::new(DomainHandle::connect(address).await?).await?;
-            end_overlays(&layers, state_dir, &record.reach).await
+            end_overlays(&layers, state_dir, &record.reach, UNATTENDED).await
         }
     }
 }
@@ -266,8 +278,11 @@ pub fn obsolete_bitmaps(record: &Record) -> Vec<(String, String)> {
     bitmaps.collect()
 }
 
-/// Thaws the guest and lets it go on. The watchdog has done so already unless it was killed too.
-async fn let_go(hypervisor: &impl Hypervisor, record: &Record) -> Result<(), HypervisorError> {
+/// Lets the guest go on and thaws it. The watchdog has done so already unless it was killed too.
+///
+/// # Errors
+/// When it cannot be let go on.
+pub async fn let_go(hypervisor: &impl Hypervisor, record: &Record) -> Result<(), HypervisorError> {
     if record.pauses {
         hypervisor.let_go_on().await?;
     }

@@ -14,6 +14,7 @@ use virt::domain::{Domain, DomainState};
 
 use crate::guard::Guard;
 use crate::hypervisor::libvirt::connection::DomainHandle;
+use crate::hypervisor::libvirt::was_migrated;
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::journal::{Journal, JournalError, Phase, Record, Recorded};
 use crate::names::{DomainName, RunId};
@@ -75,6 +76,9 @@ pub struct Stopped {
     pub id: Option<u32>,
     /// Until when it is watched, should it go on running.
     pub until: Timestamp,
+    /// Whether it was seen off since it was asked to shut down.
+    #[serde(default)]
+    pub was_off: bool,
 }
 
 /// A domain that is shut down for its backup.
@@ -124,7 +128,7 @@ impl Stop {
             DomainState::Running => {}
             _ => return Err(StopError::Stands { domain: self.domain.clone() }),
         }
-        let recorded = self.journal.begin(self.undo_record(id))?;
+        let mut recorded = self.journal.begin(self.undo_record(id))?;
         let run = &recorded.record().run;
         let guard = match Guard::start(&self.journal, &self.run_dir, run) {
             Ok(guard) => guard,
@@ -160,6 +164,9 @@ impl Stop {
                 switched => switched?,
             }
         }
+        self.journal.update(&mut recorded, |record| {
+            record.stopped = record.stopped.map(|stopped| Stopped { was_off: true, ..stopped });
+        })?;
         let down = Down { recorded, guard, since, started: false };
         *self.down.lock().unwrap_or_else(PoisonError::into_inner) = Some(down);
         Ok(())
@@ -186,7 +193,7 @@ impl Stop {
             pauses: false,
             suspends: false,
             overlays: false,
-            stopped: Some(Stopped { id, until }),
+            stopped: Some(Stopped { id, until, was_off: false }),
             snapshots: Vec::new(),
             nbd_server: false,
             socket: None,
@@ -221,7 +228,7 @@ impl Stop {
         if !self.is_down() {
             return Ok(());
         }
-        start(&self.handle).await?;
+        start(&self.handle, &self.domain).await?;
         if let Some(down) = &mut *self.down.lock().unwrap_or_else(PoisonError::into_inner)
             && !down.started
         {
@@ -237,7 +244,10 @@ impl Stop {
     /// # Errors
     /// [`StopError`]; the guard goes on trying.
     pub async fn finish(&self) -> Result<(), StopError> {
-        self.start_again().await?;
+        match self.start_again().await {
+            Err(HypervisorError::Migrated { domain }) => runs_elsewhere(&domain),
+            started => started?,
+        }
         let down = self.down.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(down) = down {
             self.journal.clear(&down.recorded)?;
@@ -248,9 +258,16 @@ impl Stop {
 }
 
 /// Starts a domain that does not run.
-async fn start(handle: &DomainHandle) -> Result<(), HypervisorError> {
+///
+/// # Errors
+/// [`HypervisorError::Migrated`] where its guest runs on another host: a second one would spoil its disks.
+async fn start(handle: &DomainHandle, domain: &DomainName) -> Result<(), HypervisorError> {
     let begin = Instant::now();
     while !handle.is_active().await? {
+        let (_, reason) = handle.ask("tell its state", Domain::state).await?;
+        if was_migrated(reason) {
+            return Err(HypervisorError::Migrated { domain: domain.to_string() });
+        }
         match handle.change("start the domain again", Domain::create).await {
             Err(HypervisorError::Libvirt { source, .. }) if begin.elapsed() < START_TIMEOUT => {
                 tracing::debug!(%source, "it does not start yet");
@@ -260,6 +277,10 @@ async fn start(handle: &DomainHandle) -> Result<(), HypervisorError> {
         }
     }
     Ok(())
+}
+
+fn runs_elsewhere(domain: &str) {
+    tracing::warn!("domain `{domain}` was migrated to another host: it is not started here");
 }
 
 /// The records of a machine that was shut down.
@@ -298,9 +319,17 @@ pub async fn undo(journal: &Journal, recorded: &Recorded) -> Result<(), StopErro
             // Nobody wants it any more.
             Err(HypervisorError::Libvirt { source, .. }) if source.is_no_domain() => {}
             Err(error) => return Err(error.into()),
+            // Whoever shut it down, we did not: it was asked long ago.
+            Ok(None) if !stopped.was_off && Timestamp::now() >= stopped.until => {
+                tracing::warn!(domain = %record.domain, "it is off, and stays so: an earlier run asked \
+                               it to shut down, and did not see it do so");
+            }
             Ok(None) => {
                 tracing::warn!(domain = %record.domain, "starting what an earlier run shut down");
-                start(&handle).await?;
+                match start(&handle, &record.domain).await {
+                    Err(HypervisorError::Migrated { domain }) => runs_elsewhere(&domain),
+                    started => started?,
+                }
             }
             Ok(id) if id == stopped.id && Timestamp::now() < stopped.until => {
                 return Err(StopError::GoingDown { domain: record.domain.clone() });

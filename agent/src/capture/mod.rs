@@ -157,9 +157,9 @@ async fn add_exports(
         });
         if let Some(bitmap) = &disk.bitmap_export {
             // QEMU before 7.1 takes the name alone, and looks for it down the backing chain.
-            arguments["bitmaps"] = match disk.job {
-                Some(_) => json!([bitmap]),
-                None => json!([{"node": disk.format, "name": bitmap}]),
+            arguments["bitmaps"] = match disk.job.is_some() || record.suspends {
+                true => json!([bitmap]),
+                false => json!([{"node": disk.format, "name": bitmap}]),
             };
         }
         let what = format!("export disk `{}`", disk.disk);

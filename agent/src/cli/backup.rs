@@ -227,7 +227,13 @@ async fn back_up_domain(
         if !args.dry_run {
             stop::undo_earlier(&journal, &reach).await?;
         }
-        Ok(handle.is_active().await?)
+        let is_active = handle.is_active().await?;
+        if is_active && args.method == Wanted::Stop && !args.dry_run {
+            // What is in a QEMU that runs is undone there, before it is shut down.
+            let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
+            recover_earlier(&domain, &journal, run_dir).await?;
+        }
+        Ok(is_active)
     };
     let is_active = context.until_interrupted(is_active).await?;
     let stops = args.method == Wanted::Stop && !args.dry_run;
@@ -503,8 +509,29 @@ impl FromStr for Exclusion {
     }
 }
 
-/// Undoes what earlier runs left in this machine. What cannot be read may be of another one.
+/// Undoes what earlier runs left in this machine, and brings its guest back from their overlays.
 pub(super) async fn recover_earlier(
+    hypervisor: &impl Hypervisor,
+    journal: &Journal,
+    run_dir: &Path,
+) -> Result<(), CommandError> {
+    undo_earlier(hypervisor, journal, run_dir).await?;
+    let (reach, state_dir) = (hypervisor.reach(), journal.state_dir());
+    if Records::open(state_dir)?.of(&reach)?.is_none() {
+        return Ok(());
+    }
+    let layers = hypervisor.layers().await?;
+    let ended = recover::end_overlays(&layers, state_dir, &reach, recover::IN_PASSING).await;
+    if let Err(error) = ended {
+        let error: &dyn std::error::Error = &error;
+        tracing::warn!(error, "the guest still writes to the overlays of an earlier backup");
+    }
+    Ok(())
+}
+
+/// Undoes what earlier runs left in this machine, but for overlays. What cannot be read may be of another
+/// one.
+pub(super) async fn undo_earlier(
     hypervisor: &impl Hypervisor,
     journal: &Journal,
     run_dir: &Path,
@@ -518,15 +545,6 @@ pub(super) async fn recover_earlier(
     let is_it = |record: &Record| record.reach == reach && record.stopped.is_none();
     for recorded in pending.iter().filter(|recorded| is_it(recorded.record())) {
         recover::undo(hypervisor, journal, recorded, run_dir).await?;
-    }
-    if Records::open(journal.state_dir())?.of(&reach)?.is_none() {
-        return Ok(());
-    }
-    // One that could not bring its guest back in time.
-    let layers = hypervisor.layers().await?;
-    if let Err(error) = recover::end_overlays(&layers, journal.state_dir(), &reach).await {
-        let error: &dyn std::error::Error = &error;
-        tracing::warn!(error, "the guest still writes to the overlays of an earlier backup");
     }
     Ok(())
 }

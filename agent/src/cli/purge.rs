@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Context;
-use super::backup::{lock, recover_earlier};
+use super::backup::{lock, undo_earlier};
 use super::overlays::{self, Machines, WayBack};
 use crate::error::CommandError;
 use crate::hypervisor::Reach;
@@ -75,7 +75,7 @@ pub async fn run(args: PurgeArgs, context: &Context) -> Result<(), CommandError>
         // What a killed backup left stands above the overlay, or uses it.
         let (run_dir, journal) = (&context.global.run_dir, context.journal()?);
         let qemu = BareQemu::connect(&monitor, run_dir, None, false, ANSWER_TIMEOUT).await?;
-        recover_earlier(&qemu, &journal, run_dir).await?;
+        undo_earlier(&qemu, &journal, run_dir).await?;
         drop(qemu);
         Ok(QmpLayers::connect(&monitor, known).await?)
     };
@@ -107,7 +107,7 @@ async fn of_domain(
     let connect = async {
         if handle.is_active().await? {
             let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
-            recover_earlier(&domain, &context.journal()?, &context.global.run_dir).await?;
+            undo_earlier(&domain, &context.journal()?, &context.global.run_dir).await?;
         }
         Ok(LibvirtLayers::new(handle).await?)
     };

@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use tokio::time::timeout;
 
 use super::{
     Choice, Claim, Cut, Disk, Exports, GuestIo, Hypervisor, HypervisorError, Machine, MachineFile,
@@ -18,6 +19,8 @@ use crate::journal::{DiskRecord, Process, Record, Recorded};
 use crate::names::{DiskName, RunId};
 use crate::overlay::Layers;
 
+/// How long a guest stands still at most while the snapshots of several disks are made.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often the use of the snapshots is looked at.
 const USE_POLL: Duration = Duration::from_millis(500);
 
@@ -175,7 +178,15 @@ impl<H: Hypervisor> Hypervisor for OnVolumes<H> {
         }
         let time = Timestamp::now();
         // The kernel brings to a volume what was written to it before its snapshot.
-        let made = lvm::create(&record.snapshots, &volumes, self.size).await;
+        let made = lvm::create(&record.snapshots, &volumes, self.size);
+        let made = match record.pauses {
+            // What has been begun is waited for when it is removed.
+            true => timeout(PAUSE_MAX, made).await.unwrap_or_else(|_| {
+                let what = "LVM, which the guest stands still for,".to_owned();
+                Err(HypervisorError::StillInUse { what, waited: PAUSE_MAX })
+            }),
+            false => made.await,
+        };
         if record.pauses {
             self.machine.let_go_on().await?;
         }

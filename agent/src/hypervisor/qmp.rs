@@ -128,7 +128,7 @@ impl BareQemu {
 
     /// The same QEMU, whose guest is to stand still until it was read.
     pub fn suspended(self) -> Self {
-        Self { recipe: Some(Recipe::Suspend), ..self }
+        Self { recipe: self.recipe.map(|_| Recipe::Suspend), ..self }
     }
 
     /// Ready when a guest that is to stand still does not.

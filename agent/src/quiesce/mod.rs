@@ -218,6 +218,15 @@ pub struct Holding {
 }
 
 impl Holding {
+    /// Ready when the watchdog is gone: then the guest must go on at once.
+    pub async fn ends(&mut self) -> QuiesceError {
+        match (&mut self.task).await {
+            Ok(Err(error)) => error,
+            // Nobody has asked for its end, so it can only have failed.
+            _ => WatchdogError::Ended.into(),
+        }
+    }
+
     /// Thaws the guest, which runs again by now, and ends the watchdog.
     ///
     /// # Errors

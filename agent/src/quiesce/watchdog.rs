@@ -219,18 +219,23 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
         requests: BufReader::new(tokio::io::stdin()).lines(),
     };
     guard.serve().await;
-    // A pause stops the whole guest: it ends first.
-    if guard.may_be_paused
-        && let Err(error) = let_go_on(&reach).await
-    {
-        tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
-    }
-    if guard.frozen.is_some() || guard.deadline.is_some() || guard.thawing.is_some() {
-        guard.begin_thaw();
-        if let Err(reason) = guard.thawed().await {
-            tell_syslog(&format!("a guest may be frozen, its agent does not thaw it: {reason}"));
+    let may_be_paused = guard.may_be_paused;
+    let resume = async {
+        if may_be_paused && let Err(error) = let_go_on(&reach).await {
+            tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
         }
-    }
+    };
+    let thaw = async {
+        if guard.frozen.is_some() || guard.deadline.is_some() || guard.thawing.is_some() {
+            guard.begin_thaw();
+            if let Err(reason) = guard.thawed().await {
+                let words = "a guest may be frozen, its agent does not thaw it";
+                tell_syslog(&format!("{words}: {reason}"));
+            }
+        }
+    };
+    // At once: the run may let the guest go on while it keeps everybody else from its monitor.
+    tokio::join!(resume, thaw);
 }
 
 struct Guard {

@@ -95,6 +95,12 @@ pub enum ReadError {
     /// QEMU could not be asked for the guest's latency.
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    /// Whoever stores what was read takes nothing, and the guest stands still meanwhile.
+    #[error("nothing could be stored for {} s while the guest stood still", .waited.as_secs())]
+    StoreStalls {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// Whoever stores what was read has stopped.
     #[error("storing has stopped")]
     StoreStopped,

@@ -17,6 +17,9 @@ const OBSERVE_EVERY: Duration = Duration::from_millis(50);
 /// Longest pause after a request. A guest suffers in seconds, and the backup must come to its end.
 const REST_MAX: Duration = Duration::from_millis(20);
 
+/// How long a guest that stands still waits for a store that takes nothing.
+const STALL_MAX: Duration = Duration::from_secs(30);
+
 /// What the user allows.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Limits {
@@ -128,7 +131,7 @@ impl<H: Hypervisor> Stream<'_, H> {
                     let piece = Piece { disk: self.disk, chunk: chunks.start, data };
                     // What is bad makes the whole disk bad; the rest is read only to name all of it.
                     if bad.is_empty() {
-                        self.sink.send(piece).await.map_err(|_| ReadError::StoreStopped)?;
+                        self.hand_on(piece).await?;
                     }
                 }
                 Err(ReadError::Nbd { source: error, .. }) if is_bad_block(&error) => {
@@ -159,6 +162,18 @@ impl<H: Hypervisor> Stream<'_, H> {
         let mut ranges = joined(bad);
         ranges.truncate(BAD_RANGES_MAX);
         Err(ReadError::BadBlocks { disk: source.disk.clone(), ranges, more })
+    }
+
+    /// Hands a piece on; a guest that stands still does not wait for a store that hangs.
+    async fn hand_on(&self, piece: Piece) -> Result<(), ReadError> {
+        let sent = self.sink.send(piece);
+        let sent = match self.hypervisor.suspends() {
+            true => tokio::time::timeout(STALL_MAX, sent)
+                .await
+                .map_err(|_| ReadError::StoreStalls { waited: STALL_MAX })?,
+            false => sent.await,
+        };
+        sent.map_err(|_| ReadError::StoreStopped)
     }
 }
 

@@ -217,7 +217,7 @@ impl LibvirtDomain {
 }
 
 /// Whether a domain is shut off because it was migrated to another host.
-fn was_migrated(reason: DomainStateReasonEnum) -> bool {
+pub fn was_migrated(reason: DomainStateReasonEnum) -> bool {
     let migrated = DomainShutoffReasonEnum::from(DomainShutoffReason::Migrated);
     reason == DomainStateReasonEnum::from(DomainStateReason::Shutoff(migrated))
 }
