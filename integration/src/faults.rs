@@ -332,3 +332,26 @@ impl Drop for SmallDisk {
         let _ = Command::new("umount").arg("--lazy").arg(&self.folder).status();
     }
 }
+
+/// The process ids of the children of a process.
+pub fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).map(Iterator::flatten);
+    let children = tasks
+        .into_iter()
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    children
+        .flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .map(|pid| pid.parse().expect("a process id"))
+        .collect()
+}
+
+/// The process id of the watchdog of a run.
+#[track_caller]
+pub fn watchdog_of(pid: u32) -> u32 {
+    let is_it = |child: &u32| {
+        let line = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains("quiesce-watchdog")
+    };
+    children(pid).into_iter().find(is_it).expect("a watchdog")
+}

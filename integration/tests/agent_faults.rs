@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use integration::faults::{STILL_MAX, assert_goes_on, assert_says, signal, wait_until};
+use integration::faults::{
+    STILL_MAX, assert_goes_on, assert_says, children, signal, wait_until, watchdog_of,
+};
 use integration::{Host, Outcome, assert_guest_is_free, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -357,19 +359,6 @@ impl<'a> Beat<'a> {
     }
 }
 
-/// The process ids of the watchdogs of a run.
-fn children(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).map(Iterator::flatten);
-    let children = tasks
-        .into_iter()
-        .flatten()
-        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    children
-        .flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
-        .map(|pid| pid.parse().expect("a process id"))
-        .collect()
-}
-
 /// Runs a backup and has `act` called with kvmsnap's process id once the guest is frozen. Returns how
 /// it ended, and the longest pause of the guest's writes.
 fn act_while_frozen(
@@ -447,13 +436,7 @@ fn r15_a_frozen_guest_is_let_go_whoever_dies_or_hangs() {
     wait_until(STILL_MAX, "the guest is thawed", || guest.poll(frozen).is_some());
 
     // Only the watchdog dies: kvmsnap thaws, and pauses nothing that nobody watches.
-    let watchdog = |pid| {
-        let is_it = |child: &u32| {
-            let line = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&line).contains("quiesce-watchdog")
-        };
-        signal(children(pid).into_iter().find(is_it).expect("a watchdog"), Signal::SIGKILL);
-    };
+    let watchdog = |pid| signal(watchdog_of(pid), Signal::SIGKILL);
     let (outcome, still) = act_while_frozen(&host, &guest, "unwatched.sock", watchdog);
     assert_says(&outcome, 1, "the watchdog process ended");
     assert!(!outcome.stderr.contains("hint: "), "{outcome:?}");

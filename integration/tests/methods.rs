@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use integration::faults::{
-    Contents, assert_goes_on, assert_says, kinds, signal, wait_for_export, wait_until,
+    Contents, assert_goes_on, assert_says, kinds, signal, wait_for_export, wait_until, watchdog_of,
 };
 use integration::libvirt::processes;
 use integration::restored::disk;
@@ -158,6 +158,24 @@ fn p2_a_run_that_hangs_while_its_guest_stands_still_is_killed_for_it() {
     wait_until(GUARD_TIMEOUT, "the guard undoes the run", || scene.host.undo_records() == 0);
     scene.host.backup_and_compare(&scene.guest, &scene.contents, &SUSPEND);
     scene.assert_clean();
+}
+
+#[test]
+fn p2_a_guest_whose_watchdog_dies_while_it_stands_still_goes_on_and_is_thawed() {
+    let disk = Disk::new("vda", 64 * MIB).mounted(FileSystem::Ext4);
+    let Some(guest) = Guest::builder().disk(disk).boot() else { return };
+    let host = Host::new();
+    guest.sh("dd if=/dev/urandom of=/mnt/vda/noise bs=64k count=64 && sync");
+    let slow = [&SUSPEND[..], &["--limit-read", "64KiB"]].concat();
+    let mut running = spawn(host.backup_command(&guest, &slow));
+    wait_for_export(&guest, &mut running);
+
+    signal(watchdog_of(running.pid()), Signal::SIGKILL);
+
+    assert_says(&finish(running), 1, "the watchdog process ended");
+    assert_goes_on(&guest);
+    guest.sh("echo more > /mnt/vda/file && sync");
+    host.assert_nothing_left();
 }
 
 #[test]
