@@ -1,7 +1,6 @@
 //! R15: guest agents that hang, lie, babble or go away, and what kvmsnap's death means for a guest that
 //! is frozen.
 
-use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
