@@ -162,7 +162,11 @@ pub async fn end_overlays(
         let domain = held.record().domain.clone();
         match purge.run(held, pin!(pending())).await {
             Ok(_) => {}
-            Err(error @ (OverlayError::Hypervisor(_) | OverlayError::TooSlow { .. })) => {
+            Err(
+                error @ (OverlayError::Hypervisor(_)
+                | OverlayError::TooSlow { .. }
+                | OverlayError::BaseGrows { .. }),
+            ) => {
                 return Err(error.into());
             }
             Err(error) => {

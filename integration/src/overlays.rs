@@ -17,7 +17,7 @@ pub const DISKS: [&str; 2] = ["vda", "vdb"];
 pub const SIZE: u64 = 8 * MIB;
 
 /// A purge so slow that the guest must be stopped, so fast that it soon goes on.
-pub const STOPPED: [&str; 6] = ["--deadline", "0.2", "--max-pause", "10", "--limit-rate", "2MiB"];
+pub const STOPPED: [&str; 6] = ["--deadline", "0.8", "--max-pause", "600", "--limit-rate", "2MiB"];
 /// A purge that gives up at once.
 pub const HASTY: [&str; 6] = ["--deadline", "0.5", "--max-pause", "0", "--limit-rate", "64KiB"];
 

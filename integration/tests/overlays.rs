@@ -3,18 +3,19 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use integration::faults::{Contents, SmallDisk, assert_goes_on, assert_says, signal, wait_until};
 use integration::overlays::{
-    DISKS, HASTY, SIZE, STOPPED, Scene, convert, files_in, first_difference,
+    DISKS, HASTY, SIZE, STOPPED, Scene, convert, files_in, first_difference, plan,
 };
 use integration::restored::text;
-use integration::{Host, finish, spawn};
+use integration::{Host, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::oracle::{Load, judge};
-use vm_fixtures::{Disk, Guest, MIB};
+use vm_fixtures::{Disk, Format, Guest, MIB};
 
 const WAIT: Duration = Duration::from_secs(30);
 
@@ -267,6 +268,36 @@ fn r09_a_guest_whose_overlay_is_full_is_brought_back_and_loses_nothing() {
     scene.assert_holds();
 }
 
+/// The overlay gives no room back before all of it is in the image beneath.
+#[test]
+fn r09_an_image_that_would_fill_its_file_system_is_written_back_once_there_is_room() {
+    let host = Host::without_repository();
+    let small = SmallDisk::mount(&host.folder().join("images"), 16 * MIB);
+    let image = small.folder().join("vda.qcow2");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg(SIZE.to_string());
+    tool(make);
+    let qmp = host.folder().join("qmp");
+    let disk = Disk::existing("vda", &image, Format::Qcow2);
+    let Some(guest) = plan(&qmp, [disk]).boot() else { return };
+    let mut scene = Scene { host, guest, contents: Contents::new(&["vda"], SIZE), qmp };
+    scene.ok("create", &["--reserve", "64KiB"]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 7 * MIB as usize, 3);
+
+    let outcome = scene.try_run("purge", &["--limit-rate", "8MiB"]);
+
+    assert_says(&outcome, 1, "would fill");
+    assert!(outcome.stderr.contains("hint: nothing is lost"), "{outcome:?}");
+    scene.contents.write(&scene.guest, "vda", 0, MIB as usize, 6);
+    small.resize(64 * MIB);
+    scene.ok("purge", &[]);
+    assert_guest_is_free(&scene.guest, &["vda"]);
+    assert_eq!(files_in(small.folder(), "kvmsnap-"), Vec::<PathBuf>::new());
+    scene.guest.quit();
+    let raw = convert(&image, "qcow2", scene.host.folder());
+    assert_eq!(first_difference(&raw, scene.contents.of("vda")), None);
+}
+
 #[test]
 fn r13_a_guest_that_cannot_be_brought_back_in_time_stays_and_the_next_purge_finishes() {
     let Some(mut scene) = Scene::new() else { return };
@@ -312,7 +343,7 @@ fn r13_p2_a_purge_killed_while_it_holds_the_guest_back_lets_it_go_on() {
     let Some(mut scene) = Scene::new() else { return };
     scene.ok("create", &[]);
     scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
-    let slow = ["--deadline", "0.2", "--max-pause", "60", "--limit-rate", "256KiB"];
+    let slow = ["--deadline", "0.8", "--max-pause", "600", "--limit-rate", "256KiB"];
     let running = spawn(scene.command("purge", &slow));
     wait_until(WAIT, "the guest stands still", || scene.guest.status() == "paused");
 

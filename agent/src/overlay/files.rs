@@ -87,6 +87,41 @@ fn no_room(path: &Path, file: &File) -> OverlayError {
     OverlayError::NoRoom { folder, free: room(file).map_or(0, |(free, _)| free) }
 }
 
+/// The room around an image that grows while an overlay is written into it.
+#[derive(Debug)]
+pub struct Growth {
+    image: File,
+    folder: PathBuf,
+    /// Blocks that it had before.
+    blocks: u64,
+}
+
+impl Growth {
+    /// From now on; `None` for a block device, and where nobody can look.
+    pub fn of(image: &Path) -> Option<Self> {
+        let folder = image.parent().unwrap_or(image).to_owned();
+        let image = File::open(image).ok()?;
+        let metadata = image.metadata().ok().filter(Metadata::is_file)?;
+        Some(Self { image, folder, blocks: metadata.blocks() })
+    }
+
+    /// Makes sure that the image leaves room: the overlay beside it gives none back before its end. One
+    /// that does not grow may be written to on a full file system too.
+    ///
+    /// # Errors
+    /// [`OverlayError::BaseGrows`].
+    pub fn check(&self, disk: &DiskName) -> Result<(), OverlayError> {
+        let grows = self.image.metadata().is_ok_and(|now| now.blocks() > self.blocks);
+        match room(&self.image) {
+            Some((free, kept)) if grows && free < kept => {
+                let (disk, folder) = (disk.clone(), self.folder.clone());
+                Err(OverlayError::BaseGrows { disk, folder, free })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A file as it is now; `None` where there is none, and for a block device.
 ///
 /// # Errors

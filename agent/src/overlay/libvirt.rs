@@ -320,7 +320,7 @@ impl Layers for LibvirtLayers {
         let target = disk.disk.to_string();
         let step = format!("end the job on `{target}`");
         let end = move |domain: &Domain| match sys::block_job(domain, &target)? {
-            Some(job) if job.commits_top => sys::block_job_end(domain, &target, false),
+            Some(job) if job.commits => sys::block_job_end(domain, &target, false),
             _ => Ok(()),
         };
         self.handle.change(&step, end).await

@@ -72,6 +72,16 @@ pub enum OverlayError {
         /// Bytes that are left there.
         free: u64,
     },
+    /// An image takes all room for what is written back to it.
+    #[error("writing back the overlay of disk `{disk}` would fill {}: {} MiB are left, its overlay stays", .folder.display(), free >> 20)]
+    BaseGrows {
+        /// The disk.
+        disk: DiskName,
+        /// Where its image is.
+        folder: PathBuf,
+        /// Bytes that are left there.
+        free: u64,
+    },
     /// A file cannot be made, looked at or deleted.
     #[error("cannot {step} {}", .path.display())]
     File {
@@ -233,6 +243,9 @@ impl OverlayError {
             Self::Tracked { .. } => "`kvmsnap purge` ends that; its next backup reads everything",
             Self::NoRoom { .. } => {
                 "--overlay-dir names a roomier folder, --reserve asks for less room"
+            }
+            Self::BaseGrows { .. } => {
+                "nothing is lost: make room there for what the guest has written, then `kvmsnap purge`"
             }
             Self::Covered { .. } => "`kvmsnap purge --adopt` writes that image back first",
             Self::Elsewhere { .. } => {

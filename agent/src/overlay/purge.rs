@@ -14,7 +14,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use super::converge::{Budget, Measure, slow_rate};
-use super::files::is_same;
+use super::files::{Growth, is_same};
 use super::record::{
     DiskRecord, FileMark, Held, HeldSince, Limits, Purpose, Record, Records, Stage,
 };
@@ -65,6 +65,8 @@ struct Course {
     slowed: bool,
     paused: Option<Duration>,
     last: Written,
+    /// The image that is written to.
+    base: Option<Growth>,
 }
 
 /// A guest that stands still, and the process that lets it go on if this one ends; none where somebody else
@@ -243,6 +245,7 @@ impl<L: Layers> Purge<'_, L> {
             slowed: false,
             paused: None,
             last: Written { done: 0, total: 0, is_ready: false },
+            base: None,
         };
         let disk = &held.record().disks[index];
         match self.layers.chains().await? {
@@ -365,6 +368,7 @@ impl<L: Layers> Purge<'_, L> {
         // From here on the base does not hold still.
         self.set_stage(held, index, Stage::Committing)?;
         let disk = held.record().disks[index].clone();
+        course.base = Growth::of(&disk.base.path);
         self.layers.commit(held, &disk, self.budget.rate).await?;
         let outcome = self.converge(held, index, course, interrupt).await;
         if outcome.is_err() {
@@ -436,6 +440,7 @@ impl<L: Layers> Purge<'_, L> {
                 tokio::time::sleep(POLL_PAUSED).await;
                 continue;
             }
+            course.base.as_ref().map_or(Ok(()), |base| base.check(&disk.disk))?;
             let rate = (written.done as f64 / elapsed.as_secs_f64().max(0.001)) as u64;
             match self.budget.measure(elapsed, written, rate) {
                 Measure::None => {}

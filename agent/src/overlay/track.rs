@@ -8,7 +8,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use super::files::{self, is_same};
+use super::files::{self, Growth, is_same};
 use super::purge::Purge;
 use super::record::{DiskRecord, Held, Purpose, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError};
@@ -127,9 +127,10 @@ pub async fn sink<L: Layers>(
                 record.disks[index].stage = Stage::Committing;
             })?;
             purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
+            let base = Growth::of(&disk.base.path);
             purge.layers.commit(&lower, &disk, purge.budget.rate).await?;
             // One that is not waited for goes on, and the next backup joins it.
-            wait(purge.layers, &lower, &disk, interrupt.as_mut()).await?;
+            wait(purge.layers, &lower, &disk, base, interrupt.as_mut()).await?;
         }
     }
     settle(purge.layers, purge.records, reach).await?;
@@ -147,10 +148,15 @@ async fn wait(
     layers: &impl Layers,
     held: &Held,
     disk: &DiskRecord,
+    base: Option<Growth>,
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), OverlayError> {
     let failed = |words| OverlayError::JobFailed { disk: disk.disk.clone(), words };
     while !layers.has_sunk(held, disk).await?.map_err(failed)? {
+        if let Err(grows) = base.as_ref().map_or(Ok(()), |base| base.check(&disk.disk)) {
+            layers.cancel(held, disk).await?;
+            return Err(grows);
+        }
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
             () = interrupt.as_mut() => return Err(OverlayError::Interrupted),

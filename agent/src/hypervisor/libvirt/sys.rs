@@ -256,6 +256,8 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
 pub struct BlockJob {
     /// Whether it writes the image on top into the one beneath.
     pub commits_top: bool,
+    /// Whether it writes any image into the one beneath.
+    pub commits: bool,
     /// Bytes that are done.
     pub done: u64,
     /// All bytes.
@@ -323,8 +325,11 @@ pub fn block_job(domain: &Domain, disk: &str) -> Result<Option<BlockJob>, Error>
     let found = count(unsafe {
         sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0)
     })?;
-    let commits_top = u32::try_from(info.type_) == Ok(sys::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT);
-    Ok((found > 0).then_some(BlockJob { commits_top, done: info.cur, total: info.end }))
+    let kind = u32::try_from(info.type_).ok();
+    let commits_top = kind == Some(sys::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT);
+    let commits = commits_top || kind == Some(sys::VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT);
+    let (done, total) = (info.cur, info.end);
+    Ok((found > 0).then_some(BlockJob { commits_top, commits, done, total }))
 }
 
 /// Ends the job on a disk: the guest goes on with the image beneath, where `pivot` says so, or with the
