@@ -161,6 +161,24 @@ fn r22_a_backup_without_the_overlay_in_between_does_not_lead_astray() {
 
 // ---- faults -------------------------------------------------------------------------------------
 
+/// The backup is good, the overlay stays, and the other disk's goes.
+#[test]
+fn internal_snapshots_in_an_overlay_that_tracks_are_not_deleted_with_it() {
+    let Some(mut scene) = scene() else { return };
+    let first = back_up(&scene, &[]);
+    let snapshot = json!({"device": scene.guest.active_node("vda"), "name": "mine"});
+    scene.guest.qmp_command("blockdev-snapshot-internal-sync", &snapshot);
+    scene.contents.scribble(&scene.guest, 2);
+
+    let outcome = scene.try_run("backup", &[]);
+
+    assert_says(&outcome, 1, "internal snapshots");
+    let last = scene.host.list().pop().expect("a snapshot");
+    scene.host.assert_holds(&last, &scene.contents);
+    let stays = |name| Path::new(text(disk(&first, name), "overlay")).exists();
+    assert!(stays("vda"), "it holds a snapshot");
+}
+
 #[test]
 fn p3_a_killed_backup_loses_nothing_and_the_next_is_incremental() {
     let Some(mut scene) = scene() else { return };

@@ -315,14 +315,9 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         if self.settings.tracks && recorded.record().phase == Phase::Recorded {
             let kept = records.update(&mut held, |record| record.purpose = Purpose::Tracking);
             kept.map_err(OverlayError::from)?;
-            if let Err(error) = track::sink(&purge, &held.record().reach, interrupt).await {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(
-                    error,
-                    "the next backup goes on writing back what this one has read"
-                );
-            }
-            return Ok(());
+            // The next backup goes on writing back what this one has read; but a chain that only grows
+            // must not go unnoticed.
+            return Ok(track::sink(&purge, &held.record().reach, interrupt).await?);
         }
         let brought = purge.run(held, interrupt).await?;
         for disk in brought.iter().filter(|disk| disk.slowed || disk.paused.is_some()) {

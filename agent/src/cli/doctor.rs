@@ -112,12 +112,16 @@ async fn examine_overlays(
         tracing::info!(target: "progress", "{error}");
         return Ok(true);
     }
-    let is_whole = record.held.is_some() && record.disks.iter().all(|d| d.stage == Stage::Above);
+    let is_above = record.disks.iter().all(|disk| disk.stage == Stage::Above);
+    let is_whole = record.held.is_some() && is_above;
     let of_backup = record.purpose == Purpose::Backup;
     let state = match is_whole {
         _ if of_backup => "a backup could not bring the guest back, which writes to overlays",
-        _ if record.purpose == Purpose::Tracking => {
+        true if record.purpose == Purpose::Tracking => {
             "overlays track what changes from one backup to the next"
+        }
+        false if record.purpose == Purpose::Tracking => {
+            "an overlay that tracked what changed is not written back yet, which the next backup does"
         }
         true => "its images hold still, the guest writes to overlays",
         false => "a create or purge of it did not end",
@@ -145,8 +149,7 @@ async fn examine_overlays(
         let ends = if mended { "mended" } else { "`kvmsnap purge` ends it" };
         writeln!(out, "{} (overlays, {time}): {state}; {ends}", record.domain)?;
     }
-    // One that was written back only in part goes on with the next backup.
-    Ok(mended || record.purpose == Purpose::Tracking || (is_whole && !of_backup))
+    Ok(mended || (is_whole && !of_backup))
 }
 
 /// Tells of a restore in place that stopped between two disks, and says whether it is finished now.

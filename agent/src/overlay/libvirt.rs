@@ -252,8 +252,9 @@ impl Layers for LibvirtLayers {
             let [base, overlay] = [&disk.base.path, &disk.overlay].map(|p| p.display().to_string());
             // One that a killed run has begun goes on by itself.
             let commit = move |domain: &Domain| match sys::block_job(domain, &target)? {
-                Some(_) => Ok(()),
-                None => sys::commit_between(domain, &target, (&base, &overlay), rate),
+                Some(job) if job.commits => Ok(()),
+                // libvirt refuses where a job of somebody else is under way.
+                _ => sys::commit_between(domain, &target, (&base, &overlay), rate),
             };
             return self.handle.change(&step, commit).await;
         }

@@ -609,7 +609,7 @@ fn untrusted(disk: &DiskRecord) -> OverlayError {
 }
 
 /// Internal snapshots live in the file that would be deleted.
-async fn refuse_snapshots(disk: &DiskRecord) -> Result<(), OverlayError> {
+pub(super) async fn refuse_snapshots(disk: &DiskRecord) -> Result<(), OverlayError> {
     // One that a user has deleted while the guest runs is lost with all its snapshots already.
     if files::is_ours(disk)? != Some(true) {
         return Ok(());

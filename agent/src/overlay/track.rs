@@ -6,10 +6,10 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::files::{self, Growth, is_same};
-use super::purge::Purge;
+use super::purge::{Purge, refuse_snapshots};
 use super::record::{DiskRecord, Held, Purpose, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError};
 use crate::hypervisor::{Machine, Reach, Tracking};
@@ -105,64 +105,109 @@ impl Tracker {
 }
 
 /// Writes overlays that lie beneath others of these into the images beneath them, and deletes them. The
-/// guest goes on above.
+/// guest goes on above. What cannot be done for one disk keeps no other.
 ///
 /// # Errors
-/// [`OverlayError`]; calling it again goes on from there, and until then nothing is lost.
+/// The first [`OverlayError`]; calling it again goes on from there, and until then nothing is lost.
 pub async fn sink<L: Layers>(
     purge: &Purge<'_, L>,
     reach: &Reach,
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), OverlayError> {
-    settle(purge.layers, purge.records, reach).await?;
-    let all = tracking(purge.records, reach)?;
-    for mut lower in tracking(purge.records, reach)? {
+    let (layers, records) = (purge.layers, purge.records);
+    settle(layers, records, reach).await?;
+    let mut failed = None;
+    for mut lower in tracking(records, reach)? {
         for index in 0..lower.record().disks.len() {
-            let disk = lower.record().disks[index].clone();
-            if matches!(disk.stage, Stage::Back(_)) || !lies_beneath(&all, &disk) {
-                continue;
+            match sink_disk(purge, &mut lower, index, interrupt.as_mut()).await {
+                Err(OverlayError::Interrupted) => return Err(OverlayError::Interrupted),
+                sunk => failed = failed.or(sunk.err()),
             }
-            // From here on the base does not hold still.
-            purge.records.update(&mut lower, |record| {
-                record.disks[index].stage = Stage::Committing;
-            })?;
-            purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
-            let base = Growth::of(&disk.base.path);
-            purge.layers.commit(&lower, &disk, purge.budget.rate).await?;
-            // One that is not waited for goes on, and the next backup joins it.
-            wait(purge.layers, &lower, &disk, base, interrupt.as_mut()).await?;
         }
     }
-    settle(purge.layers, purge.records, reach).await?;
-    for lower in tracking(purge.records, reach)? {
+    settle(layers, records, reach).await?;
+    for lower in tracking(records, reach)? {
         let mut stages = lower.record().disks.iter().map(|disk| &disk.stage);
         if stages.all(|stage| matches!(stage, Stage::Back(_))) {
-            purge.run(lower, interrupt.as_mut()).await?;
+            failed = failed.or(purge.run(lower, interrupt.as_mut()).await.err());
         }
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
-/// Waits until a job that writes an overlay into the image beneath it has ended.
-async fn wait(
-    layers: &impl Layers,
+/// Writes an overlay into its image where it lies beneath another one and right above that image.
+async fn sink_disk<L: Layers>(
+    purge: &Purge<'_, L>,
+    lower: &mut Held,
+    index: usize,
+    interrupt: Pin<&mut impl Future<Output = ()>>,
+) -> Result<(), OverlayError> {
+    let (layers, records) = (purge.layers, purge.records);
+    let disk = lower.record().disks[index].clone();
+    // The guest may have been started on it again: then it is no longer ours to write back.
+    if matches!(disk.stage, Stage::Back(_)) || !is_between(layers, &disk).await? {
+        return Ok(());
+    }
+    refuse_snapshots(&disk).await?;
+    if let Some(by) = layers.others(&disk.base.path, &disk.disk).await? {
+        let (base, overlay) = (disk.base.path.clone(), disk.overlay.clone());
+        return Err(OverlayError::Shared { disk: disk.disk, base, overlay, by });
+    }
+    // From here on the base does not hold still.
+    records.update(lower, |record| record.disks[index].stage = Stage::Committing)?;
+    purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
+    let base = Growth::of(&disk.base.path);
+    layers.commit(lower, &disk, purge.budget.rate).await?;
+    let begun = Instant::now();
+    let words =
+        |words: &str| OverlayError::JobFailed { disk: disk.disk.clone(), words: words.to_owned() };
+    // One that is not waited for goes on, and the next backup joins it.
+    let sunk = wait(purge, lower, &disk, base, interrupt).await?;
+    // libvirt keeps no word of a job that failed: the chain tells.
+    match sunk && is_between(layers, &disk).await? {
+        true => Err(words("its job has ended early")),
+        false if sunk => Ok(()),
+        false => {
+            let seconds = begun.elapsed().as_secs();
+            tracing::info!("{}: not written back within {seconds} s, that goes on", disk.disk);
+            Ok(())
+        }
+    }
+}
+
+/// Whether an overlay lies right above its image, and beneath another one.
+async fn is_between(layers: &impl Layers, disk: &DiskRecord) -> Result<bool, OverlayError> {
+    let chains = layers.chains().await?.unwrap_or_default();
+    let Some(chain) = chains.iter().find(|chain| chain.disk == disk.disk) else { return Ok(false) };
+    Ok(chain.images.windows(3).any(|images| {
+        is_same(&images[1].path, &disk.overlay) && is_same(&images[2].path, &disk.base.path)
+    }))
+}
+
+/// Waits until a job that writes an overlay into the image beneath it has ended, as long as is allowed.
+async fn wait<L: Layers>(
+    purge: &Purge<'_, L>,
     held: &Held,
     disk: &DiskRecord,
     base: Option<Growth>,
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
-) -> Result<(), OverlayError> {
+) -> Result<bool, OverlayError> {
+    let (layers, begun) = (purge.layers, Instant::now());
     let failed = |words| OverlayError::JobFailed { disk: disk.disk.clone(), words };
     while !layers.has_sunk(held, disk).await?.map_err(failed)? {
         if let Err(grows) = base.as_ref().map_or(Ok(()), |base| base.check(&disk.disk)) {
             layers.cancel(held, disk).await?;
             return Err(grows);
         }
+        if begun.elapsed() >= purge.budget.deadline {
+            return Ok(false);
+        }
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
             () = interrupt.as_mut() => return Err(OverlayError::Interrupted),
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Finds out which overlays lie no longer beneath those above them: what they held is in the image beneath.
