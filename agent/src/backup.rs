@@ -250,6 +250,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let stored = match captured {
             Ok(captured) => tokio::select! {
                 stored = self.store(captured, recorded.record()) => stored,
+                danger = self.danger_still() => Err(danger.into()),
                 () = &mut interrupt => Err(BackupError::Interrupted),
             },
             Err(error) => Err(error),
@@ -266,6 +267,14 @@ impl<H: Hypervisor> Run<'_, H> {
                 Ok(Finished { id, manifest, leftover })
             }
             Err(error) => Err(self.roll_back(recorded, released, error).await),
+        }
+    }
+
+    /// Ready when the guest cannot wait until all is stored: its overlays grow until then.
+    async fn danger_still(&self) -> HypervisorError {
+        match self.hypervisor.puts_overlays() {
+            true => self.hypervisor.danger().await,
+            false => pending().await,
         }
     }
 
