@@ -1,16 +1,19 @@
 //! `backup --method overlay` on a QEMU that nothing manages: the guest writes to overlays while its images
 //! are read, then it goes back to them.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
-use integration::overlays::{HASTY, SIZE, Scene, convert, lines};
+use integration::overlays::{HASTY, SIZE, Scene, convert, lines, plan};
 use integration::restored::text;
-use integration::{Host, Running, finish, spawn};
+use integration::{Host, Running, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vm_fixtures::oracle::{Load, judge};
-use vm_fixtures::{Disk, Guest, MIB};
+use vm_fixtures::{Disk, Format, Guest, MIB};
 
 const OVERLAY: [&str; 2] = ["--method", "overlay"];
 /// Machines that are tested at once: a round waits more than it works.
@@ -105,6 +108,60 @@ fn p3_dirty_bitmaps_count_through_a_backup_by_overlays() {
 
     assert_eq!(kinds(&after)["vda"], "incremental", "{after}");
     assert_eq!(after["disks"][0]["bytes_changed"], 2 * MIB, "since the first backup: {after}");
+    scene.assert_back();
+}
+
+/// A raw image of fives, beneath so many others; the last one is the top.
+fn chain(folder: &Path, count: usize) -> PathBuf {
+    let mut image = folder.join(format!("{count}.raw"));
+    fs::write(&image, vec![5; MIB as usize]).expect("an image");
+    for index in 1..count {
+        let above = folder.join(format!("{count}-{index}"));
+        let format = if index == 1 { "raw" } else { "qcow2" };
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(&image).arg(&above);
+        tool(create);
+        image = above;
+    }
+    image
+}
+
+#[test]
+fn p1_what_lies_beneath_many_images_is_stored_or_the_backup_refused() {
+    let host = Host::new();
+    let qmp = host.folder().join("qmp");
+    let boot = |count: usize| {
+        let top = chain(host.folder(), count);
+        plan(&qmp, [Disk::existing("vda", &top, Format::Qcow2)]).boot()
+    };
+    let Some(guest) = boot(64) else { return };
+    let snapshot = host.backup(&guest, &OVERLAY);
+    let restored = fs::read(host.restore(text(&snapshot, "id")).join("vda.raw")).expect("a disk");
+    assert!(restored == vec![5; MIB as usize], "the lowest image was stored");
+    host.assert_nothing_left();
+    guest.quit();
+
+    let guest = boot(65).expect("QEMU is there");
+    let refused = host.try_backup(&guest, &OVERLAY);
+
+    assert_says(&refused, 1, "disk `vda` has more than 64 images");
+    assert_guest_is_free(&guest, &["vda"]);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn r23_overlays_in_memory_are_warned_of_and_never_stay() {
+    let Some(scene) = scene() else { return };
+    let memory = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = memory.path().to_str().expect("a plain path");
+
+    let created = scene.try_run("create", &["--overlay-dir", folder]);
+    scene.ok("purge", &[]);
+    let tracked = scene.try_run("backup", &["--tracking", "overlay", "--overlay-dir", folder]);
+
+    assert_eq!(created.code, Some(0), "{created:?}");
+    assert!(created.stderr.contains("lost when the host restarts"), "{created:?}");
+    assert_says(&tracked, 1, "lost when the host restarts");
     scene.assert_back();
 }
 

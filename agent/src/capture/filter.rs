@@ -38,7 +38,7 @@ pub async fn prepare(
     let record = recorded.record();
     let mut scratch = Vec::new();
     for (names, disk) in record.disks.iter().zip(disks) {
-        let file = scratch_file(&scratch_folder(scratch_dir, disk), disk, disk.size)?;
+        let file = scratch_file(scratch_folder(scratch_dir, disk), disk, disk.size)?;
         let step = || format!("keep the scratch file of `{}`", disk.target);
         let kept = file.try_clone();
         let kept = kept.map_err(|source| HypervisorError::Host { step: step(), source })?;

@@ -46,8 +46,8 @@ pub async fn prepare(
     let record = recorded.record();
     for (names, disk) in record.disks.iter().zip(disks) {
         let folder = scratch_folder(scratch_dir, disk);
-        let file = scratch_file(&folder, disk, 0)?;
-        reserve(&file, disk, &folder, scratch_len(disk.size))?;
+        let file = scratch_file(folder, disk, 0)?;
+        reserve(&file, disk, folder, scratch_len(disk.size))?;
         add_file_node(monitor, record, &names.filter, file).await?;
         create_qcow2(monitor, names, disk.size).await?;
         let arguments = json!({

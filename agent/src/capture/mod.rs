@@ -47,10 +47,13 @@ fn scratch_file(folder: &Path, disk: &Disk, len: u64) -> Result<File, Hypervisor
     Ok(file)
 }
 
+/// Where scratch goes that has no place beside an image; `/tmp` is often in the host's memory.
+const SCRATCH_FOLDER: &str = "/var/tmp";
+
 /// Where the scratch of a disk goes: the configured folder, else beside the image.
-fn scratch_folder(configured: Option<&Path>, disk: &Disk) -> PathBuf {
-    let beside = || disk.image.as_deref().and_then(Path::parent).map(Path::to_owned);
-    configured.map(Path::to_owned).or_else(beside).unwrap_or_else(std::env::temp_dir)
+fn scratch_folder<'a>(configured: Option<&'a Path>, disk: &'a Disk) -> &'a Path {
+    let beside = || disk.image.as_deref().and_then(place::beside);
+    configured.or_else(beside).unwrap_or(Path::new(SCRATCH_FOLDER))
 }
 
 /// Adds a `file` node on an open file.

@@ -117,7 +117,14 @@ impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
                 return Err(no_image());
             }
             let images = beneath.iter().map(LocalImage::image).collect();
-            chains.push(image::chain(images, false).await?.map_err(|_| no_image())?);
+            let chain = image::chain(images, false).await?.map_err(|_| no_image())?;
+            // What lies there, but is not known, would be read as zeros.
+            let last = chain.images.last().expect("a disk has an image");
+            if let Some((beneath, _)) = last.header().await?.backing {
+                let (disk, image) = (disk.disk.clone(), last.place.to_string());
+                return Err(OverlayError::ChainUnknown { disk, image, beneath });
+            }
+            chains.push(chain);
         }
         Ok(chains)
     }
@@ -256,6 +263,7 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
             uuid: record.uuid.clone(),
             reach: record.reach.clone(),
             purpose: Purpose::Backup,
+            stays: self.settings.tracks,
         };
         let folder = self.settings.folder.as_deref();
         let planned = create::plan(&self.layers, disks, owner, folder).await?;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -53,8 +53,7 @@ impl Place {
     pub(super) fn node(&self) -> Value {
         match self {
             Self::Local(path) => {
-                let is_device = fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
-                let driver = if is_device { "host_device" } else { "file" };
+                let driver = if is_device(path) { "host_device" } else { "file" };
                 json!({"driver": driver, "filename": path})
             }
             Self::Nbd(NbdExport { server, name }) => {
@@ -68,6 +67,16 @@ impl Place {
             }
         }
     }
+}
+
+/// Whether a path leads to a block device.
+pub fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device())
+}
+
+/// The folder beside an image, for what is made there; that of a block device is in the host's memory.
+pub fn beside(image: &Path) -> Option<&Path> {
+    image.parent().filter(|_| image.is_absolute() && !is_device(image))
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use crate::lock::{DomainLock, LockError};
 use crate::manifest::{Kind, Method};
 use crate::method::{self, Able, TrackBy, Wanted};
 use crate::names::{BitmapNames, DiskName, DomainName, NameError};
+use crate::overlay::converge::Budget;
 use crate::overlay::files;
 use crate::overlay::purge::Purge;
 use crate::overlay::record::{Purpose, Records};
@@ -131,6 +132,10 @@ pub struct BackupArgs {
     overlays: OverlayArgs,
 }
 
+/// Bytes a second at most that a backup writes back unless told otherwise: less than half of what a SATA
+/// SSD takes, and yet a day's writes in minutes. `purge` is waited for, and takes all it gets.
+const WRITE_BACK_RATE: u64 = 200 << 20;
+
 /// What the overlay method may do.
 #[derive(Debug, Args)]
 struct OverlayArgs {
@@ -147,7 +152,12 @@ struct OverlayArgs {
 impl OverlayArgs {
     fn settings(&self, tracks: bool) -> Settings {
         let (folder, reserve) = (self.overlay_dir.clone(), self.reserve.unwrap_or(files::RESERVE));
-        Settings { folder, reserve, budget: self.way_back.budget(), tracks }
+        Settings { folder, reserve, budget: self.budget(), tracks }
+    }
+
+    fn budget(&self) -> Budget {
+        let budget = self.way_back.budget();
+        Budget { rate: budget.rate.or(Some(WRITE_BACK_RATE)), ..budget }
     }
 }
 
@@ -453,7 +463,7 @@ async fn tracker(
         return Ok(None);
     }
     let layers = hypervisor.layers().await?;
-    let (budget, progress) = (args.overlays.way_back.budget(), &context.progress);
+    let (budget, progress) = (args.overlays.budget(), &context.progress);
     let purge = Purge { layers: &layers, records: &records, budget, progress };
     if !args.dry_run
         && let Err(error) = track::sink(&purge, reach, std::pin::pin!(context.interrupted())).await

@@ -49,6 +49,11 @@ const LIMITS: [&str; 20] = [
 ];
 /// A guard against a graph that names itself.
 const DEPTH_MAX: usize = 32;
+/// So many images of a disk are read. `query-block` nests their descriptions, and its answer is read to a
+/// depth of 128.
+const LAYERS_MAX: usize = 100;
+/// So many images may lie beneath a new overlay: those above it can be read as well.
+pub const BASES_MAX: usize = 64;
 
 /// The part of `query-block` that is used.
 #[derive(Debug, Deserialize)]
@@ -228,8 +233,8 @@ impl Graph {
         nodes.into_iter().map(|node| node.node_name.as_str()).collect()
     }
 
-    /// The images from a node down.
-    fn layers(&self, root: &str) -> Vec<Layer> {
+    /// The images from a node down; `None` where they are too many.
+    fn layers(&self, root: &str) -> Option<Vec<Layer>> {
         let (mut layers, mut next) = (Vec::new(), Some(root));
         while let Some(node) = next.and_then(|name| self.nodes.get(name)) {
             let (name, driver) = (&node.node_name, node.drv.as_str());
@@ -239,14 +244,14 @@ impl Graph {
             }
             .map(String::as_str);
             if !FILTERS.contains(&driver) && !JOB_FILTERS.contains(&driver) {
+                if layers.len() == LAYERS_MAX {
+                    return None;
+                }
                 let (path, format) = (PathBuf::from(&node.file), node.drv.clone());
                 layers.push(Layer { node: name.clone(), path, format });
             }
-            if layers.len() > DEPTH_MAX {
-                break;
-            }
         }
-        layers
+        Some(layers)
     }
 
     /// Whether a node exists.
@@ -303,19 +308,20 @@ fn device_path(qdev: &str) -> String {
 }
 
 /// The images of each disk that can be named and has any.
-pub fn chains(devices: &[BlockDevice], graph: &Graph) -> Vec<NodeChain> {
+///
+/// # Errors
+/// [`HypervisorError::ChainTooLong`]: a part of a chain would read as zeros what lies in the rest.
+pub fn chains(devices: &[BlockDevice], graph: &Graph) -> Result<Vec<NodeChain>, HypervisorError> {
     let chain = |device: &BlockDevice| {
         let inserted = device.inserted.as_ref()?;
         let root = inserted.node_name.clone()?;
+        let (disk, qdev) = (device_name(device)?.parse().ok()?, device.qdev.clone()?);
         let limit = |name: &&str| Some(((*name).to_owned(), inserted.more.get(*name)?.clone()));
-        Some(NodeChain {
-            disk: device_name(device)?.parse().ok()?,
-            qdev: device.qdev.clone()?,
-            cache: inserted.cache,
-            limits: LIMITS.iter().filter_map(limit).collect(),
-            layers: graph.layers(&root),
-            root,
-        })
+        let limits = LIMITS.iter().filter_map(limit).collect();
+        let Some(layers) = graph.layers(&root) else {
+            return Some(Err(HypervisorError::ChainTooLong { disk, max: LAYERS_MAX }));
+        };
+        Some(Ok(NodeChain { disk, qdev, root, cache: inserted.cache, limits, layers }))
     };
     devices.iter().filter_map(chain).collect()
 }
@@ -480,5 +486,35 @@ mod tests {
         assert!(matches!(machine(twice), Err(HypervisorError::TwoDisks { .. })));
         let path = json!([device(Some("/machine/x"), "../../etc", 9)]);
         assert!(matches!(machine(path), Err(HypervisorError::DiskName(_))));
+    }
+
+    #[test]
+    fn p1_a_chain_is_told_whole_or_not_at_all() {
+        let graph = |count: usize| {
+            let node = |n: usize| {
+                json!({"node-name": format!("n{n}"), "drv": "qcow2",
+                "file": format!("/{n}"), "image": {"virtual-size": 9}})
+            };
+            let named = json!((0..count).map(node).collect::<Vec<_>>());
+            let id = |n: usize| json!({"id": n, "name": format!("n{n}")});
+            let edge = |n: usize| json!({"parent": n, "child": n + 1, "name": "backing"});
+            let edges: Vec<_> = (0..count - 1).map(edge).collect();
+            let raw = json!({"nodes": (0..count).map(id).collect::<Vec<_>>(), "edges": edges});
+            Graph::new(
+                serde_json::from_value(named).unwrap(),
+                &serde_json::from_value(raw).unwrap(),
+            )
+        };
+        let mut device = device(Some("vda"), "", 9);
+        device["inserted"]["node-name"] = "n0".into();
+        let devices: Vec<BlockDevice> = serde_json::from_value(json!([device])).unwrap();
+        let whole = chains(&devices, &graph(LAYERS_MAX)).unwrap();
+        assert_eq!(whole[0].layers.len(), LAYERS_MAX);
+        let refused = chains(&devices, &graph(LAYERS_MAX + 1)).unwrap_err();
+        let words = refused.to_string();
+        assert_eq!(
+            words,
+            format!("disk `vda` has more than {LAYERS_MAX} images in its backing chain")
+        );
     }
 }

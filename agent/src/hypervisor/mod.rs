@@ -87,6 +87,14 @@ pub enum HypervisorError {
         /// The name.
         disk: DiskName,
     },
+    /// Its images are too many to be told of.
+    #[error("disk `{disk}` has more than {max} images in its backing chain")]
+    ChainTooLong {
+        /// The disk.
+        disk: DiskName,
+        /// So many may it have.
+        max: usize,
+    },
     /// A device's id cannot be a file's name.
     #[error("a device has an id that cannot name a disk")]
     DiskName(#[source] NameError),

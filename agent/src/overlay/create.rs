@@ -43,6 +43,8 @@ pub struct Owner {
     pub reach: Reach,
     /// Who wants them.
     pub purpose: Purpose,
+    /// Whether they stay from one backup to the next.
+    pub stays: bool,
 }
 
 /// Has the images of a machine hold still. Under the machine's lock.
@@ -63,6 +65,7 @@ pub async fn create(
         uuid: machine.uuid.clone(),
         reach,
         purpose: Purpose::User,
+        stays: false,
     };
     let record = plan(layers, &machine.disks, owner, request.folder.as_deref()).await?;
     let mut held = records.begin(record)?;
@@ -161,14 +164,14 @@ pub async fn holds_still(layers: &impl Layers, held: &Held) -> Result<bool, Over
 /// Names all that will be made: overlays above these disks, in a folder or beside each image.
 ///
 /// # Errors
-/// [`OverlayError::NotRunning`], [`OverlayError::NoImage`], [`OverlayError::NoDisk`].
+/// [`OverlayError::NotRunning`], [`OverlayError::NoDisk`]; those of a disk whose overlay has no place.
 pub async fn plan(
     layers: &impl Layers,
     wanted: &[Disk],
     owner: Owner,
     folder: Option<&Path>,
 ) -> Result<Record, OverlayError> {
-    let Owner { id, domain, uuid, reach, purpose } = owner;
+    let Owner { id, domain, uuid, reach, purpose, stays } = owner;
     let not_running = || OverlayError::NotRunning { domain: domain.to_string() };
     let chains = layers.chains().await?.ok_or_else(not_running)?;
     let base = |disk: &DiskName| {
@@ -180,10 +183,12 @@ pub async fn plan(
     let mut disks = Vec::new();
     for disk in wanted {
         let base = base(&disk.target)?;
+        let overlay = files::place(folder, &base.path, &id, &disk.target)?;
+        files::check_lasts(&overlay, &base.path, &disk.target, stays)?;
         disks.push(DiskRecord {
             disk: disk.target.clone(),
             size: disk.size,
-            overlay: files::place(folder, &base.path, &id, &disk.target)?,
+            overlay,
             overlay_format: "qcow2".to_owned(),
             base,
             made: None,

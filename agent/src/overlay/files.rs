@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 
 use super::at_rest::LocalImage;
 use super::record::{DiskRecord, FileMark};
 use super::{OverlayError, at_rest};
 use crate::capture::image::{Use, keeps_locks};
+use crate::capture::place::{beside, is_device};
 use crate::capture::room::room;
 use crate::effect;
 use crate::names::{DiskName, RunId};
@@ -19,19 +21,55 @@ use crate::names::{DiskName, RunId};
 /// Room in bytes for what the guest writes to one disk, unless the user says otherwise.
 pub const RESERVE: u64 = 1 << 30;
 
+/// `RAMFS_MAGIC` of Linux (`linux/magic.h`); `devtmpfs` is a `tmpfs`, or this.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
 /// Where the overlay of a disk goes: the configured folder, else beside the image.
 ///
 /// # Errors
-/// [`OverlayError::NoImage`] where there is no such place.
+/// [`OverlayError::NoImage`], [`OverlayError::OnDevice`] where there is no such place.
 pub fn place(
     folder: Option<&Path>,
     base: &Path,
     id: &RunId,
     disk: &DiskName,
 ) -> Result<PathBuf, OverlayError> {
-    let beside = || base.parent().filter(|_| base.is_absolute());
-    let folder = folder.or_else(beside).ok_or_else(|| OverlayError::NoImage { disk: disk.clone() });
-    Ok(folder?.join(format!("kvmsnap-{id}-{disk}.qcow2")))
+    let folder = match folder.or_else(|| beside(base)) {
+        Some(folder) => folder,
+        None if is_device(base) => {
+            return Err(OverlayError::OnDevice { disk: disk.clone(), device: base.to_owned() });
+        }
+        None => return Err(OverlayError::NoImage { disk: disk.clone() }),
+    };
+    Ok(folder.join(format!("kvmsnap-{id}-{disk}.qcow2")))
+}
+
+/// Makes sure that a restart of the host leaves an overlay, where it leaves the image. One that does not
+/// stay for long is only warned of, unless it would be among the devices.
+///
+/// # Errors
+/// [`OverlayError::InMemory`].
+pub fn check_lasts(
+    overlay: &Path,
+    base: &Path,
+    disk: &DiskName,
+    stays: bool,
+) -> Result<(), OverlayError> {
+    let folder = overlay.parent().unwrap_or(overlay);
+    // What cannot be looked at cannot be made there either.
+    let kind = statfs(folder).map(|stat| stat.filesystem_type());
+    let is_memory = kind.is_ok_and(|kind| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind));
+    let system = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+    let goes_with_base = !is_device(base) && system(base) == system(folder);
+    if !is_memory || goes_with_base {
+        return Ok(());
+    }
+    let in_memory = OverlayError::InMemory { disk: disk.clone(), folder: folder.to_owned() };
+    if stays || system(folder) == system(Path::new("/dev")) {
+        return Err(in_memory);
+    }
+    tracing::warn!("{in_memory}");
+    Ok(())
 }
 
 /// Makes an overlay, with its room, for QEMU's user. Returns the file as it was made.
@@ -344,5 +382,46 @@ mod tests {
         assert!(!is_untouched(&disk).unwrap());
         fs::remove_file(&disk.overlay).unwrap();
         assert!(!is_untouched(&disk).unwrap(), "what was in it is not known");
+    }
+
+    /// A block device of this host.
+    fn device() -> Option<PathBuf> {
+        let mut found = fs::read_dir("/dev").unwrap().map(|entry| entry.unwrap().path());
+        found.find(|path| is_device(path))
+    }
+
+    #[test]
+    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+    fn r23_an_overlay_is_never_made_among_the_devices() {
+        let (id, disk) = (RunId::random(), "vda".parse().unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let Some(device) = device() else {
+            eprintln!("skipped: no block device in /dev");
+            return;
+        };
+        let refused = place(None, &device, &id, &disk).unwrap_err();
+        assert!(matches!(refused, OverlayError::OnDevice { .. }), "{refused}");
+        assert!(refused.hint().unwrap().contains("--overlay-dir"));
+        let overlay = place(Some(folder.path()), &device, &id, &disk).unwrap();
+        assert_eq!(overlay.parent(), Some(folder.path()));
+        let named = place(Some(Path::new("/dev")), &device, &id, &disk).unwrap();
+        let refused = check_lasts(&named, &device, &disk, false).unwrap_err();
+        assert!(matches!(refused, OverlayError::InMemory { .. }), "{refused}");
+    }
+
+    #[test]
+    fn r23_an_overlay_that_stays_is_not_kept_in_memory() {
+        let disk = "vda".parse().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        fs::write(&base, "image").unwrap();
+        let in_memory = Path::new("/dev/shm/overlay");
+        let refused = check_lasts(in_memory, &base, &disk, true).unwrap_err();
+        assert!(matches!(refused, OverlayError::InMemory { .. }), "{refused}");
+        check_lasts(in_memory, &base, &disk, false).unwrap();
+        // Beside the image it lasts as long as that.
+        check_lasts(&folder.path().join("overlay"), &base, &disk, true).unwrap();
+        let both = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        check_lasts(in_memory, both.path(), &disk, true).unwrap();
     }
 }

@@ -64,6 +64,32 @@ pub enum OverlayError {
         /// The disk.
         disk: DiskName,
     },
+    /// There is no folder beside it that outlives the host.
+    #[error("disk `{disk}` is the block device {}: it has no folder beside it for an overlay", .device.display())]
+    OnDevice {
+        /// The disk.
+        disk: DiskName,
+        /// Its device.
+        device: PathBuf,
+    },
+    /// The overlay would be lost where the image is not.
+    #[error("the overlay of disk `{disk}` is kept in memory, in {}: what the guest writes to it is lost when the host restarts", .folder.display())]
+    InMemory {
+        /// The disk.
+        disk: DiskName,
+        /// Where overlays go.
+        folder: PathBuf,
+    },
+    /// Nobody knows what lies beneath the last image.
+    #[error("disk `{disk}`: {image} names {beneath} beneath it, but QEMU tells of nothing there")]
+    ChainUnknown {
+        /// The disk.
+        disk: DiskName,
+        /// The last image that is known.
+        image: String,
+        /// What it names.
+        beneath: String,
+    },
     /// There is too little room for what the guest may write.
     #[error("there is too little room for overlays in {}: {} MiB are left", .folder.display(), free >> 20)]
     NoRoom {
@@ -241,6 +267,9 @@ impl OverlayError {
         Some(match self {
             Self::NotRunning { .. } => "copy them; `kvmsnap backup` takes them too",
             Self::Tracked { .. } => "`kvmsnap purge` ends that; its next backup reads everything",
+            Self::OnDevice { .. } | Self::InMemory { .. } => {
+                "--overlay-dir names a folder on a disk, with room for what the guest writes"
+            }
             Self::NoRoom { .. } => {
                 "--overlay-dir names a roomier folder, --reserve asks for less room"
             }

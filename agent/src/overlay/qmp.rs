@@ -15,7 +15,7 @@ use super::record::{DiskRecord, Held};
 use super::{Chain, Layers, OverlayError, Written};
 use crate::capture::node_name;
 use crate::hypervisor::HypervisorError;
-use crate::hypervisor::graph::{self, BlockDevice, Graph, Layer, NodeChain};
+use crate::hypervisor::graph::{self, BASES_MAX, BlockDevice, Graph, Layer, NodeChain};
 use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor, Step};
 use crate::journal::Process;
 use crate::names::DiskName;
@@ -90,7 +90,7 @@ impl QmpLayers {
         let monitor = self.monitor()?;
         let devices: Vec<BlockDevice> = monitor.query("query-block", json!({})).await?;
         let graph = monitor.graph().await?;
-        Ok((graph::chains(&devices, &graph), graph))
+        Ok((graph::chains(&devices, &graph)?, graph))
     }
 
     /// The images of one disk; a device that is gone has none.
@@ -179,7 +179,12 @@ impl Layers for QmpLayers {
     async fn open(&self, held: &Held) -> Result<(), HypervisorError> {
         let monitor = self.monitor()?;
         for disk in &held.record().disks {
-            let cache = self.chain(disk).await?.cache;
+            let chain = self.chain(disk).await?;
+            if chain.layers.len() > BASES_MAX {
+                let disk = disk.disk.clone();
+                return Err(HypervisorError::ChainTooLong { disk, max: BASES_MAX });
+            }
+            let cache = chain.cache;
             let cache = json!({"direct": cache.direct, "no-flush": cache.no_flush});
             let file = json!({
                 "driver": "file", "filename": disk.overlay, "discard": "unmap", "cache": cache,

@@ -28,6 +28,7 @@ use super::{
     Machine, MachineFile, Reach, Tracking,
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
+use crate::capture::place::beside;
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::names::{DiskName, RunId};
 use crate::overlay::Layers;
@@ -356,7 +357,7 @@ impl Hypervisor for LibvirtDomain {
     }
 
     fn names(&self, run: &RunId, _index: usize, disk: &Disk) -> DiskRecord {
-        let beside = || disk.image.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let beside = || disk.image.as_deref().and_then(beside).map(Path::to_owned);
         let folder = self.places.scratch.clone().or_else(beside);
         let folder = folder.unwrap_or_else(|| domain_folder(self.seen()));
         let scratch = folder.join(format!(".kvmsnap-{run}-{}.scratch", disk.target));
