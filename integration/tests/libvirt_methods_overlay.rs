@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use integration::faults::{kinds, noise, signal, wait_until};
+use integration::faults::{assert_says, kinds, noise, signal, wait_until};
 use integration::libvirt::{Scene, WAIT};
+use integration::restored::text;
 use integration::{Running, finish, spawn};
 use nix::sys::signal::Signal;
 use vm_fixtures::libvirt::Libvirt;
@@ -138,6 +139,9 @@ fn p1_p3_overlays_track_what_changes_in_a_domain_through_kills_and_restarts() {
     }
     let status = scene.host.ok(["status", "--json", scene.domain.name()]);
     assert!(status.contains("the overlay since the last backup"), "{status}");
+    let last = scene.host.list().pop().expect("a snapshot");
+    let refused = scene.host.run(["restore", text(&last, "id"), "--in-place"]);
+    assert_says(&refused, 1, "which fit only the images that it has");
 
     scene.host.ok(["purge", scene.domain.name()]);
 

@@ -2,12 +2,13 @@
 //! the backup at which it began. For raw disks, qcow2 of version 2, and guests that crash.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
-use integration::overlays::{SIZE, Scene, files_in, lines, plan};
+use integration::overlays::{HASTY, SIZE, Scene, files_in, lines, plan};
 use integration::restored::{disk, text};
-use integration::{Host, finish, spawn};
+use integration::{Host, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, Format, Guest, MIB};
@@ -80,6 +81,13 @@ fn start_on_overlays(scene: &Scene, snapshot: &Value) -> Guest {
         Disk::existing(name, overlay, Format::Qcow2)
     });
     plan(&scene.qmp, disks).uuid(UUID).boot().expect("QEMU is there")
+}
+
+/// QEMU again, on the images beneath the overlays.
+fn start_on_images(scene: &Scene) -> Guest {
+    let own = [("vda", Format::Qcow2), ("vdb", Format::Raw)]
+        .map(|(name, format)| Disk::existing(name, &scene.guest.disk_path(name), format));
+    plan(&scene.qmp, own).uuid(UUID).boot().expect("QEMU is there")
 }
 
 /// Has QEMU bring to its images what the guest wrote.
@@ -161,6 +169,86 @@ fn r22_a_backup_without_the_overlay_in_between_does_not_lead_astray() {
 
 // ---- faults -------------------------------------------------------------------------------------
 
+/// A backup that is good, and says this.
+#[track_caller]
+fn back_up_that_says(scene: &Scene, words: &str) -> Value {
+    let outcome = scene.try_run("backup", &[]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains(words), "{words}: {outcome:?}");
+    let snapshot = lines(&outcome).remove(0);
+    scene.host.assert_holds(&snapshot, &scene.contents);
+    snapshot
+}
+
+/// The overlays are in place, of the same inode, and hold nothing or not all of what changed.
+#[test]
+fn p1_an_overlay_above_an_image_that_was_written_to_is_not_believed() {
+    let Some(mut scene) = scene() else { return };
+    let first = back_up(&scene, &[]);
+    scene.contents.scribble(&scene.guest, 2);
+    scene.guest.quit();
+    for name in DISKS {
+        let mut commit = Command::new("qemu-img");
+        commit.args(["commit", "-q", text(disk(&first, name), "overlay")]);
+        tool(commit);
+    }
+    let successor = start_on_overlays(&scene, &first);
+    scene.contents.scribble(&successor, 3);
+
+    let second = back_up_that_says(&scene, "was written to beneath the overlay");
+
+    assert_kinds(&second, "rescan");
+    assert_tracked(&scene, &second);
+    scene.contents.scribble(&successor, 4);
+    let third = scene.ok("backup", &[]).remove(0);
+    assert_reads_little(&scene, &third);
+    successor.quit();
+    let astray = start_on_images(&scene);
+    let beyond = 6 * MIB as usize;
+    DISKS.iter().for_each(|disk| scene.contents.write(&astray, disk, beyond, 512, 9));
+    astray.quit();
+    let successor = start_on_overlays(&scene, &third);
+
+    let fourth = back_up_that_says(&scene, "was written to beneath the overlay");
+
+    assert_kinds(&fourth, "rescan");
+    assert_kinds(&scene.ok("backup", &[]).remove(0), "incremental");
+    scene.ok("purge", &[]);
+    assert_eq!(scene.records(), Vec::<PathBuf>::new());
+    successor.quit();
+    scene.assert_holds();
+}
+
+#[test]
+fn r23_nobody_is_told_to_delete_an_overlay_on_which_the_guest_runs() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
+    assert_says(&scene.try_run("purge", &HASTY), 1, "was not brought back in time");
+
+    let outcome = scene.try_run("backup", &[]);
+
+    assert!(outcome.stderr.contains("a purge of it did not end"), "{outcome:?}");
+    assert!(!outcome.stderr.contains("delete"), "{outcome:?}");
+    scene.ok("purge", &[]);
+    scene.assert_back();
+}
+
+/// QEMU runs one job on a disk.
+#[test]
+fn p3_a_purge_waits_for_what_the_last_backup_still_has_written_back() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
+    back_up(&scene, &["--limit-rate", "1MiB", "--deadline", "0.1"]);
+    assert_eq!(scene.records().len(), 2, "the older overlay is being written back");
+
+    scene.ok("purge", &[]);
+
+    scene.assert_back();
+    scene.assert_holds();
+}
+
 /// The backup is good, the overlay stays, and the other disk's goes.
 #[test]
 fn internal_snapshots_in_an_overlay_that_tracks_are_not_deleted_with_it() {
@@ -221,10 +309,7 @@ fn r23_a_guest_restarted_on_its_own_images_keeps_its_overlay_and_the_operator_is
     let first = back_up(&scene, &[]);
     scene.contents.scribble(&scene.guest, 2);
     scene.guest.kill();
-    let disks = [("vda", Format::Qcow2), ("vdb", Format::Raw)];
-    let own =
-        disks.map(|(name, format)| Disk::existing(name, &scene.guest.disk_path(name), format));
-    let successor = plan(&scene.qmp, own).uuid(UUID).boot().expect("QEMU is there");
+    let successor = start_on_images(&scene);
     successor.qemu_io("vda", "write -P 9 0 64k");
 
     let outcome = scene.try_run("backup", &TRACKING);

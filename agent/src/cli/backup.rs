@@ -465,20 +465,30 @@ async fn tracker(
     let layers = hypervisor.layers().await?;
     let (budget, progress) = (args.overlays.budget(), &context.progress);
     let purge = Purge { layers: &layers, records: &records, budget, progress };
-    if !args.dry_run
-        && let Err(error) = track::sink(&purge, reach, std::pin::pin!(context.interrupted())).await
-    {
-        let error: &dyn std::error::Error = &error;
-        tracing::warn!(error, "what an earlier backup has read is not written back yet");
-    }
-    let tracker = track::look(&layers, &records, reach).await?;
-    match tracker.lost() {
-        Some(words) => {
-            tracing::error!("{words}; until then nothing tracks what changes");
-            Ok(None)
+    let mut earlier = Tracker::default();
+    if !args.dry_run {
+        track::settle(&layers, &records, reach).await?;
+        earlier = track::look(&layers, &records, reach).await?;
+        let interrupt = std::pin::pin!(context.interrupted());
+        if let Err(error) = track::sink(&purge, reach, interrupt).await {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "what an earlier backup has read is not written back yet");
         }
-        None => Ok(Some(tracker)),
     }
+    let tracker = track::look(&layers, &records, reach).await?.after(earlier);
+    if let Some(why) = tracker.lost() {
+        let hint = why.hint().unwrap_or("`kvmsnap purge` says more");
+        tracing::error!("{why}; until then nothing tracks what changes ({hint})");
+        return Ok(None);
+    }
+    for (disk, image) in tracker.changed() {
+        let image = image.display();
+        tracing::warn!(
+            "disk `{disk}`: {image} was written to beneath the overlay that tracks what changes: all of \
+             the disk is read"
+        );
+    }
+    Ok(Some(tracker))
 }
 
 /// Locks the way to a machine. A guard that undoes an earlier run there is waited for.

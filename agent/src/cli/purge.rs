@@ -135,9 +135,9 @@ async fn bring_back<L: Layers>(
     let purge = Purge { layers, records, budget, progress: &context.progress };
     let interrupt = context.interrupted();
     tokio::pin!(interrupt);
-    // A run that was killed may have written back an overlay beneath another one.
+    // A backup may still have an overlay beneath another one written back, or was killed after that.
     let before = held.len();
-    track::settle(layers, records, &machine.2).await?;
+    track::join(&purge, &machine.2, interrupt.as_mut()).await?;
     if before > 0 {
         held = records.all_of(&machine.2)?;
     }

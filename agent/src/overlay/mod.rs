@@ -136,6 +136,16 @@ pub enum OverlayError {
         /// Since when.
         since: Timestamp,
     },
+    /// The guest runs on the overlay, which has to be written back first.
+    #[error("disk `{disk}` runs on its overlay {}, but {why}", .overlay.display())]
+    Unpurged {
+        /// The disk.
+        disk: DiskName,
+        /// Its overlay.
+        overlay: PathBuf,
+        /// Why it cannot go on so.
+        why: &'static str,
+    },
     /// The guest may have gone on with its image, and nobody saw it.
     #[error("a purge was killed just as disk `{disk}` went back to {}: whether it did cannot be told now, so {} was neither written back nor deleted", .base.display(), .overlay.display())]
     MayBeBack {
@@ -222,6 +232,14 @@ pub enum OverlayError {
         /// Bytes that are left.
         left: u64,
     },
+    /// What the last backup has read is still written back.
+    #[error(
+        "the overlay that the last backup has read of disk `{disk}` is still being written back"
+    )]
+    Busy {
+        /// The disk.
+        disk: DiskName,
+    },
     /// The job that writes the overlay back ended early.
     #[error("the overlay of disk `{disk}` could not be written back: {words}")]
     JobFailed {
@@ -281,6 +299,9 @@ impl OverlayError {
                 "keep both: the overlay is worth nothing without the image. Start the guest on the overlay \
                  and purge; or, to give up what it wrote there, delete the overlay and its record"
             }
+            Self::Unpurged { .. } => {
+                "nothing is lost: `kvmsnap purge` while the guest runs writes it back"
+            }
             Self::MayBeBack { .. } => {
                 "where the guest is well on its image: delete the overlay, then purge. Where what it wrote last \
                  is missing: start it on the overlay, then purge"
@@ -320,6 +341,7 @@ impl OverlayError {
                 "nothing is lost: `kvmsnap purge` again when the guest writes less, or with a longer \
                  --deadline or --max-pause"
             }
+            Self::Busy { .. } => "nothing is lost: `kvmsnap purge` again, with a longer --deadline",
             Self::JobFailed { .. } => "nothing is lost: `kvmsnap purge` again once that is mended",
             Self::NotAdopted { .. } => "`virsh domblklist` shows what its disks run on",
             Self::Shared { .. } => {

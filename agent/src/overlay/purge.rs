@@ -9,7 +9,7 @@
 //! on with by the next.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
@@ -365,11 +365,18 @@ impl<L: Layers> Purge<'_, L> {
             return Err(untrusted(&disk));
         }
         refuse_snapshots(&disk).await?;
+        let stage = disk.stage;
         // From here on the base does not hold still.
         self.set_stage(held, index, Stage::Committing)?;
         let disk = held.record().disks[index].clone();
         course.base = Growth::of(&disk.base.path);
-        self.layers.commit(held, &disk, self.budget.rate).await?;
+        if let Err(error) = self.layers.commit(held, &disk, self.budget.rate).await {
+            // One that was refused, as by a job of somebody else, has begun nothing.
+            if matches!(error, HypervisorError::Refused { .. } | HypervisorError::Libvirt { .. }) {
+                self.set_stage(held, index, stage)?;
+            }
+            return Err(error.into());
+        }
         let outcome = self.converge(held, index, course, interrupt).await;
         if outcome.is_err() {
             match self.layers.cancel(held, &disk).await {
@@ -557,16 +564,21 @@ impl<L: Layers> Purge<'_, L> {
     }
 }
 
-enum Place {
+/// Where an overlay is.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// The guest writes to it, right above its image.
     Top,
     /// On top of another disk, or above another image than its own.
     Moved,
-    Below(std::path::PathBuf),
+    /// Below others, of which this is on top.
+    Below(PathBuf),
+    /// In no chain of the machine.
     Absent,
 }
 
 /// Where an overlay is, by file: a machine that was started anew has it under another name.
-fn place(chains: &[Chain], disk: &DiskRecord) -> Place {
+pub(super) fn place(chains: &[Chain], disk: &DiskRecord) -> Place {
     let at = |chain: &&Chain| chain.images.iter().any(|image| is_same(&image.path, &disk.overlay));
     let Some(chain) = chains.iter().find(at) else { return Place::Absent };
     match chain.images.as_slice() {
@@ -599,7 +611,7 @@ fn given_up(disk: &DiskRecord) -> Result<bool, OverlayError> {
 }
 
 /// Why the overlay is not written to the base, though it holds something else.
-fn untrusted(disk: &DiskRecord) -> OverlayError {
+pub(super) fn untrusted(disk: &DiskRecord) -> OverlayError {
     let (base, overlay) = (disk.base.path.clone(), disk.overlay.clone());
     match disk.stage {
         Stage::Above if disk.still.is_some() => OverlayError::BaseChanged { base, overlay },
@@ -625,7 +637,8 @@ fn since(record: &Record) -> jiff::Timestamp {
     record.held.map_or(record.begun, |held| held.time)
 }
 
-fn elsewhere(record: &Record, disk: &DiskRecord) -> OverlayError {
+/// Why what the guest wrote to an overlay is not written back: it runs, but not there.
+pub(super) fn elsewhere(record: &Record, disk: &DiskRecord) -> OverlayError {
     let (disk, overlay) = (disk.disk.clone(), disk.overlay.clone());
     OverlayError::Elsewhere { disk, overlay, since: since(record) }
 }

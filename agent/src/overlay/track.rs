@@ -5,11 +5,12 @@
 //! has its fresh overlay written into the older one, which goes on counting.
 
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use super::files::{self, Growth, is_same};
-use super::purge::{Purge, refuse_snapshots};
+use super::purge::{self, Place, Purge, refuse_snapshots};
 use super::record::{DiskRecord, Held, Purpose, Record, Records, Stage};
 use super::{Chain, Layers, OverlayError};
 use crate::hypervisor::{Machine, Reach, Tracking};
@@ -23,8 +24,10 @@ const POLL: Duration = Duration::from_millis(100);
 pub struct Tracker {
     /// The disks whose changes an overlay holds, with their records.
     on_top: Vec<DiskRecord>,
-    /// Why changes cannot be tracked that way now, in words.
-    lost: Option<String>,
+    /// Disks and what was written to beneath the overlays on top of them, which so do not hold all changes.
+    changed: Vec<(DiskName, PathBuf)>,
+    /// Why changes cannot be tracked that way now.
+    lost: Option<OverlayError>,
 }
 
 /// Looks at how a machine's changes are tracked. Changes nothing.
@@ -44,21 +47,83 @@ pub async fn look(
     let chains = layers.chains().await?.unwrap_or_default();
     for record in tracked.iter().map(Held::record) {
         for disk in &record.disks {
-            let Some(chain) = chains.iter().find(|chain| chain.disk == disk.disk) else { continue };
-            let at = chain.images.iter().position(|image| is_same(&image.path, &disk.overlay));
-            let is_ours = files::is_ours(disk)? == Some(true);
-            match at {
-                Some(0) if is_ours && disk.stage == Stage::Above => {
-                    tracker.on_top.push(disk.clone());
+            if chains.iter().all(|chain| chain.disk != disk.disk) {
+                continue;
+            }
+            let disk = as_it_lies(&tracked, &chains, disk);
+            match standing(&tracked, &chains, record, &disk)? {
+                Standing::Gone => continue,
+                Standing::Lost(why) => {
+                    tracker.lost = Some(why);
+                    continue;
                 }
-                Some(depth) if depth > 0 && lies_beneath(&tracked, disk) => {}
-                // One that was written back waits for its end.
-                None if matches!(disk.stage, Stage::Back(_)) => {}
-                _ => tracker.lost = Some(lost(record, disk)),
+                Standing::Top => tracker.on_top.push(disk.clone()),
+                Standing::Beneath => {}
+            }
+            // While it is written back, the image beneath it changes rightly.
+            let is_still = disk.still.is_none() || files::mark(&disk.base.path)? == disk.still;
+            if disk.stage == Stage::Above && !is_still {
+                tracker.changed.push((disk.disk, disk.base.path));
             }
         }
     }
     Ok(tracker)
+}
+
+/// Where an overlay is that tracks changes.
+enum Standing {
+    /// The guest writes to it.
+    Top,
+    /// Another one that tracks changes lies above it.
+    Beneath,
+    /// It was written back, and waits for its end.
+    Gone,
+    /// It holds changes no longer, or not all.
+    Lost(OverlayError),
+}
+
+fn standing(
+    all: &[Held],
+    chains: &[Chain],
+    record: &Record,
+    disk: &DiskRecord,
+) -> Result<Standing, OverlayError> {
+    let place = purge::place(chains, disk);
+    let is_back = matches!(disk.stage, Stage::Back(_));
+    if is_back && matches!(place, Place::Absent) {
+        return Ok(Standing::Gone);
+    }
+    let is_ours = files::is_ours(disk)?;
+    let (name, overlay) = (disk.disk.clone(), disk.overlay.clone());
+    let unpurged =
+        |why| OverlayError::Unpurged { disk: name.clone(), overlay: overlay.clone(), why };
+    Ok(Standing::Lost(match place {
+        _ if is_ours == Some(false) => OverlayError::Replaced { overlay },
+        Place::Top if is_back => OverlayError::Revived { overlay },
+        Place::Top if is_ours.is_none() => unpurged("that file was deleted"),
+        Place::Top if disk.stage != Stage::Above => unpurged("a purge of it did not end"),
+        Place::Top => return Ok(Standing::Top),
+        Place::Below(_) if lies_beneath(all, disk) => return Ok(Standing::Beneath),
+        Place::Below(above) => OverlayError::Covered { disk: name, above },
+        Place::Moved => OverlayError::Moved { disk: name, overlay },
+        Place::Absent if matches!(disk.stage, Stage::Pivoting(_)) => purge::untrusted(disk),
+        Place::Absent => purge::elsewhere(record, disk),
+    }))
+}
+
+/// An overlay with the image that it lies on by now: the one that was beneath it may have been written back
+/// since anybody looked.
+fn as_it_lies(all: &[Held], chains: &[Chain], disk: &DiskRecord) -> DiskRecord {
+    let mut disks = all.iter().flat_map(|held| &held.record().disks);
+    let gone = disks.find(|lower| {
+        lower.stage == Stage::Committing
+            && is_same(&lower.overlay, &disk.base.path)
+            && has_gone(chains, disk, lower)
+    });
+    match gone {
+        Some(lower) => DiskRecord { base: lower.base.clone(), still: None, ..disk.clone() },
+        None => disk.clone(),
+    }
 }
 
 /// The records of the overlays that track a machine's changes, oldest first.
@@ -74,34 +139,69 @@ fn lies_beneath(all: &[Held], disk: &DiskRecord) -> bool {
     disks.into_iter().any(|above| is_same(&above.base.path, &disk.overlay))
 }
 
-fn lost(record: &Record, disk: &DiskRecord) -> String {
-    format!(
-        "disk `{}` runs without its overlay {}, which holds what the guest wrote since {}; nothing was \
-         deleted, and `kvmsnap purge` says more",
-        disk.disk,
-        disk.overlay.display(),
-        record.held.map_or(record.begun, |held| held.time),
-    )
-}
-
 impl Tracker {
     /// Why changes cannot be tracked by overlays until a person has decided something.
-    pub fn lost(&self) -> Option<&str> {
-        self.lost.as_deref()
+    pub fn lost(&self) -> Option<&OverlayError> {
+        self.lost.as_ref()
+    }
+
+    /// The images that were written to although they lie beneath overlays, by disk: what changed in such a disk
+    /// nobody knows, and a backup that reads all of it begins anew.
+    pub fn changed(&self) -> &[(DiskName, PathBuf)] {
+        &self.changed
+    }
+
+    /// The same tracker, with what was found out earlier: to write overlays back wipes such traces away.
+    pub fn after(mut self, earlier: Self) -> Self {
+        self.changed.extend(earlier.changed);
+        self
     }
 
     /// Has a machine's disks tell of their own images, and of the overlays that hold what changed.
     pub fn describe(&self, machine: &mut Machine) {
         for disk in &mut machine.disks {
             let known = self.on_top.iter().find(|known| known.disk == disk.target);
-            let overlay = known.map(|known| known.overlay.display().to_string());
             if let Some(known) = known {
                 disk.driver.clone_from(&known.base.format);
                 disk.image = Some(known.base.path.clone());
             }
+            let is_whole = self.changed.iter().all(|(changed, _)| *changed != disk.target);
+            let whole = known.filter(|_| is_whole);
+            let overlay = whole.map(|known| known.overlay.display().to_string());
             disk.tracking = Tracking::Overlay(overlay);
         }
     }
+}
+
+/// Waits until no job writes back an overlay that lies beneath another one, as long as is allowed: QEMU runs one
+/// job on a disk.
+///
+/// # Errors
+/// [`OverlayError`].
+pub async fn join<L: Layers>(
+    purge: &Purge<'_, L>,
+    reach: &Reach,
+    mut interrupt: Pin<&mut impl Future<Output = ()>>,
+) -> Result<(), OverlayError> {
+    let (layers, records) = (purge.layers, purge.records);
+    settle(layers, records, reach).await?;
+    for lower in tracking(records, reach)? {
+        for disk in lower.record().disks.iter().filter(|disk| disk.stage == Stage::Committing) {
+            if !is_between(layers, disk).await? {
+                continue;
+            }
+            purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
+            let base = Growth::of(&disk.base.path);
+            match wait(purge, &lower, disk, base, interrupt.as_mut()).await {
+                Ok(true) => {}
+                Ok(false) => return Err(OverlayError::Busy { disk: disk.disk.clone() }),
+                // It is over, and the purge writes it back anew.
+                Err(OverlayError::JobFailed { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    settle(layers, records, reach).await
 }
 
 /// Writes overlays that lie beneath others of these into the images beneath them, and deletes them. The
@@ -252,8 +352,22 @@ pub async fn settle(
                 records.update(&mut lower, |record| {
                     record.disks[index].stage = Stage::Back(spent);
                 })?;
+                renew(records, reach, &upper.record().disks[at].overlay)?;
                 break;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Notes what an image is like whose header has just been told of another one beneath it.
+fn renew(records: &Records, reach: &Reach, image: &Path) -> Result<(), OverlayError> {
+    let still = files::mark(image)?;
+    for mut above in records.all_of(reach)? {
+        let mut disks = above.record().disks.iter();
+        let at = disks.position(|disk| disk.still.is_some() && is_same(&disk.base.path, image));
+        if let Some(at) = at {
+            records.update(&mut above, |record| record.disks[at].still = still)?;
         }
     }
     Ok(())

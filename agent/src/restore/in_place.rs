@@ -83,6 +83,12 @@ pub enum InPlaceError {
     /// An earlier run stopped while names were exchanged.
     #[error("an earlier restore in place of this domain did not end")]
     Unfinished,
+    /// Overlays would be left above images that are others by then.
+    #[error("the domain `{domain}` has overlays, which fit only the images that it has")]
+    Overlaid {
+        /// Its name.
+        domain: String,
+    },
     /// A file cannot be made, read or renamed.
     #[error("cannot {step} {}", .path.display())]
     File {
@@ -116,6 +122,7 @@ impl InPlaceError {
             Self::NoDisk { .. } => "--disk chooses those that it has",
             Self::NoFile { .. } => "--to with --define restores it to a new file",
             Self::InUse { .. } => "nothing was exchanged; another domain or tool has it open",
+            Self::Overlaid { .. } => "`kvmsnap purge` writes them back first",
             Self::Unfinished => "`kvmsnap doctor --repair` finishes it",
             _ => return None,
         })

@@ -11,6 +11,8 @@ use crate::error::CommandError;
 use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::connection::{DomainHandle, Libvirt};
 use crate::lock::DomainLock;
+use crate::overlay::OverlayError;
+use crate::overlay::record::Records;
 use crate::restore::Restored;
 use crate::restore::in_place::{self, InPlaceError, Wanted};
 
@@ -30,12 +32,17 @@ pub(super) async fn run(
     let connect = async { Ok(Libvirt::connect(&context.global.connect).await?) };
     let handle = context.until_interrupted(connect).await?.domain(&manifest.uuid);
     let run_dir = &context.global.run_dir;
-    let _reach_lock = DomainLock::on_reach(run_dir, &Reach::Domain(handle.address()))?;
+    let reach = Reach::Domain(handle.address());
+    let _reach_lock = DomainLock::on_reach(run_dir, &reach)?;
     let _domain_lock = DomainLock::on_domain(run_dir, &manifest.domain, &manifest.uuid)?;
     let state_dir = &context.global.state_dir;
     let unfinished = in_place::unfinished(state_dir)?;
     if unfinished.iter().any(|record| record.address == handle.address()) {
         return Err(InPlaceError::Unfinished.into());
+    }
+    let overlays = Records::open(state_dir).and_then(|records| records.of(&reach));
+    if overlays.map_err(OverlayError::from)?.is_some() {
+        return Err(InPlaceError::Overlaid { domain: manifest.domain.to_string() }.into());
     }
     let suffix = Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ").to_string();
     let look = in_place::look(&handle, &source.backup.id, manifest, &args.disk, &suffix);
