@@ -232,6 +232,17 @@ fn r23_nobody_is_told_to_delete_an_overlay_on_which_the_guest_runs() {
     assert!(!outcome.stderr.contains("delete"), "{outcome:?}");
     scene.ok("purge", &[]);
     scene.assert_back();
+    back_up(&scene, &[]);
+    let above = json!({
+        "node-name": scene.guest.active_node("vda"), "snapshot-node-name": "mine",
+        "snapshot-file": scene.guest.folder().join("mine.qcow2"),
+    });
+    scene.guest.qmp_command("blockdev-snapshot-sync", &above);
+
+    let outcome = scene.try_run("backup", &[]);
+
+    assert!(outcome.stderr.contains("another image above its overlay"), "{outcome:?}");
+    assert!(!outcome.stderr.contains("delete"), "{outcome:?}");
 }
 
 /// QEMU runs one job on a disk.

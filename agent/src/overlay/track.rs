@@ -244,8 +244,10 @@ async fn sink_disk<L: Layers>(
 ) -> Result<(), OverlayError> {
     let (layers, records) = (purge.layers, purge.records);
     let disk = lower.record().disks[index].clone();
-    // The guest may have been started on it again: then it is no longer ours to write back.
-    if matches!(disk.stage, Stage::Back(_)) || !is_between(layers, &disk).await? {
+    // What somebody else put above it is told of no other image beneath. The guest may also have been started on
+    // it again: then it is no longer ours to write back.
+    let is_ours_above = lies_beneath(&tracking(records, &lower.record().reach)?, &disk);
+    if matches!(disk.stage, Stage::Back(_)) || !is_ours_above || !is_between(layers, &disk).await? {
         return Ok(());
     }
     refuse_snapshots(&disk).await?;
