@@ -1,7 +1,7 @@
 # The entries of this project. Each installs the Debian packages that it needs, and says so.
 CARGO ?= cargo
 
-.PHONY: help demo test test-next check bench
+.PHONY: help demo test test-libvirt test-others test-next check bench
 
 help:
 	@echo "make demo    boot a guest, back it up twice while it writes, restore it, boot what was restored"
@@ -19,8 +19,16 @@ test:
 	scripts/packages test
 	$(MAKE) check
 	$(CARGO) build --workspace --bins
-	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --test '*'
+	$(CARGO) test --workspace --test '*' --no-run
+	$(MAKE) -j2 --output-sync=line test-libvirt test-others
 	$(CARGO) test --workspace --doc
+
+# Side by side, for much of their time is waiting. All of libvirt in one: they share a daemon.
+tests := $(sort $(basename $(notdir $(wildcard */tests/*.rs))))
+test-libvirt: wanted := $(filter libvirt%,$(tests))
+test-others: wanted := $(filter-out libvirt%,$(tests))
+test-libvirt test-others:
+	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace $(addprefix --test ,$(wanted))
 
 test-next:
 	scripts/packages test

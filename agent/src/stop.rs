@@ -147,6 +147,8 @@ impl Stop {
         match self.handle.change("shut the domain down", Domain::shutdown).await {
             // An agent that hangs may have heard it.
             Ok(()) | Err(HypervisorError::Silent { .. }) => {}
+            // It heard a first attempt whose answer was lost.
+            Err(_) if self.is_off().await? => {}
             Err(error) => {
                 self.journal.clear(&recorded)?;
                 guard.dismiss();

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 use virt::connect::Connect;
@@ -29,6 +30,9 @@ const PID_FILES: &str = "/run/libvirt/qemu";
 const CHAIN_LEN_MAX: usize = 200;
 /// How often a definition is read anew that somebody else changes at the same time.
 const DEFINE_ATTEMPTS: usize = 5;
+/// How often an image is read again whose header makes no sense, and how long is waited before.
+const READ_TRIES: u32 = 10;
+const READ_PAUSE: Duration = Duration::from_millis(100);
 
 /// One domain.
 #[derive(Debug)]
@@ -165,7 +169,16 @@ impl LibvirtLayers {
                 tops.extend(xml::tops(&description));
             }
             for top in tops {
-                match leads_to(libvirt, &top, image).await {
+                let mut found = leads_to(libvirt, &top, image).await;
+                // One in use may have been written to while its header was read.
+                for _ in 1..READ_TRIES {
+                    if found.is_ok() {
+                        break;
+                    }
+                    tokio::time::sleep(READ_PAUSE).await;
+                    found = leads_to(libvirt, &top, image).await;
+                }
+                match found {
                     Ok(true) => return Ok(Some(format!("the domain `{}`", known.name))),
                     Ok(false) => {}
                     Err(unread) => {
