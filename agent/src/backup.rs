@@ -281,10 +281,13 @@ impl<H: Hypervisor> Run<'_, H> {
     /// Lets a guest go on that may be paused or frozen still, whatever became of its watchdog, and gives it
     /// its disks back.
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
-        if recorded.record().holds_guest {
-            recover::let_go(self.hypervisor, recorded.record()).await?;
-        }
-        self.hypervisor.release(recorded).await
+        let let_go = match recorded.record().holds_guest {
+            true => recover::let_go(self.hypervisor, recorded.record()).await,
+            false => Ok(()),
+        };
+        // Whatever came of that: a scratch that stays would grow.
+        let released = self.hypervisor.release(recorded).await;
+        let_go.and(released)
     }
 
     /// An export ends a moment before it shows why: whoever watches the guest may know. And who lets

@@ -141,8 +141,8 @@ async fn wholly(
     undo(hypervisor, journal, recorded, run_dir).await
 }
 
-/// Brings a guest back, within a budget, from the overlays that a backup has left. Where a person must decide, that is said,
-/// and the overlays stay.
+/// Brings a guest back, within a budget, from the overlays that a backup has left. Where a person must
+/// decide, that is said, and the overlays stay.
 ///
 /// # Errors
 /// [`HypervisorError`] where another try may do better.
