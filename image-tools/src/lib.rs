@@ -1,0 +1,8 @@
+//! Image files at rest: what their headers may say, checksummed copies, templates for disaster recovery,
+//! and guest file systems, which only an appliance touches.
+//!
+//! This crate knows no domain and no repository. A guest's bytes are never parsed outside the appliance,
+//! a format is never guessed, and no image is opened for writing but those made here.
+
+pub mod flavour;
+pub mod record;
