@@ -54,6 +54,8 @@ impl Qemu {
 
     fn start(program: &str, fixed: &str, more: &[&str]) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qmp.sock");
+        let fixed = fixed.replace("qmp.sock", socket.to_str().unwrap());
         let mut command = Command::new(program);
         command.args(fixed.split(' ')).args(more).current_dir(folder.path());
         let child = match command.stdin(Stdio::null()).spawn() {
@@ -63,7 +65,7 @@ impl Qemu {
         };
         let qemu = Self { child, folder };
         let begun = Instant::now();
-        while !qemu.socket("qmp.sock").exists() {
+        while !is_listening(&socket) {
             assert!(begun.elapsed() < PATIENCE, "{program} does not start");
             thread::sleep(Duration::from_millis(10));
         }
@@ -89,6 +91,18 @@ impl Drop for Qemu {
         let _ = self.child.kill(); // it may be dead already, as the test wanted
         let _ = self.child.wait();
     }
+}
+
+/// Whether connections to a socket are taken: between `bind` and `listen` its file is there already.
+fn is_listening(socket: &Path) -> bool {
+    // `unix(7)` and the kernel's `__SO_ACCEPTCON`: the fourth column has this bit in hexadecimal.
+    const ACCEPTS: u32 = 1 << 16;
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let mut lines = sockets.lines().filter(|line| line.ends_with(socket.to_str().unwrap()));
+    lines.any(|line| {
+        let flags = line.split_ascii_whitespace().nth(3);
+        flags.is_some_and(|flags| u32::from_str_radix(flags, 16).unwrap() & ACCEPTS != 0)
+    })
 }
 
 fn skip<T>(program: &str) -> Option<T> {
