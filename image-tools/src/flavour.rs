@@ -66,4 +66,7 @@ pub struct FileSystem {
     pub device: String,
     /// `ext4`, `xfs`, `btrfs`, `vfat`, `swap`, or another name that `blkid` gives.
     pub kind: String,
+    /// Where the machine's own table mounts it, `swap` for swap.
+    #[serde(default)]
+    pub mount: Option<String>,
 }

@@ -1,0 +1,161 @@
+#!/bin/sh
+# Runs inside the appliance, one step a call. What it prints goes to the host, which trusts none of it.
+set -eu
+step=$1
+shift
+
+# Mounts a file system to look at it: replays its journal, changes nothing else.
+mount_of() { # DEVICE KIND OPTIONS AT
+    case $2 in
+    vfat) options=$3,quiet ;;
+    *) options=$3 ;;
+    esac
+    mkdir -p "$4"
+    mount -t "$2" -o "$options" "$1" "$4"
+}
+
+case $step in
+layout)
+    udevadm settle
+    lsblk --json --bytes --paths --output \
+        NAME,TYPE,SIZE,START,PTTYPE,PARTTYPE,PARTUUID,PARTLABEL,FSTYPE,UUID,LABEL
+    ;;
+volumes)
+    lvm lvs --reportformat json --units b --nosuffix --options vg_name,lv_name,lv_size,lv_dm_path 2> /dev/null
+    ;;
+check) # DEVICE KIND: a file system that was in use is made whole
+    case $2 in
+    ext2 | ext3 | ext4)
+        # 1: something was corrected.
+        e2fsck -f -y "$1" > /tmp/out 2>&1 || [ $? -eq 1 ] || { cat /tmp/out >&2; exit 1; }
+        ;;
+    xfs)
+        mount_of "$1" xfs defaults /tmp/replay
+        umount /tmp/replay
+        xfs_repair -n "$1" > /tmp/out 2>&1 || { tail -n 20 /tmp/out >&2; exit 1; }
+        ;;
+    btrfs)
+        mount_of "$1" btrfs defaults /tmp/replay
+        umount /tmp/replay
+        btrfs check --readonly "$1" > /tmp/out 2>&1 || { tail -n 20 /tmp/out >&2; exit 1; }
+        ;;
+    vfat)
+        # 1: something was corrected.
+        fsck.vfat -a "$1" > /tmp/out 2>&1 || [ $? -eq 1 ] || { cat /tmp/out >&2; exit 1; }
+        ;;
+    esac
+    ;;
+table) # DEVICE KIND: the fstab on it, after the name of the subvolume that has it
+    at=/tmp/look
+    options=ro
+    [ "$2" != btrfs ] || options=ro,subvolid=5
+    mount_of "$1" "$2" "$options" "$at"
+    for subvolume in "" @ @rootfs root; do
+        [ -z "$subvolume" ] || [ "$2" = btrfs ] || continue
+        if [ -f "$at/$subvolume/etc/fstab" ]; then
+            echo "$subvolume"
+            head -c 65536 "$at/$subvolume/etc/fstab"
+            break
+        fi
+    done
+    umount "$at"
+    ;;
+identify) # DEVICE KIND uuid|label|partuuid VALUE
+    case $3/$2 in
+    uuid/ext*) tune2fs -f -U "$4" "$1" < /dev/null ;;
+    uuid/xfs) xfs_admin -U "$4" "$1" ;;
+    uuid/btrfs) btrfstune -f -U "$4" "$1" ;;
+    uuid/vfat) fatlabel -i "$1" "$(echo "$4" | tr -d -)" ;;
+    uuid/swap) swaplabel -U "$4" "$1" ;;
+    label/ext*) e2label "$1" "$4" ;;
+    label/xfs) xfs_admin -L "$4" "$1" ;;
+    label/btrfs) btrfs filesystem label "$1" "$4" ;;
+    label/vfat) fatlabel "$1" "$4" ;;
+    label/swap) swaplabel -L "$4" "$1" ;;
+    partuuid/*)
+        number=$(echo "$1" | sed 's/.*[^0-9]//')
+        disk=${1%"$number"}
+        case $4 in
+        ????????-??) sfdisk --disk-id "$disk" "0x${4%-*}" ;;
+        *) sfdisk --part-uuid "$disk" "$number" "$4" ;;
+        esac
+        ;;
+    *)
+        echo "a $2 file system cannot be given a $3" >&2
+        exit 1
+        ;;
+    esac > /dev/null
+    udevadm settle
+    ;;
+mount) # DEVICE KIND SUBVOLUME PATH
+    options=defaults
+    [ -z "$3" ] || options=subvol=$3
+    mount_of "$1" "$2" "$options" "/sysroot$4"
+    ;;
+tree-files) # SOURCE OPTIONS: fetches the few files that say how the tree's machine is laid out
+    source=$1
+    shift
+    mkdir -p /tmp/tree
+    rsync "$@" --rsh=/tmp/kvmsnap-port "$source" /tmp/tree/ > /dev/null
+    ;;
+tree-file) # FILE: one of them
+    [ ! -f "/tmp/tree/$1" ] || head -c 1048576 "/tmp/tree/$1"
+    ;;
+pull) # SOURCE OPTIONS: the machine's files become those of the tree
+    source=$1
+    shift
+    {
+        status=0
+        rsync "$@" --rsh=/tmp/kvmsnap-port "$source" /sysroot/ || status=$?
+        echo kvmsnap-end
+    } > /dev/virtio-ports/kvmsnap.log
+    exit $status
+    ;;
+places) # what a system needs to start, where the tree has left it out
+    for folder in proc sys dev run; do
+        [ -d "/sysroot/$folder" ] || mkdir -m 755 "/sysroot/$folder"
+    done
+    [ -d /sysroot/tmp ] || mkdir -m 1777 /sysroot/tmp
+    ;;
+relabel)
+    : > /sysroot/.autorelabel
+    ;;
+boot-loader) # bios|uefi: has it start from these disks
+    for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
+    mkdir -p /sysroot/run
+    mount -t tmpfs tmpfs /sysroot/run
+    in_guest() { chroot /sysroot /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
+    status=0
+    found() { in_guest sh -c "command -v $1" > /dev/null 2>&1; }
+    for installer in grub-install grub2-install; do
+        found $installer || continue
+        case $1 in
+        bios) in_guest $installer --target=i386-pc --recheck /dev/sda > /tmp/out 2>&1 || status=$? ;;
+        uefi)
+            esp=/boot/efi
+            in_guest $installer --target=x86_64-efi --efi-directory=$esp --no-nvram --removable \
+                > /tmp/out 2>&1 || status=$?
+            ;;
+        esac
+        break
+    done
+    umount /sysroot/run
+    for folder in sys proc dev; do umount -R "/sysroot/$folder"; done
+    if [ ! -e /tmp/out ]; then echo absent; exit 0; fi
+    [ $status -eq 0 ] || { tail -n 20 /tmp/out >&2; exit 1; }
+    echo "$installer"
+    ;;
+used) # bytes that the file systems hold
+    df --block-size=1 --output=used,target | awk '$2 ~ "^/sysroot" { sum += $1 } END { print sum + 0 }'
+    ;;
+finish)
+    sync
+    umount -R /sysroot
+    lvm vgchange -an > /dev/null 2>&1 || true
+    sync
+    ;;
+*)
+    echo "there is no step $step" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,236 @@
+//! What is on a machine's disks, as tools in the appliance tell it. Without I/O.
+//!
+//! All of it comes from bytes that the guest's owner wrote: names and sizes are taken as they are, used
+//! only inside the appliance, and escaped where they are printed.
+
+use serde::Deserialize;
+
+use crate::flavour::{BootMode, DiskLayout, FileSystem, Flavour, Partition, VolumeGroup};
+
+/// The type of an EFI system partition in a GPT (UEFI specification, 5.3.3).
+const EFI_SYSTEM: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
+/// Bytes of a sector: `lsblk` counts the start of a partition in units of 512, whatever the disk's are.
+const SECTOR: u64 = 512;
+
+/// What `lsblk` and `lvs` say of a machine's disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The disks, their partitions and what is in them, as they are nested.
+    pub disks: Vec<Device>,
+    /// LVM's volumes.
+    pub volumes: Vec<Volume>,
+}
+
+/// One block device and those that are made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Device {
+    /// Its path in the appliance.
+    pub name: String,
+    /// `disk`, `part`, `lvm`, …
+    #[serde(rename = "type")]
+    pub role: String,
+    /// Bytes.
+    pub size: u64,
+    /// First sector on its disk.
+    #[serde(default)]
+    pub start: Option<u64>,
+    /// `gpt` or `dos`.
+    #[serde(default)]
+    pub pttype: Option<String>,
+    /// What a partition is for.
+    #[serde(default)]
+    pub parttype: Option<String>,
+    /// A partition's own id.
+    #[serde(default)]
+    pub partuuid: Option<String>,
+    /// A partition's name, in a GPT.
+    #[serde(default)]
+    pub partlabel: Option<String>,
+    /// `ext4`, `LVM2_member`, `swap`, …
+    #[serde(default)]
+    pub fstype: Option<String>,
+    /// Of what it holds.
+    #[serde(default)]
+    pub uuid: Option<String>,
+    /// Of what it holds.
+    #[serde(default)]
+    pub label: Option<String>,
+    /// What is made of it.
+    #[serde(default)]
+    pub children: Vec<Device>,
+}
+
+/// One LVM volume.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Volume {
+    /// Its group.
+    pub vg_name: String,
+    /// Its name.
+    pub lv_name: String,
+    /// Bytes.
+    #[serde(deserialize_with = "number_in_text")]
+    pub lv_size: u64,
+    /// Its path below `/dev/mapper`, where `lsblk` lists it.
+    pub lv_dm_path: String,
+}
+
+#[derive(Deserialize)]
+struct LsblkReport {
+    blockdevices: Vec<Device>,
+}
+
+#[derive(Deserialize)]
+struct LvsReport {
+    report: Vec<LvsPart>,
+}
+
+#[derive(Deserialize)]
+struct LvsPart {
+    lv: Vec<Volume>,
+}
+
+fn number_in_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(from)?;
+    text.parse().map_err(serde::de::Error::custom)
+}
+
+impl Layout {
+    /// Reads the reports; the appliance's own disk, which comes after the machine's, is left out.
+    ///
+    /// # Errors
+    /// Where they are none, or tell of too few disks.
+    pub fn parse(lsblk: &str, lvs: &str, disks: usize) -> Result<Self, serde_json::Error> {
+        let mut found: LsblkReport = serde_json::from_str(lsblk)?;
+        found.blockdevices.retain(|device| device.role == "disk");
+        if found.blockdevices.len() < disks {
+            return Err(serde::de::Error::invalid_length(found.blockdevices.len(), &"more disks"));
+        }
+        found.blockdevices.truncate(disks);
+        let volumes: LvsReport = serde_json::from_str(lvs)?;
+        let volumes = volumes.report.into_iter().flat_map(|part| part.lv).collect();
+        Ok(Self { disks: found.blockdevices, volumes })
+    }
+
+    /// Every device, those that are made of others after them, each once.
+    pub fn devices(&self) -> Vec<&Device> {
+        let mut found: Vec<&Device> = Vec::new();
+        let mut next: Vec<&Device> = self.disks.iter().rev().collect();
+        while let Some(device) = next.pop() {
+            if found.iter().all(|known| known.name != device.name) {
+                found.push(device);
+            }
+            next.extend(device.children.iter().rev());
+        }
+        found
+    }
+
+    /// The devices that hold a file system or swap.
+    pub fn holders(&self) -> impl Iterator<Item = (&Device, &str)> {
+        const CONTAINERS: [&str; 3] = ["LVM2_member", "linux_raid_member", "crypto_LUKS"];
+        self.devices().into_iter().filter_map(|device| {
+            let kind = device.fstype.as_deref()?;
+            (!CONTAINERS.contains(&kind)).then_some((device, kind))
+        })
+    }
+
+    /// The device that a line of `fstab` names in this machine.
+    pub fn device_of(&self, spec: &str) -> Option<&Device> {
+        let is = |of: Option<&String>, wanted: &str| {
+            of.is_some_and(|value| value.eq_ignore_ascii_case(wanted))
+        };
+        let by = |key: &str, wanted: &str| {
+            self.devices().into_iter().find(|device| match key {
+                "UUID" | "uuid" => is(device.uuid.as_ref(), wanted),
+                "LABEL" | "label" => device.label.as_deref() == Some(wanted),
+                "PARTUUID" | "partuuid" => is(device.partuuid.as_ref(), wanted),
+                "PARTLABEL" | "partlabel" => device.partlabel.as_deref() == Some(wanted),
+                _ => false,
+            })
+        };
+        if let Some((key, wanted)) = spec.split_once('=') {
+            return by(key, wanted);
+        }
+        if let Some((key, wanted)) = spec.strip_prefix("/dev/disk/by-")?.split_once('/') {
+            return by(key, wanted);
+        }
+        None
+    }
+
+    /// As [`Self::device_of`], also for names like `/dev/vda1`, `/dev/mapper/vg-root`, `/dev/vg/root`.
+    pub fn device_named(&self, spec: &str) -> Option<&Device> {
+        let by_path = |path: &str| self.devices().into_iter().find(|d| d.name == path);
+        self.device_of(spec).or_else(|| by_path(spec)).or_else(|| {
+            let volume = self.volumes.iter().find(|volume| {
+                spec.strip_prefix("/dev/").and_then(|rest| rest.split_once('/'))
+                    == Some((&volume.vg_name, &volume.lv_name))
+            });
+            match volume {
+                Some(volume) => by_path(&volume.lv_dm_path),
+                // Disks have other letters here than under virtio or IDE, in the same order.
+                None => {
+                    let rest = ["/dev/vd", "/dev/hd", "/dev/xvd"]
+                        .iter()
+                        .find_map(|prefix| spec.strip_prefix(prefix))?;
+                    by_path(&format!("/dev/sd{rest}"))
+                }
+            }
+        })
+    }
+
+    /// The fingerprint, with `mounts` saying where the machine's own table puts each device.
+    pub fn flavour(&self, mounts: &[(String, String)]) -> Flavour {
+        let partitions = |disk: &Device| {
+            let parts = disk.children.iter().filter(|child| child.role == "part");
+            let partition = |part: &Device| Partition {
+                number: number_of(&part.name),
+                start: part.start.unwrap_or(0) * SECTOR,
+                size: part.size,
+                kind: part.parttype.clone().unwrap_or_default(),
+            };
+            parts.map(partition).collect()
+        };
+        let disks = self.disks.iter().map(|disk| DiskLayout {
+            size: disk.size,
+            table: disk.pttype.clone(),
+            partitions: partitions(disk),
+        });
+        let mut groups: Vec<VolumeGroup> = Vec::new();
+        for volume in &self.volumes {
+            let one = (volume.lv_name.clone(), volume.lv_size);
+            match groups.iter_mut().find(|group| group.name == volume.vg_name) {
+                Some(group) => group.volumes.push(one),
+                None => {
+                    groups.push(VolumeGroup { name: volume.vg_name.clone(), volumes: vec![one] });
+                }
+            }
+        }
+        for group in &mut groups {
+            group.volumes.sort();
+        }
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut file_systems: Vec<FileSystem> = self
+            .holders()
+            .map(|(device, kind)| FileSystem {
+                device: device.name.clone(),
+                kind: kind.to_owned(),
+                mount: mounts
+                    .iter()
+                    .find(|(name, _)| *name == device.name)
+                    .map(|(_, at)| at.clone()),
+            })
+            .collect();
+        file_systems.sort_by(|a, b| a.device.cmp(&b.device));
+        let is_efi = |device: &&Device| device.parttype.as_deref() == Some(EFI_SYSTEM);
+        let boot = match self.devices().iter().any(is_efi) {
+            true => BootMode::Uefi,
+            false => BootMode::Bios,
+        };
+        Flavour { boot, disks: disks.collect(), volume_groups: groups, file_systems }
+    }
+}
+
+/// The number at the end of a partition's name.
+fn number_of(name: &str) -> u32 {
+    let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    name[name.len() - digits..].parse().unwrap_or(0)
+}

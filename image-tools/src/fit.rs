@@ -1,0 +1,326 @@
+//! Whether a file tree's machine fits on a template's disks, and what must be set there. Without I/O.
+//!
+//! Two machines of one flavour mount the same kinds of file systems at the same places, under other
+//! UUIDs. So the places join them: what the tree's table wants at `/var` belongs on the device that the
+//! template's table mounts there.
+
+use crate::appliance::look::{Device, Layout};
+use crate::fstab::Entry;
+
+/// One table of file systems, and where it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// The entries that name disks.
+    pub entries: Vec<Entry>,
+}
+
+/// What is done to a template's disks before files are copied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// What is mounted, outer places first.
+    pub mounts: Vec<Mount>,
+    /// What devices are called from here on.
+    pub identities: Vec<Identity>,
+    /// Lines of the tree's table that nothing is done for, and why.
+    pub skipped: Vec<(String, &'static str)>,
+}
+
+/// A file system at its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// In the appliance.
+    pub device: String,
+    /// `ext4`, …
+    pub kind: String,
+    /// In the machine.
+    pub path: String,
+    /// The btrfs subvolume.
+    pub subvolume: Option<String>,
+}
+
+/// What a file system, swap or partition is called. `None` leaves it as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// In the appliance.
+    pub device: String,
+    /// Of what the device holds.
+    pub kind: String,
+    /// Of the file system.
+    pub uuid: Option<String>,
+    /// Of the file system.
+    pub label: Option<String>,
+    /// Of the partition.
+    pub partuuid: Option<String>,
+}
+
+/// Why a tree does not fit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Misfit {
+    /// The tree has no usable table.
+    #[error("the tree's etc/fstab names no root file system")]
+    NoRoot,
+    /// The template has no usable table.
+    #[error("the template's etc/fstab names no root file system")]
+    NoTemplateRoot,
+    /// The tree's machine has one more.
+    #[error("the tree's machine mounts {spec} at {path}, the template has no file system for it")]
+    NotInTemplate {
+        /// As the tree's table has it.
+        spec: String,
+        /// Where.
+        path: String,
+    },
+    /// The template has one more, whose files would stay.
+    #[error("the template mounts {spec} at {path}, the tree's machine does not")]
+    NotInTree {
+        /// As the template's table has it.
+        spec: String,
+        /// Where.
+        path: String,
+    },
+    /// The kinds differ.
+    #[error("{path} is {wanted} on the tree's machine, {found} in the template")]
+    Kind {
+        /// Where.
+        path: String,
+        /// In the tree's table.
+        wanted: String,
+        /// On the template.
+        found: String,
+    },
+    /// The template's own table names what it does not have.
+    #[error("the template's table mounts {spec} at {path}, but its disks have none such")]
+    Unresolved {
+        /// As the table has it.
+        spec: String,
+        /// Where.
+        path: String,
+    },
+    /// The tree's table asks for another device by its path.
+    #[error("the tree's machine has {spec} at {path}, the template {found}")]
+    Device {
+        /// As the tree's table has it.
+        spec: String,
+        /// Where.
+        path: String,
+        /// The template's device.
+        found: String,
+    },
+}
+
+impl Table {
+    /// The entries of a table that name disks.
+    pub fn new(text: &str) -> Self {
+        let mut entries = crate::fstab::parse(text);
+        entries
+            .retain(|entry| entry.is_on_disk() && (entry.is_swap() || entry.path.starts_with('/')));
+        Self { entries }
+    }
+
+    fn has_root(&self) -> bool {
+        self.entries.iter().any(|entry| entry.path == "/")
+    }
+
+    /// Where each entry belongs: its path, or `swap 1` for the first swap.
+    fn places(&self) -> Vec<(String, &Entry)> {
+        let mut swaps = 0;
+        let place = |entry| {
+            let entry: &Entry = entry;
+            if entry.is_swap() {
+                swaps += 1;
+                return (format!("swap {swaps}"), entry);
+            }
+            (tidy(&entry.path), entry)
+        };
+        self.entries.iter().map(place).collect()
+    }
+
+    /// Which device the machine of `layout` mounts where, swap at `swap`.
+    pub fn mounts(&self, layout: &Layout) -> Vec<(String, String)> {
+        let at = |entry: &Entry| {
+            let device = layout.device_named(&entry.spec)?;
+            let path = if entry.is_swap() { "swap".to_owned() } else { tidy(&entry.path) };
+            Some((device.name.clone(), path))
+        };
+        self.entries.iter().filter_map(at).collect()
+    }
+}
+
+/// A path without a slash at its end or twice.
+fn tidy(path: &str) -> String {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    format!("/{}", parts.join("/"))
+}
+
+/// What the boot loader of the tree's machine looks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BootLoaderWants {
+    /// The UUID of the file system that has its files.
+    pub boot_uuid: Option<String>,
+    /// The UUID of the root file system.
+    pub root_uuid: Option<String>,
+}
+
+impl BootLoaderWants {
+    /// Reads a `grub.cfg`: what `search --fs-uuid` and `root=UUID=` name.
+    pub fn parse(config: &str) -> Self {
+        let mut wants = Self::default();
+        for line in config.lines().map(str::trim) {
+            let words: Vec<_> = line.split_ascii_whitespace().collect();
+            let searches = words.first().is_some_and(|word| word.starts_with("search"));
+            if searches && line.contains("fs") && line.contains("uuid") {
+                let uuid = words.iter().rev().find(|word| is_uuid(word));
+                wants.boot_uuid = wants.boot_uuid.or_else(|| uuid.map(|&word| word.to_owned()));
+            }
+            let root = words.iter().find_map(|word| word.strip_prefix("root=UUID="));
+            wants.root_uuid = wants.root_uuid.or_else(|| root.map(str::to_owned));
+        }
+        wants
+    }
+}
+
+fn is_uuid(word: &str) -> bool {
+    word.len() >= 9 && word.contains('-') && word.chars().all(|c| c.is_ascii_hexdigit() || c == '-')
+}
+
+/// Joins the tree's table with the template's.
+///
+/// # Errors
+/// Everything that does not fit, so that all can be told at once.
+pub fn plan(
+    template: &Table,
+    layout: &Layout,
+    tree: &Table,
+    wants: &BootLoaderWants,
+) -> Result<Plan, Vec<Misfit>> {
+    if !tree.has_root() {
+        return Err(vec![Misfit::NoRoot]);
+    }
+    if !template.has_root() {
+        return Err(vec![Misfit::NoTemplateRoot]);
+    }
+    let (mut plan, mut misfits) = (Plan::default(), Vec::new());
+    let (ours, theirs) = (template.places(), tree.places());
+    for (place, entry) in &theirs {
+        match join(entry, place, &ours, layout) {
+            Ok(device) => plan.add(entry, place, device),
+            Err(Misfit::NotInTemplate { .. }) if entry.may_be_absent() => {
+                let why = "the template has no file system for it, and the machine starts without";
+                plan.skipped.push((format!("{} at {}", entry.spec, entry.path), why));
+            }
+            Err(misfit) => misfits.push(misfit),
+        }
+    }
+    for (place, entry) in &ours {
+        if !entry.is_swap() && theirs.iter().all(|(other, _)| other != place) {
+            let (spec, path) = (entry.spec.clone(), entry.path.clone());
+            misfits.push(Misfit::NotInTree { spec, path });
+        }
+    }
+    if !misfits.is_empty() {
+        return Err(misfits);
+    }
+    plan.mounts.sort_by_key(|mount| (mount.path != "/", mount.path.matches('/').count()));
+    plan.satisfy(wants);
+    plan.drop_what_holds(layout);
+    Ok(plan)
+}
+
+/// The template's device for one entry of the tree's table.
+fn join<'a>(
+    entry: &Entry,
+    place: &str,
+    ours: &[(String, &Entry)],
+    layout: &'a Layout,
+) -> Result<&'a Device, Misfit> {
+    let (spec, path) = (entry.spec.clone(), entry.path.clone());
+    let Some((_, own)) = ours.iter().find(|(other, _)| other == place) else {
+        return Err(Misfit::NotInTemplate { spec, path });
+    };
+    let Some(device) = layout.device_named(&own.spec) else {
+        return Err(Misfit::Unresolved { spec: own.spec.clone(), path });
+    };
+    let found = device.fstype.clone().unwrap_or_default();
+    if entry.kind != "auto" && !same_kind(&entry.kind, &found) {
+        return Err(Misfit::Kind { path, wanted: entry.kind.clone(), found });
+    }
+    let is_path = entry.spec.starts_with("/dev/") && !entry.spec.starts_with("/dev/disk/");
+    if is_path && layout.device_named(&entry.spec).is_none_or(|named| named.name != device.name) {
+        return Err(Misfit::Device { spec, path, found: device.name.clone() });
+    }
+    Ok(device)
+}
+
+fn same_kind(wanted: &str, found: &str) -> bool {
+    const EXT: [&str; 3] = ["ext2", "ext3", "ext4"];
+    wanted == found || (EXT.contains(&wanted) && EXT.contains(&found))
+}
+
+impl Plan {
+    fn add(&mut self, entry: &Entry, place: &str, device: &Device) {
+        let kind = device.fstype.clone().unwrap_or_default();
+        if !entry.is_swap() {
+            self.mounts.push(Mount {
+                device: device.name.clone(),
+                kind: kind.clone(),
+                path: place.to_owned(),
+                subvolume: entry.subvolume().map(str::to_owned),
+            });
+        }
+        let identity = self.identity(&device.name, &kind);
+        let by_disk =
+            entry.spec.strip_prefix("/dev/disk/by-").and_then(|rest| rest.split_once('/'));
+        let Some((key, value)) = entry.spec.split_once('=').or(by_disk) else { return };
+        let wanted = match key.to_ascii_lowercase().as_str() {
+            "uuid" => &mut identity.uuid,
+            "label" => &mut identity.label,
+            "partuuid" => &mut identity.partuuid,
+            _ => return,
+        };
+        *wanted = Some(value.to_owned());
+    }
+
+    fn identity(&mut self, device: &str, kind: &str) -> &mut Identity {
+        let at = self.identities.iter().position(|known| known.device == device);
+        let at = at.unwrap_or_else(|| {
+            let (device, kind) = (device.to_owned(), kind.to_owned());
+            let (uuid, label, partuuid) = (None, None, None);
+            self.identities.push(Identity { device, kind, uuid, label, partuuid });
+            self.identities.len() - 1
+        });
+        &mut self.identities[at]
+    }
+
+    /// What the boot loader looks for, where the table leaves it open.
+    fn satisfy(&mut self, wants: &BootLoaderWants) {
+        let at = |plan: &Self, path: &str| plan.mounts.iter().find(|m| m.path == path).cloned();
+        let root = at(self, "/");
+        let boot = at(self, "/boot").or_else(|| root.clone());
+        for (mount, uuid) in [(boot, &wants.boot_uuid), (root, &wants.root_uuid)] {
+            if let (Some(mount), Some(uuid)) = (mount, uuid) {
+                let identity = self.identity(&mount.device, &mount.kind);
+                identity.uuid.get_or_insert_with(|| uuid.clone());
+            }
+        }
+    }
+
+    /// Leaves out what already is as it should be.
+    fn drop_what_holds(&mut self, layout: &Layout) {
+        for identity in &mut self.identities {
+            let devices = layout.devices();
+            let Some(device) = devices.iter().find(|d| d.name == identity.device) else { continue };
+            let differs = |wanted: &String, found: Option<&String>| {
+                found.is_none_or(|found| !found.eq_ignore_ascii_case(wanted))
+            };
+            identity.uuid = identity.uuid.take().filter(|u| differs(u, device.uuid.as_ref()));
+            identity.label =
+                identity.label.take().filter(|label| device.label.as_ref() != Some(label));
+            identity.partuuid =
+                identity.partuuid.take().filter(|id| differs(id, device.partuuid.as_ref()));
+        }
+        self.identities.retain(|identity| {
+            identity.uuid.is_some() || identity.label.is_some() || identity.partuuid.is_some()
+        });
+    }
+}
