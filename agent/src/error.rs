@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 
+use image_tools::ImageError;
+use image_tools::tool::ToolError;
 use qmp_client::QmpError;
 use repository::{BackendError, RepositoryError};
 
@@ -63,6 +65,15 @@ pub enum CommandError {
     /// Disks cannot be restored in place.
     #[error(transparent)]
     InPlace(#[from] InPlaceError),
+    /// Images at rest cannot be read, made or kept.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Of several images some cannot be used.
+    #[error("{count} {} cannot be used", if *.count == 1 { "image" } else { "images" })]
+    UnusableImages {
+        /// How many; each was printed.
+        count: usize,
+    },
     /// The repository cannot be used.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
@@ -188,6 +199,7 @@ impl CommandError {
     pub fn code(&self) -> u8 {
         match self {
             Self::Name(_)
+            | Self::Image(ImageError::Name { .. })
             | Self::NoName { .. }
             | Self::NoDomain { .. }
             | Self::NoRepositoryGiven
@@ -228,6 +240,7 @@ impl CommandError {
             Self::Overlay(error) => error.hint()?,
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
+            Self::Image(error) => image_hint(error)?,
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));
             }
@@ -333,6 +346,25 @@ fn backup_hint(error: &BackupError) -> Option<String> {
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+fn image_hint(error: &ImageError) -> Option<&'static str> {
+    match error {
+        error if error.is_full() => {
+            Some("nothing was kept: make room there, or choose another place")
+        }
+        ImageError::NoImage { .. } => Some("`kvmsnap image list STORE` shows what there is"),
+        ImageError::Name { .. } => Some(
+            "a name is one part of a path, begins with neither dot nor dash, and has at most 200 bytes",
+        ),
+        ImageError::Exists { .. } => Some("nothing is ever written over: choose another name"),
+        ImageError::Busy { .. } => Some("wait until it is done"),
+        ImageError::Refused { source, .. } => source.hint(),
+        ImageError::Tool(ToolError::Start { .. }) => {
+            Some("it is in the package qemu-utils or, `setpriv` and `prlimit`, util-linux")
+        }
+        _ => None,
+    }
 }
 
 fn stop_hint(error: &StopError) -> Option<&'static str> {

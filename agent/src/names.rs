@@ -64,6 +64,20 @@ fn check(name: &str) -> Result<(), NameError> {
     }
 }
 
+/// A text that somebody else wrote, as it may be shown on a terminal: without control characters and changes
+/// of writing direction.
+pub fn printable(text: &str) -> String {
+    let is_bad = |c: char| {
+        let turns = matches!(c, '\u{200e}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        c.is_control() || turns
+    };
+    let show = |c: char| match is_bad(c) {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(show).collect()
+}
+
 macro_rules! checked_name {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -186,6 +200,12 @@ mod tests {
         for good in ["vm", "web 01", "ünï", "db.example.org", "_a-b"] {
             assert_eq!(good.parse::<DomainName>().unwrap().as_str(), good);
         }
+    }
+
+    #[test]
+    fn s15_what_is_printed_moves_no_cursor() {
+        assert_eq!(printable("a\u{1b}[2Jb\n\u{9b}\u{202e}c"), "a\\u{1b}[2Jb\\n\\u{9b}\\u{202e}c");
+        assert_eq!(printable("ünï 🙂"), "ünï 🙂");
     }
 
     #[test]

@@ -5,9 +5,17 @@
 //! a format is never guessed, and no image is opened for writing but those made here.
 
 pub mod appliance;
+pub mod copy;
+pub mod error;
 pub mod fit;
 pub mod flavour;
+pub mod folder;
 pub mod fstab;
+pub mod inspect;
 pub mod record;
 pub mod rsync;
+pub mod sums;
+pub mod tool;
 pub mod update;
+
+pub use error::ImageError;

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, Guest, MIB};
 
-const COMMANDS: [&[&str]; 12] = [
+const COMMANDS: [&[&str]; 14] = [
     &[],
     &["repository"],
     &["repository", "init"],
@@ -25,6 +25,8 @@ const COMMANDS: [&[&str]; 12] = [
     &["show"],
     &["restore"],
     &["verify"],
+    &["image", "list"],
+    &["image", "info"],
     &["doctor"],
     &["completions"],
     &["man"],

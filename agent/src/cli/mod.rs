@@ -4,6 +4,7 @@ mod backup;
 mod create;
 mod doctor;
 mod generate;
+mod image;
 mod list;
 mod overlays;
 mod purge;
@@ -129,6 +130,8 @@ enum Command {
     Show(show::ShowArgs),
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
     Completions(generate::CompletionsArgs),
@@ -194,6 +197,7 @@ impl Cli {
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
             Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
+            Command::Image(command) => image::run(command, &context).await,
             Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),

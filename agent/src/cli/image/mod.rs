@@ -1,0 +1,68 @@
+//! `kvmsnap image`: one file for each of its commands.
+
+mod info;
+mod list;
+
+use clap::Subcommand;
+use image_tools::folder::Image;
+use image_tools::record::{DiskFile, Origin};
+use serde::Serialize;
+use serde_json::json;
+
+use super::Context;
+use crate::error::CommandError;
+use crate::names::printable;
+
+/// Images for disaster recovery: templates, and machines made from them
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    List(list::ListArgs),
+    Info(info::InfoArgs),
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Whatever the command says.
+pub async fn run(command: ImageCommand, context: &Context) -> Result<(), CommandError> {
+    match command {
+        ImageCommand::List(args) => context.until_interrupted(list::run(args, context)).await,
+        ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
+    }
+}
+
+/// An image as `--json` prints it. Fields are only ever added.
+#[derive(Debug, Serialize)]
+pub struct ImageLine(serde_json::Value);
+
+impl ImageLine {
+    /// The line of an image, its checksums but for one of each file left out.
+    pub fn new(image: &Image) -> Self {
+        let record = image.record();
+        let disk = |disk: &DiskFile| {
+            json!({
+                "target": disk.target, "file": disk.file, "size": disk.size,
+                "file_len": disk.file_len, "sha256": disk.sums.sha256,
+            })
+        };
+        Self(json!({
+            "name": image.name(), "folder": image.folder(), "machine": record.machine,
+            "time": record.time, "origin": record.origin,
+            "disks": record.disks.iter().map(disk).collect::<Vec<_>>(),
+            "files": record.files, "flavour": record.flavour, "boot": record.boot,
+        }))
+    }
+}
+
+/// Where images come from, in words.
+fn origin(origin: &Origin) -> String {
+    match origin {
+        Origin::Domain(uuid) => format!("the domain {}", printable(uuid)),
+        Origin::Snapshot(id) => format!("the snapshot {}", printable(id)),
+        Origin::File(path) => format!("the file {}", printable(&path.to_string_lossy())),
+        Origin::Update { template, tree } => {
+            let template = printable(&template.to_string_lossy());
+            format!("the template {template}, with the files of {}", printable(tree))
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! A copy of a disk as one stand-alone qcow2 image, compressed and sparse, compared with its source.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::ImageError;
+use crate::record::DiskFile;
+use crate::sums;
+use crate::tool::{self, Limits};
+
+const TOOL: &str = "qemu-img";
+
+/// A stand-alone qcow2 image as a read-only node of QEMU's block layer.
+///
+/// # Errors
+/// [`ImageError::NotUtf8`], [`ImageError::File`].
+pub fn graph(image: &Path) -> Result<Value, ImageError> {
+    let path = image.canonicalize().map_err(ImageError::file("find", image))?;
+    let Some(name) = path.to_str() else { return Err(ImageError::NotUtf8 { path }) };
+    let file = json!({"driver": "file", "filename": name});
+    Ok(json!({"driver": "qcow2", "file": file, "backing": null, "read-only": true}))
+}
+
+/// Copies the disk of `size` bytes that a read-only node shows to a new file in a folder of ours. `progress`
+/// gets the percentage that is done.
+///
+/// # Errors
+/// [`ImageError::Tool`]; what of the file there is, is worth nothing.
+pub async fn copy(
+    source: &Value,
+    size: u64,
+    to: &Path,
+    progress: &mut dyn FnMut(f64),
+) -> Result<(), ImageError> {
+    let to = std::path::absolute(to).map_err(ImageError::file("find", to))?;
+    let step = format!("copy the disk to {}", to.display());
+    let mut arguments = ["convert", "-p", "-c", "-O", "qcow2", "-o", "compression_type=zstd"]
+        .map(Into::into)
+        .to_vec();
+    // An absolute path is taken for neither an option nor a protocol.
+    arguments.extend([tool::named(source), to.clone().into_os_string()]);
+    tool::succeed(TOOL, &step, &arguments, &Limits::writing(size), Some(progress)).await?;
+    fs::set_permissions(&to, Permissions::from_mode(0o600))
+        .map_err(ImageError::file("change the mode of", to))
+}
+
+/// Makes sure that a copy shows what its source does, byte for byte.
+///
+/// # Errors
+/// [`ImageError::Differs`], [`ImageError::Tool`].
+pub async fn compare(
+    source: &Value,
+    size: u64,
+    copy: &Path,
+    progress: &mut dyn FnMut(f64),
+) -> Result<(), ImageError> {
+    let step = format!("compare {} with its source", copy.display());
+    let images = [tool::named(source), tool::named(&graph(copy)?)];
+    let mut arguments = vec!["compare".into(), "-p".into()];
+    arguments.extend(images);
+    let limits = Limits::reading(size);
+    let output = tool::run(TOOL, &step, &arguments, &limits, Some(progress)).await?;
+    match output.code {
+        0 => Ok(()),
+        // It says so on standard output, beside its progress.
+        1 => Err(ImageError::Differs { copy: copy.to_owned() }),
+        _ => Err(output.failed(TOOL, &step).into()),
+    }
+}
+
+/// Makes a finished image durable, and its entry in a record. Reads all of it; `progress` gets the bytes that
+/// were read each time.
+///
+/// # Errors
+/// [`ImageError::File`].
+pub fn seal(
+    image: &Path,
+    target: &str,
+    size: u64,
+    progress: impl FnMut(u64),
+) -> Result<DiskFile, ImageError> {
+    let file = File::open(image).map_err(ImageError::file("read", image))?;
+    file.sync_all().map_err(ImageError::file("make durable", image))?;
+    let file_len = file.metadata().map_err(ImageError::file("look at", image))?.len();
+    let sums = sums::make(file, file_len, progress).map_err(ImageError::file("read", image))?;
+    let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(DiskFile { target: target.to_owned(), file: name, size, file_len, sums })
+}
+
+/// What `qemu-img check` says of an image's tables: how many are wrong, and how many clusters are lost.
+///
+/// # Errors
+/// [`ImageError::Tool`] where it cannot tell.
+pub async fn check_tables(image: &Path, size: u64) -> Result<Tables, ImageError> {
+    let step = format!("check the tables of {}", image.display());
+    let arguments = ["check".into(), "--output=json".into(), tool::named(&graph(image)?)];
+    let output = tool::run(TOOL, &step, &arguments, &Limits::reading(size), None).await?;
+    let count = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
+    // 2: errors, 3: lost clusters (qemu-img(1)).
+    match (output.code, serde_json::from_slice::<Value>(&output.stdout)) {
+        (0 | 2 | 3, Ok(told)) => Ok(Tables {
+            wrong: count(&told, "corruptions") + count(&told, "check-errors"),
+            lost: count(&told, "leaks"),
+        }),
+        _ => Err(output.failed(TOOL, &step).into()),
+    }
+}
+
+/// What is wrong with an image's tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tables {
+    /// Entries that are wrong or cannot be read.
+    pub wrong: u64,
+    /// Clusters that are counted and not used, which does no harm.
+    pub lost: u64,
+}
