@@ -14,6 +14,7 @@
 
 mod builder;
 mod cpio;
+pub mod debian;
 mod disk;
 mod files;
 mod guest;

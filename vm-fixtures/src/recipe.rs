@@ -56,7 +56,7 @@ impl System {
     }
 }
 
-fn cache_folder() -> PathBuf {
+pub(crate) fn cache_folder() -> PathBuf {
     let cache = match env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
         Some(cache) => PathBuf::from(cache),
         None => env::home_dir().expect("the user has a home folder").join(".cache"),
@@ -79,7 +79,7 @@ fn key() -> String {
     hex(&digest.finalize()[..12])
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -94,20 +94,30 @@ fn build(cache: &Path, folder: &Path) {
     let scratch = scratch.expect("the cache is writable");
     let packages = scratch.path().join("packages");
     fs::create_dir(&packages).expect("the folder is new");
-    let kernel = kernel_packages();
-    let wanted: Vec<&str> = kernel.iter().map(String::as_str).chain([AGENT_PACKAGE]).collect();
-    download(&packages, &wanted);
+    let (kernel, _) = unpack_kernel(&packages);
+    download(&packages, &[AGENT_PACKAGE]);
 
     let result = scratch.path().join("result");
     fs::create_dir(&result).expect("the folder is new");
-    // From Debian 14 on it lies beside its modules.
-    let kernel = match packages.join("boot") {
-        boot if boot.is_dir() => only_file(&boot, "vmlinuz-"),
-        _ => only_file(&packages.join("usr/lib/modules"), "").join("vmlinuz"),
-    };
     fs::copy(kernel, result.join("kernel")).expect("the kernel is readable");
     fs::write(result.join("base.cpio"), base_archive(&packages)).expect("the cache is writable");
     fs::rename(&result, folder).expect("nobody else builds under the lock");
+}
+
+/// Downloads and unpacks the kernel into a folder: its file, and the folder of its modules.
+#[track_caller]
+pub(crate) fn unpack_kernel(folder: &Path) -> (PathBuf, PathBuf) {
+    let wanted = kernel_packages();
+    download(folder, &wanted.iter().map(String::as_str).collect::<Vec<_>>());
+    let modules = ["usr/lib/modules", "lib/modules"].map(|modules| folder.join(modules));
+    let modules = modules.iter().find(|folder| folder.is_dir()).expect("a kernel has modules");
+    let modules = only_file(modules, "");
+    // From Debian 14 on it lies beside its modules.
+    let kernel = match folder.join("boot") {
+        boot if boot.is_dir() => only_file(&boot, "vmlinuz-"),
+        _ => modules.join("vmlinuz"),
+    };
+    (kernel, modules)
 }
 
 /// `linux-image-cloud-amd64` is empty and depends on the kernel of the day, which is in packages of its
