@@ -19,6 +19,7 @@ use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, Machine
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest};
 use crate::names::{BitmapNames, DomainName, RunId};
+use crate::overlay::stall::Stall;
 use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
 use crate::quiesce::guest_agent::AgentAddress;
@@ -122,6 +123,8 @@ pub struct Finished {
     pub manifest: Manifest,
     /// What could not be cleaned up; the journal keeps it for the next run.
     pub leftover: Option<BackupError>,
+    /// The guest's longest stall while overlays were written back, where they were.
+    pub stall: Option<Stall>,
 }
 
 /// One backup: what its stages share.
@@ -263,8 +266,11 @@ impl<H: Hypervisor> Run<'_, H> {
                 }
                 let id = recording?;
                 let advanced = self.advance(recorded, released, &names, interrupt).await;
-                let leftover = advanced.err();
-                Ok(Finished { id, manifest, leftover })
+                let (stall, leftover) = match advanced {
+                    Ok(stall) => (stall, None),
+                    Err(error) => (None, Some(error)),
+                };
+                Ok(Finished { id, manifest, leftover, stall })
             }
             Err(error) => Err(self.roll_back(recorded, released, error).await),
         }
@@ -595,7 +601,7 @@ impl<H: Hypervisor> Run<'_, H> {
         released: Result<(), HypervisorError>,
         names: &BitmapNames,
         interrupt: Pin<&mut impl Future<Output = ()>>,
-    ) -> Result<(), BackupError> {
+    ) -> Result<Option<Stall>, BackupError> {
         self.host.journal.update(recorded, |record| record.phase = Phase::Recorded)?;
         released?;
         // What it leaves has a record of its own.

@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
-use vm_fixtures::{Disk, Format, Guest, GuestBuilder, MIB};
+use vm_fixtures::{Disk, Format, Guest, GuestBuilder, Inside, MIB};
 
-use crate::faults::Contents;
+use crate::faults::{Contents, signal, wait_until};
 use crate::restored::text;
 use crate::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 
@@ -20,6 +22,11 @@ pub const SIZE: u64 = 8 * MIB;
 pub const STOPPED: [&str; 6] = ["--deadline", "0.8", "--max-pause", "600", "--limit-rate", "2MiB"];
 /// A purge that gives up at once.
 pub const HASTY: [&str; 6] = ["--deadline", "0.5", "--max-pause", "0", "--limit-rate", "64KiB"];
+
+/// How long a QEMU is stopped, to see what is told of it.
+const STILL: Duration = Duration::from_millis(400);
+/// Longest time for what takes a moment.
+const WAIT: Duration = Duration::from_secs(30);
 
 /// A machine with a qcow2 disk and a raw one, and what they hold.
 #[derive(Debug)]
@@ -110,6 +117,44 @@ impl Scene {
             let raw = convert(&self.guest.disk_path(disk), format, self.host.folder());
             assert_eq!(first_difference(&raw, self.contents.of(disk)), None, "{disk}");
         }
+    }
+}
+
+/// Brings a guest back that works on `disk`, and stops its QEMU for a moment meanwhile: what `purge` reports
+/// is what the guest felt.
+///
+/// # Panics
+/// When it is not so.
+#[track_caller]
+pub fn assert_tells_stall(
+    guest: &Inside,
+    (disk, qemu): (&str, u32),
+    purge: Command,
+    has_job: impl Fn() -> bool,
+) {
+    // So many that some are always under way.
+    let load = guest.start_paced(disk, 1000);
+    let running = spawn(purge);
+    wait_until(WAIT, "an overlay is written back", &has_job);
+    signal(qemu, Signal::SIGSTOP);
+    std::thread::sleep(STILL);
+    signal(qemu, Signal::SIGCONT);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let felt = load.longest();
+    let lines = lines(&outcome);
+    let bound = |name: &str| {
+        let told = lines.iter().map(|line| line[name].as_u64().expect("it is known"));
+        Duration::from_millis(told.max().expect("a disk"))
+    };
+    let (least, most) = (bound("longest_stall_at_least_ms"), bound("longest_stall_ms"));
+    let told = format!("told: {least:?} to {most:?}, felt: {felt:?}");
+    assert!(felt >= STILL && most >= STILL && least <= felt, "{told}");
+    // A command that changes the graph may have waited as long, and counts too.
+    assert!(most <= 4 * felt, "{told}");
+    #[expect(clippy::print_stdout, reason = "a figure for whoever runs it")]
+    {
+        println!("{told}");
     }
 }
 

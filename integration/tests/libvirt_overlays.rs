@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use integration::faults::assert_says;
 use integration::libvirt::Scene;
+use integration::overlays::assert_tells_stall;
 use integration::restored::text;
 use integration::{Outcome, finish, spawn, tool};
 use serde_json::{Value, json};
@@ -125,6 +126,7 @@ fn p3_images_of_a_domain_hold_still_and_backups_stay_incremental() {
 fn p1_copies_of_a_working_domain_are_instants() {
     let Some(libvirt) = Libvirt::start() else { return };
     let plan = Guest::builder().disk(Disk::new("vda", 8 * MIB)).disk(Disk::new("vdb", 8 * MIB));
+    let plan = plan.disk(Disk::new("vdc", 8 * MIB));
     let domain = plan.under_libvirt().boot(&libvirt);
     let host = integration::Host::without_repository();
     let run = |arguments: &[&str]| -> Vec<Value> {
@@ -143,13 +145,18 @@ fn p1_copies_of_a_working_domain_are_instants() {
             tool(convert);
             raw
         };
-        let copies: Vec<PathBuf> = created.iter().map(copy).collect();
+        let copies: Vec<PathBuf> = created[..2].iter().map(copy).collect();
         run(&["purge"]);
         let log = domain.oracle_log();
         let verdict = judge(&[(0, &copies[0]), (1, &copies[1])], &log).expect("copies");
         verdict.assert_instant_between(acked, issued);
     }
     load.stop();
+    run(&["create"]);
+    let purge = host.command(["purge", "--json", domain.name()]);
+    let has_job = || domain.qmp_command("query-jobs", &json!({})) != json!([]);
+    let qemu = domain.pid().expect("its QEMU runs");
+    assert_tells_stall(&domain, ("vdc", qemu), purge, has_job);
     assert_eq!(domain.state(), "running");
 }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use integration::faults::{Contents, SmallDisk, assert_goes_on, assert_says, signal, wait_until};
 use integration::overlays::{
-    DISKS, HASTY, SIZE, STOPPED, Scene, convert, files_in, first_difference, plan,
+    DISKS, HASTY, SIZE, STOPPED, Scene, assert_tells_stall, convert, files_in, first_difference,
+    plan,
 };
 use integration::restored::text;
 use integration::{Host, assert_guest_is_free, finish, spawn, tool};
@@ -63,7 +64,7 @@ fn images_hold_still_for_foreign_tools_while_the_guest_goes_on() {
 #[test]
 fn p1_ten_rounds_of_create_copy_and_purge_show_instants_of_a_working_guest() {
     let plan = Guest::builder().disk(Disk::new("vda", SIZE)).disk(Disk::new("vdb", SIZE).raw());
-    let Some(guest) = plan.boot() else { return };
+    let Some(guest) = plan.disk(Disk::new("vdc", SIZE)).boot() else { return };
     let qga = guest.qga();
     let scene = Scene::of(guest, Host::without_repository());
     let agent = ["--qga", qga.to_str().expect("a plain path"), "--quiesce", "require"];
@@ -102,6 +103,11 @@ fn p1_ten_rounds_of_create_copy_and_purge_show_instants_of_a_working_guest() {
     }
     let log = load.stop();
     assert!(scene.guest.is_running());
+    scene.ok("create", &agent);
+    let has_job = || scene.guest.qmp_command("query-jobs", &json!({})) != json!([]);
+    let qemu = ("vdc", scene.guest.pid());
+    assert_tells_stall(&scene.guest, qemu, scene.command("purge", &[]), has_job);
+    scene.assert_back();
     scene.guest.quit();
     let vda = convert(&scene.guest.disk_path("vda"), "qcow2", scene.host.folder());
     let verdict = judge(&[(0, &vda), (1, &scene.guest.disk_path("vdb"))], &log).expect("images");
@@ -423,6 +429,7 @@ fn r01_the_effects_of_create_and_purge_are_known() {
     ]
     .concat();
     assert_eq!(created, expected);
+    let sorts = per_disk(&["qmp: block-latency-histogram-set"]);
     let back = [
         "overlays: record",
         "qmp: block-commit",
@@ -435,7 +442,7 @@ fn r01_the_effects_of_create_and_purge_are_known() {
         "overlay: put aside",
         "overlay: delete",
     ];
-    let expected = [per_disk(&back), vec!["overlays: clear"]].concat();
+    let expected = [sorts.clone(), per_disk(&back), sorts, vec!["overlays: clear"]].concat();
     assert_eq!(purged, expected);
 }
 

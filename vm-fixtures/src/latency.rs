@@ -9,10 +9,16 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::OFlag;
 
+use crate::inside::Inside;
+
 /// Bytes of one operation.
 const BLOCK_LEN: usize = 4096;
 /// Operations under way at once, each with its share of the rate.
 const WORKERS: u32 = 4;
+/// The file that ends a load in a guest.
+const ENOUGH: &str = "/tmp/enough";
+/// How long such a load may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Random reads and writes of 4 KiB on a whole device, past the page cache.
 ///
@@ -99,6 +105,44 @@ impl PacedLoad {
 
 fn is_there(path: &Path) -> bool {
     fs::exists(path).unwrap_or(false)
+}
+
+/// A paced load that runs in a guest.
+#[derive(Debug)]
+#[must_use = "it runs until it is stopped"]
+pub struct RunningPaced<'a> {
+    guest: &'a Inside,
+    pid: i64,
+}
+
+impl Inside {
+    /// Starts `rate` reads and writes a second on a whole disk that nothing else is on.
+    #[track_caller]
+    pub fn start_paced(&self, disk: &str, rate: u32) -> RunningPaced<'_> {
+        let (device, rate) = (self.device_file(disk), rate.to_string());
+        let pid = self.spawn(&["oracle", "latency", &device, &rate, ENOUGH]);
+        RunningPaced { guest: self, pid }
+    }
+}
+
+impl RunningPaced<'_> {
+    /// Ends it and returns the longest that any of its operations took, as the guest saw it.
+    #[track_caller]
+    pub fn longest(self) -> Duration {
+        self.guest.write_file(ENOUGH, b"");
+        let deadline = Instant::now() + END_TIMEOUT;
+        let output = loop {
+            if let Some(output) = self.guest.poll(self.pid) {
+                break output;
+            }
+            assert!(Instant::now() < deadline, "the load still runs after {END_TIMEOUT:?}");
+            thread::sleep(Duration::from_millis(20));
+        };
+        assert!(output.success(), "the load failed: {output:?}");
+        let latency = |line: &str| line.split_once(' ')?.1.parse().ok();
+        let longest = output.stdout.lines().skip(1).filter_map(latency).max();
+        Duration::from_micros(longest.expect("it did something"))
+    }
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ pub use crate::guest::Guest;
 pub use crate::guest_agent::Output;
 pub use crate::inner_host::InnerHost;
 pub use crate::inside::Inside;
-pub use crate::latency::PacedLoad;
+pub use crate::latency::{PacedLoad, RunningPaced};
 pub use crate::monitor::QmpFailure;
 pub use crate::qemu_io::QemuIo;
 pub use crate::recipe::oracle_program;

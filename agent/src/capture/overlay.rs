@@ -28,6 +28,7 @@ use crate::overlay::create::{self, Owner};
 use crate::overlay::files::is_same;
 use crate::overlay::purge::Purge;
 use crate::overlay::record::{self, Held, HeldSince, Purpose, Records};
+use crate::overlay::stall::Stall;
 use crate::overlay::{Layers, OverlayError, track};
 use crate::progress::Progress;
 
@@ -316,8 +317,8 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         &self,
         recorded: &Recorded,
         interrupt: Pin<&mut impl Future<Output = ()>>,
-    ) -> Result<(), HypervisorError> {
-        let Some(mut held) = self.held.lock().await.take() else { return Ok(()) };
+    ) -> Result<Option<Stall>, HypervisorError> {
+        let Some(mut held) = self.held.lock().await.take() else { return Ok(None) };
         let (layers, records, budget) = (&self.layers, &self.records, self.settings.budget);
         let purge = Purge { layers, records, budget, progress: self.progress };
         if self.settings.tracks && recorded.record().phase == Phase::Recorded {
@@ -335,7 +336,7 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
                 "{disk}: the guest was held back on its way back, and paused {paused} ms"
             );
         }
-        Ok(())
+        Ok(brought.iter().filter_map(|disk| disk.stall).reduce(Stall::join))
     }
 
     async fn let_go_on(&self) -> Result<(), HypervisorError> {

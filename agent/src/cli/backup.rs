@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use repository::Repository;
+use serde::Serialize;
 
 use super::Context;
 use super::list::BackupLine;
-use super::overlays::{self, WayBack};
+use super::overlays::{self, StallLine, WayBack};
 use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::capture::overlay::{Overlaid, Settings};
 use crate::error::{CommandError, INTERRUPTED};
@@ -620,11 +621,22 @@ fn print_plan(plan: &Plan, context: &Context) -> Result<(), CommandError> {
     Ok(())
 }
 
+/// A backup that was made, as `--json` prints it.
+#[derive(Serialize)]
+struct Done<'a> {
+    #[serde(flatten)]
+    line: BackupLine<'a>,
+    #[serde(flatten)]
+    stall: Option<StallLine>,
+}
+
 fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
     let manifest = &finished.manifest;
     if context.global.json {
-        return context.print_json(&mut out, &BackupLine::new(&finished.id, manifest));
+        let line = BackupLine::new(&finished.id, manifest);
+        return context
+            .print_json(&mut out, &Done { line, stall: finished.stall.map(StallLine::of) });
     }
     for warning in &manifest.warnings {
         tracing::warn!("{warning}");
@@ -656,6 +668,9 @@ fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandErr
         manifest.consistency.as_str(),
         manifest.duration_ms as f64 / 1000.0,
     )?;
+    if let Some(stall) = finished.stall {
+        tracing::info!("the guest's longest stall while overlays were written back: {stall}");
+    }
     Ok(())
 }
 

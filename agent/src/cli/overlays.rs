@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use serde::Serialize;
 
 use super::{Context, backup};
 use crate::error::{CommandError, INTERRUPTED};
@@ -15,6 +16,7 @@ use crate::overlay::converge::Budget;
 use crate::overlay::files::is_same;
 use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::record::{Held, Purpose, Records};
+use crate::overlay::stall::Stall;
 use crate::overlay::track::{self, Tracker};
 
 /// The machines that are meant.
@@ -136,6 +138,23 @@ impl WayBack {
     /// What is allowed.
     pub fn budget(&self) -> Budget {
         Budget { deadline: self.deadline, pause_max: self.max_pause, rate: self.limit_rate }
+    }
+}
+
+/// The guest's longest stall, as `--json` prints it.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct StallLine {
+    /// No operation of the guest took longer.
+    pub longest_stall_ms: u64,
+    /// One took at least so long.
+    pub longest_stall_at_least_ms: u64,
+}
+
+impl StallLine {
+    /// That of a stall.
+    pub fn of(stall: Stall) -> Self {
+        let [longest_stall_at_least_ms, longest_stall_ms] = stall.millis();
+        Self { longest_stall_ms, longest_stall_at_least_ms }
     }
 }
 

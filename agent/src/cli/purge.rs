@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::Context;
 use super::backup::{lock, undo_earlier};
-use super::overlays::{self, Machines, WayBack};
+use super::overlays::{self, Machines, StallLine, WayBack};
 use crate::error::CommandError;
 use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::connection::Libvirt;
@@ -174,23 +174,27 @@ async fn finish<L: Layers>(
 
 fn print(domain: &DomainName, brought: &Brought, context: &Context) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
-    let Brought { disk, bytes, took, slowed, paused } = brought;
+    let Brought { disk, bytes, took, slowed, paused, stall } = brought;
     let millis = |duration: &Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     if context.global.json {
+        let stall = stall.map(StallLine::of);
         let line = serde_json::json!({
             "domain": domain, "disk": disk.disk, "image": disk.base.path, "overlay": disk.overlay,
             "bytes": bytes, "duration_ms": millis(took), "slowed": slowed,
             "pause_ms": paused.as_ref().map(millis),
+            "longest_stall_ms": stall.map(|stall| stall.longest_stall_ms),
+            "longest_stall_at_least_ms": stall.map(|stall| stall.longest_stall_at_least_ms),
         });
         return context.print_json(&mut out, &line);
     }
     let slowed = if *slowed { ", the guest slowed down" } else { "" };
     let paused = paused.map_or_else(String::new, |p| format!(", paused for {} ms", millis(&p)));
+    let stall = stall.map_or_else(String::new, |s| format!(", the guest's longest stall {s}"));
     let seconds = took.as_secs_f64();
     let rate = human_bytes((*bytes as f64 / seconds.max(0.001)) as u64);
     writeln!(
         out,
-        "{domain}/{}: back on {}, {} in {seconds:.1} s ({rate}/s){slowed}{paused}",
+        "{domain}/{}: back on {}, {} in {seconds:.1} s ({rate}/s){slowed}{paused}{stall}",
         disk.disk,
         disk.base.path.display(),
         human_bytes(*bytes),

@@ -13,6 +13,7 @@ pub mod qmp;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::iter::Sum;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -27,6 +28,7 @@ use crate::capture::lvm::Snapshot;
 use crate::journal::{DiskRecord, Process, Recorded};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, NameError, RunId};
+use crate::overlay::stall::Stall;
 use crate::overlay::{Layers, OverlayError};
 
 /// Why QEMU could not be asked or changed.
@@ -438,6 +440,15 @@ pub struct GuestIo {
     pub time: Duration,
 }
 
+impl Sum for GuestIo {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            operations: sum.operations + one.operations,
+            time: sum.time + one.time,
+        })
+    }
+}
+
 /// The instant that a backup shows.
 #[derive(Debug, Clone, Copy)]
 pub struct Cut {
@@ -592,12 +603,13 @@ pub trait Hypervisor {
 
     /// Ends what may take its time, once the backup is recorded or given up; nobody needs the point in
     /// time any more. What is left when `interrupt` is ready has a record of its own.
+    /// Returns the guest's longest stall meanwhile, where overlays were written back.
     async fn finish(
         &self,
         _recorded: &Recorded,
         _interrupt: Pin<&mut impl Future<Output = ()>>,
-    ) -> Result<(), HypervisorError> {
-        Ok(())
+    ) -> Result<Option<Stall>, HypervisorError> {
+        Ok(None)
     }
 
     /// Pauses a guest that runs.

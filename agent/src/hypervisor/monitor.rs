@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::HypervisorError;
 use super::graph::{Graph, RawGraph};
+use super::{GuestIo, HypervisorError};
 use crate::effect;
 use crate::journal::Process;
 
@@ -79,6 +79,54 @@ struct FdSet {
 struct FdSetMember {
     fd: u64,
     opaque: Option<String>,
+}
+
+/// A member of `query-blockstats`.
+#[derive(Debug, Deserialize)]
+pub struct DeviceStats {
+    /// What was counted.
+    pub stats: Stats,
+    /// The device; what no guest uses has none.
+    pub qdev: Option<String>,
+}
+
+/// What QEMU counts of a device; times in nanoseconds.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    rd_operations: u64,
+    wr_operations: u64,
+    flush_operations: u64,
+    rd_total_time_ns: u64,
+    wr_total_time_ns: u64,
+    flush_total_time_ns: u64,
+    rd_latency_histogram: Option<Histogram>,
+    wr_latency_histogram: Option<Histogram>,
+    flush_latency_histogram: Option<Histogram>,
+}
+
+/// Operations by the nanoseconds that they took; from QEMU 4.0, where somebody has asked for it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Histogram {
+    /// Where one bin ends and the next begins.
+    pub boundaries: Vec<u64>,
+    /// Operations in each.
+    pub bins: Vec<u64>,
+}
+
+impl Stats {
+    /// Reads, writes and flushes: how many, what they took together, and each by its time.
+    pub fn kinds(&self) -> [(GuestIo, Option<&Histogram>); 3] {
+        let count = |operations, nanos| GuestIo { operations, time: Duration::from_nanos(nanos) };
+        [
+            (count(self.rd_operations, self.rd_total_time_ns), self.rd_latency_histogram.as_ref()),
+            (count(self.wr_operations, self.wr_total_time_ns), self.wr_latency_histogram.as_ref()),
+            (
+                count(self.flush_operations, self.flush_total_time_ns),
+                self.flush_latency_histogram.as_ref(),
+            ),
+        ]
+    }
 }
 
 impl Monitor {
@@ -216,6 +264,25 @@ impl Monitor {
     /// As [`Monitor::query`].
     pub async fn guest_runs(&self) -> Result<bool, HypervisorError> {
         Ok(self.query::<Status>("query-status", json!({})).await?.running)
+    }
+
+    /// What the guest did on each of its devices.
+    ///
+    /// # Errors
+    /// As [`Monitor::query`].
+    pub async fn device_stats(&self) -> Result<Vec<DeviceStats>, HypervisorError> {
+        let mut devices: Vec<DeviceStats> = self.query("query-blockstats", json!({})).await?;
+        devices.retain(|device| device.qdev.is_some());
+        Ok(devices)
+    }
+
+    /// Whether any device is served by a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Monitor::query`].
+    pub async fn has_io_threads(&self) -> Result<bool, HypervisorError> {
+        let threads: Vec<Value> = self.query("query-iothreads", json!({})).await?;
+        Ok(!threads.is_empty())
     }
 
     /// Makes sure that the guest is neither on its way to another QEMU nor there already.

@@ -78,23 +78,6 @@ struct Uuid {
     uuid: String,
 }
 
-#[derive(Deserialize)]
-struct DeviceStats {
-    stats: Stats,
-    qdev: Option<String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Stats {
-    rd_operations: u64,
-    wr_operations: u64,
-    flush_operations: u64,
-    rd_total_time_ns: u64,
-    wr_total_time_ns: u64,
-    flush_total_time_ns: u64,
-}
-
 impl BareQemu {
     /// Connects, and asks what this QEMU can do. `timeout` is how long it may take for an answer.
     ///
@@ -190,8 +173,7 @@ async fn filter_is_deadly(monitor: &Monitor) -> Result<bool, HypervisorError> {
     if monitor.major_version() >= THREADS_WITHOUT_LOCK {
         return Ok(false);
     }
-    let threads: Vec<Value> = monitor.query("query-iothreads", json!({})).await?;
-    Ok(!threads.is_empty())
+    monitor.has_io_threads().await
 }
 
 /// What QEMU offers, by its schema (`qapi/introspect.json`) and not by its version.
@@ -257,15 +239,9 @@ impl Hypervisor for BareQemu {
     }
 
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {
-        let devices: Vec<DeviceStats> = self.monitor.query("query-blockstats", json!({})).await?;
-        let mut io = GuestIo::default();
-        for stats in devices.into_iter().filter(|d| d.qdev.is_some()).map(|d| d.stats) {
-            io.operations += stats.rd_operations + stats.wr_operations + stats.flush_operations;
-            io.time += Duration::from_nanos(
-                stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns,
-            );
-        }
-        Ok(io)
+        let devices = self.monitor.device_stats().await?;
+        let kinds = devices.iter().flat_map(|device| device.stats.kinds());
+        Ok(kinds.map(|(counts, _)| counts).sum())
     }
 
     fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord {

@@ -16,6 +16,7 @@ use virt_sys as flags;
 use super::at_rest::LocalImage;
 use super::files::is_same;
 use super::record::{DiskRecord, Held};
+use super::stall::Series;
 use super::{Chain, Layers, OverlayError, Written};
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::libvirt::connection::{DomainHandle, Libvirt};
@@ -368,6 +369,20 @@ impl Layers for LibvirtLayers {
         let step = format!("limit the I/O of `{target}`");
         let set = move |domain: &Domain| sys::set_io_limits(domain, &target, limits);
         self.handle.change(&step, set).await
+    }
+
+    async fn watch_io(&self, _: &Held) -> Result<(), HypervisorError> {
+        // libvirt only counts.
+        Ok(())
+    }
+
+    async fn io(&self) -> Result<Vec<Series>, HypervisorError> {
+        let kinds = self.handle.ask("count what the guest does", sys::block_stats).await?;
+        Ok(kinds.into_iter().map(|counts| Series { counts, bins: None }).collect())
+    }
+
+    async fn forget_io(&self, _: &Held) -> Result<(), HypervisorError> {
+        Ok(())
     }
 
     async fn runs(&self) -> Result<bool, HypervisorError> {

@@ -12,6 +12,7 @@ pub mod libvirt;
 pub mod purge;
 pub mod qmp;
 pub mod record;
+pub mod stall;
 pub mod track;
 
 use std::io;
@@ -26,6 +27,7 @@ use crate::names::{DiskName, DomainName};
 use crate::quiesce::QuiesceError;
 use at_rest::LocalImage;
 use record::{DiskRecord, Held};
+use stall::Series;
 
 /// Why images could not be made to hold still, or a guest not be brought back.
 #[derive(Debug, thiserror::Error)]
@@ -441,6 +443,15 @@ pub trait Layers {
         disk: &DiskRecord,
         limits: &Value,
     ) -> Result<(), HypervisorError>;
+
+    /// Has QEMU sort the guest's operations by the time that they take, where it can do so without harm.
+    async fn watch_io(&self, held: &Held) -> Result<(), HypervisorError>;
+
+    /// What the guest did so far, always in the same order.
+    async fn io(&self) -> Result<Vec<Series>, HypervisorError>;
+
+    /// Ends what [`Self::watch_io`] has begun. Idempotent.
+    async fn forget_io(&self, held: &Held) -> Result<(), HypervisorError>;
 
     /// Whether the guest's processors run.
     async fn runs(&self) -> Result<bool, HypervisorError>;

@@ -18,6 +18,7 @@ use super::files::{Growth, is_same};
 use super::record::{
     DiskRecord, FileMark, Held, HeldSince, Limits, Purpose, Record, Records, Stage,
 };
+use super::stall::{Stall, Watch};
 use super::{Chain, Layers, OverlayError, Written, at_rest, create, files};
 use crate::capture::image::{self, Image, Use};
 use crate::hypervisor::{HypervisorError, Reach};
@@ -44,6 +45,9 @@ pub struct Brought {
     pub slowed: bool,
     /// How long the guest's processors stood still for it.
     pub paused: Option<Duration>,
+    /// The longest that any operation of the guest took meanwhile, on any disk; `None` where it did not run
+    /// or that could not be told.
+    pub stall: Option<Stall>,
 }
 
 /// A purge: what its steps share.
@@ -67,6 +71,8 @@ struct Course {
     last: Written,
     /// The image that is written to.
     base: Option<Growth>,
+    /// What the guest does meanwhile.
+    watch: Watch,
 }
 
 /// A guest that stands still, and the process that lets it go on if this one ends; none where somebody else
@@ -171,12 +177,31 @@ impl<L: Layers> Purge<'_, L> {
     pub async fn run(
         &self,
         held: Held,
-        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+        interrupt: Pin<&mut impl Future<Output = ()>>,
     ) -> Result<Vec<Brought>, OverlayError> {
         let Some(mut held) = create::settle(self.layers, self.records, held).await? else {
             return Ok(Vec::new());
         };
         self.lift_limits(&mut held).await?;
+        if let Err(error) = self.layers.watch_io(&held).await {
+            tracing::debug!(%error, "only the guest's mean latency is known");
+        }
+        let brought = self.bring_all_back(&mut held, interrupt).await;
+        if let Err(error) = self.layers.forget_io(&held).await {
+            tracing::debug!(%error, "QEMU goes on sorting what the guest does by its time");
+        }
+        let brought = brought?;
+        self.records.clear(&held)?;
+        // One whose overlay had no room stands still until now.
+        self.layers.resume(false).await?;
+        Ok(brought)
+    }
+
+    async fn bring_all_back(
+        &self,
+        held: &mut Held,
+        mut interrupt: Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<Vec<Brought>, OverlayError> {
         if self.layers.chains().await?.is_none() {
             // All or none: disks of one machine belong to one time.
             let is_left = |disk: &&DiskRecord| !matches!(disk.stage, Stage::Back(_));
@@ -187,7 +212,7 @@ impl<L: Layers> Purge<'_, L> {
         let (mut brought, mut stays) = (Vec::new(), None);
         for index in 0..held.record().disks.len() {
             if !matches!(held.record().disks[index].stage, Stage::Back(_)) {
-                brought.push(self.bring_back(&mut held, index, interrupt.as_mut()).await?);
+                brought.push(self.bring_back(held, index, interrupt.as_mut()).await?);
             }
             // At once: a guest that was started on it again would run on what is older than its image.
             match self.delete(&held.record().disks[index]).await {
@@ -197,13 +222,7 @@ impl<L: Layers> Purge<'_, L> {
                 deleted => deleted?,
             }
         }
-        if let Some(error) = stays {
-            return Err(error);
-        }
-        self.records.clear(&held)?;
-        // One whose overlay had no room stands still until now.
-        self.layers.resume(false).await?;
-        Ok(brought)
+        stays.map_or(Ok(brought), Err)
     }
 
     /// Deletes an overlay that was written back.
@@ -246,6 +265,7 @@ impl<L: Layers> Purge<'_, L> {
             paused: None,
             last: Written { done: 0, total: 0, is_ready: false },
             base: None,
+            watch: Watch::default(),
         };
         let disk = &held.record().disks[index];
         match self.layers.chains().await? {
@@ -272,12 +292,15 @@ impl<L: Layers> Purge<'_, L> {
         files::make_durable(&held.record().disks[index].base.path)?;
         let spent = files::mark(&held.record().disks[index].overlay)?;
         self.set_stage(held, index, Stage::Back(spent))?;
+        // What waited for the pivot has ended by now.
+        self.observe(&mut course).await;
         Ok(Brought {
             disk: held.record().disks[index].clone(),
             bytes: course.last.done,
             took: course.started.elapsed(),
             slowed: course.slowed,
             paused: course.paused,
+            stall: course.watch.stall(),
         })
     }
 
@@ -370,7 +393,11 @@ impl<L: Layers> Purge<'_, L> {
         self.set_stage(held, index, Stage::Committing)?;
         let disk = held.record().disks[index].clone();
         course.base = Growth::of(&disk.base.path);
-        if let Err(error) = self.layers.commit(held, &disk, self.budget.rate).await {
+        self.observe(course).await;
+        let begun = Instant::now();
+        let commit = self.layers.commit(held, &disk, self.budget.rate).await;
+        course.watch.held_up(begun.elapsed());
+        if let Err(error) = commit {
             // One that was refused, as by a job of somebody else, has begun nothing.
             if matches!(error, HypervisorError::Refused { .. } | HypervisorError::Libvirt { .. }) {
                 self.set_stage(held, index, stage)?;
@@ -388,6 +415,15 @@ impl<L: Layers> Purge<'_, L> {
         }
         // Not before: a guest that writes as it likes would outrun the end of the job.
         let lifted = self.lift_limits(held).await;
+        if outcome.is_err() {
+            self.observe(course).await;
+            if let Some(stall) = course.watch.stall() {
+                tracing::info!(
+                    "disk `{}`: the guest's longest stall meanwhile: {stall}",
+                    disk.disk
+                );
+            }
+        }
         if let (Err(_), Err(left)) = (&outcome, &lifted) {
             tracing::warn!(error = %left, "the guest stays slowed down; the next purge lifts that");
         }
@@ -428,6 +464,7 @@ impl<L: Layers> Purge<'_, L> {
             let written = self.layers.written(held, &disk).await?.map_err(failed)?;
             let written = written.ok_or_else(|| failed("its job is gone".to_owned()))?;
             course.last = written;
+            self.observe(course).await;
             if !is_told {
                 self.progress.bytes(&format!("writing back {}", disk.disk), written.total);
                 is_told = true;
@@ -482,6 +519,7 @@ impl<L: Layers> Purge<'_, L> {
         tokio::pin!(pivot);
         // The guest stands still no longer than it may, however long this takes.
         let left = pause.as_ref().map(|p| self.budget.pause_max.saturating_sub(p.since.elapsed()));
+        let begun = Instant::now();
         let pivoted = match left {
             None => pivot.await,
             Some(left) => match tokio::time::timeout(left, &mut pivot).await {
@@ -492,7 +530,12 @@ impl<L: Layers> Purge<'_, L> {
                 }
             },
         };
+        course.watch.held_up(begun.elapsed());
         pivoted?.map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })
+    }
+
+    async fn observe(&self, course: &mut Course) {
+        course.watch.observe(self.layers.io().await.ok());
     }
 
     async fn slow_down(
@@ -551,7 +594,9 @@ impl<L: Layers> Purge<'_, L> {
         let Some(Pause { since, watchdog: Some(watchdog) }) = pause.take() else { return Ok(()) };
         // Where it fails, the watchdog goes on trying once it is dropped.
         self.layers.resume(true).await?;
-        course.paused = Some(since.elapsed());
+        let paused = since.elapsed();
+        course.paused = Some(paused);
+        course.watch.paused(paused);
         watchdog.done().await;
         Ok(())
     }

@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 use super::at_rest::LocalImage;
 use super::files::is_same;
 use super::record::{DiskRecord, Held};
+use super::stall::{Bins, Series};
 use super::{Chain, Layers, OverlayError, Written};
 use crate::capture::node_name;
-use crate::hypervisor::HypervisorError;
 use crate::hypervisor::graph::{self, BASES_MAX, BlockDevice, Graph, Layer, NodeChain};
-use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor, Step};
+use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Histogram, Monitor, Step};
+use crate::hypervisor::{GuestIo, HypervisorError};
 use crate::journal::Process;
 use crate::names::DiskName;
 
@@ -126,6 +127,13 @@ impl QmpLayers {
             tokio::time::sleep(JOB_POLL).await;
         }
     }
+}
+
+/// Where the bins begin and end that the guest's operations are sorted into, in nanoseconds: from one
+/// millisecond to half a minute, each a fifth longer than the one before.
+fn boundaries() -> impl Iterator<Item = u64> {
+    std::iter::successors(Some(1_000_000), |bound| Some(bound / 5 * 6))
+        .take_while(|bound| *bound < 36_000_000_000)
 }
 
 fn local(layer: Layer) -> LocalImage {
@@ -366,6 +374,50 @@ impl Layers for QmpLayers {
         arguments["id"] = self.chain(disk).await?.qdev.into();
         let what = format!("limit the I/O of `{}`", disk.disk);
         self.monitor()?.run(Step::new(what, "block_set_io_throttle", arguments)).await.map(drop)
+    }
+
+    async fn watch_io(&self, _: &Held) -> Result<(), HypervisorError> {
+        let monitor = self.monitor()?;
+        // QEMU exchanges the bins without a lock in some versions, and other threads count in them.
+        if monitor.has_io_threads().await? {
+            return Ok(());
+        }
+        for device in monitor.device_stats().await? {
+            // Somebody else's tell as much.
+            if device.stats.kinds().iter().any(|(_, sorted)| sorted.is_some()) {
+                continue;
+            }
+            let boundaries: Vec<u64> = boundaries().collect();
+            let arguments = json!({"id": device.qdev, "boundaries": boundaries});
+            let what = "sort what the guest does by its time";
+            monitor.run(Step::new(what, "block-latency-histogram-set", arguments)).await?;
+        }
+        Ok(())
+    }
+
+    async fn io(&self) -> Result<Vec<Series>, HypervisorError> {
+        let devices = self.monitor()?.device_stats().await?;
+        let series = |(counts, sorted): (GuestIo, Option<&Histogram>)| Series {
+            counts,
+            bins: sorted.map(|sorted| Bins {
+                boundaries: sorted.boundaries.clone(),
+                counts: sorted.bins.clone(),
+            }),
+        };
+        Ok(devices.iter().flat_map(|device| device.stats.kinds().map(series)).collect())
+    }
+
+    async fn forget_io(&self, _: &Held) -> Result<(), HypervisorError> {
+        let Some(monitor) = &self.monitor else { return Ok(()) };
+        for device in monitor.device_stats().await? {
+            let is_ours = |sorted: &Histogram| sorted.boundaries.iter().copied().eq(boundaries());
+            if device.stats.kinds().iter().any(|(_, sorted)| sorted.is_some_and(is_ours)) {
+                let arguments = json!({"id": device.qdev});
+                let what = "sort what the guest does no more";
+                monitor.run(Step::new(what, "block-latency-histogram-set", arguments)).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn runs(&self) -> Result<bool, HypervisorError> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::files::{self, Growth, is_same};
 use super::purge::{self, Place, Purge, refuse_snapshots};
 use super::record::{DiskRecord, Held, Purpose, Record, Records, Stage};
+use super::stall::{Stall, Watch};
 use super::{Chain, Layers, OverlayError};
 use crate::hypervisor::{Machine, Reach, Tracking};
 use crate::names::DiskName;
@@ -192,7 +193,8 @@ pub async fn join<L: Layers>(
             }
             purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
             let base = Growth::of(&disk.base.path);
-            match wait(purge, &lower, disk, base, interrupt.as_mut()).await {
+            let mut watch = Watch::default();
+            match wait(purge, &lower, disk, base, &mut watch, interrupt.as_mut()).await {
                 Ok(true) => {}
                 Ok(false) => return Err(OverlayError::Busy { disk: disk.disk.clone() }),
                 // It is over, and the purge writes it back anew.
@@ -207,19 +209,21 @@ pub async fn join<L: Layers>(
 /// Writes overlays that lie beneath others of these into the images beneath them, and deletes them. The
 /// guest goes on above. What cannot be done for one disk keeps no other.
 ///
+/// Returns the guest's longest stall meanwhile, where anything was written back.
+///
 /// # Errors
 /// The first [`OverlayError`]; calling it again goes on from there, and until then nothing is lost.
 pub async fn sink<L: Layers>(
     purge: &Purge<'_, L>,
     reach: &Reach,
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
-) -> Result<(), OverlayError> {
+) -> Result<Option<Stall>, OverlayError> {
     let (layers, records) = (purge.layers, purge.records);
     settle(layers, records, reach).await?;
-    let mut failed = None;
+    let (mut failed, mut watch) = (None, Watch::default());
     for mut lower in tracking(records, reach)? {
         for index in 0..lower.record().disks.len() {
-            match sink_disk(purge, &mut lower, index, interrupt.as_mut()).await {
+            match sink_disk(purge, &mut lower, index, &mut watch, interrupt.as_mut()).await {
                 Err(OverlayError::Interrupted) => return Err(OverlayError::Interrupted),
                 sunk => failed = failed.or(sunk.err()),
             }
@@ -232,7 +236,7 @@ pub async fn sink<L: Layers>(
             failed = failed.or(purge.run(lower, interrupt.as_mut()).await.err());
         }
     }
-    failed.map_or(Ok(()), Err)
+    failed.map_or_else(|| Ok(watch.stall()), Err)
 }
 
 /// Writes an overlay into its image where it lies beneath another one and right above that image.
@@ -240,6 +244,7 @@ async fn sink_disk<L: Layers>(
     purge: &Purge<'_, L>,
     lower: &mut Held,
     index: usize,
+    watch: &mut Watch,
     interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), OverlayError> {
     let (layers, records) = (purge.layers, purge.records);
@@ -259,12 +264,14 @@ async fn sink_disk<L: Layers>(
     records.update(lower, |record| record.disks[index].stage = Stage::Committing)?;
     purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
     let base = Growth::of(&disk.base.path);
-    layers.commit(lower, &disk, purge.budget.rate).await?;
+    watch.observe(layers.io().await.ok());
     let begun = Instant::now();
+    layers.commit(lower, &disk, purge.budget.rate).await?;
+    watch.held_up(begun.elapsed());
     let words =
         |words: &str| OverlayError::JobFailed { disk: disk.disk.clone(), words: words.to_owned() };
     // One that is not waited for goes on, and the next backup joins it.
-    let sunk = wait(purge, lower, &disk, base, interrupt).await?;
+    let sunk = wait(purge, lower, &disk, base, watch, interrupt).await?;
     // libvirt keeps no word of a job that failed: the chain tells.
     match sunk && is_between(layers, &disk).await? {
         true => Err(words("its job has ended early")),
@@ -292,11 +299,13 @@ async fn wait<L: Layers>(
     held: &Held,
     disk: &DiskRecord,
     base: Option<Growth>,
+    watch: &mut Watch,
     mut interrupt: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<bool, OverlayError> {
     let (layers, begun) = (purge.layers, Instant::now());
     let failed = |words| OverlayError::JobFailed { disk: disk.disk.clone(), words };
     while !layers.has_sunk(held, disk).await?.map_err(failed)? {
+        watch.observe(layers.io().await.ok());
         if let Err(grows) = base.as_ref().map_or(Ok(()), |base| base.check(&disk.disk)) {
             layers.cancel(held, disk).await?;
             return Err(grows);
@@ -309,6 +318,7 @@ async fn wait<L: Layers>(
             () = interrupt.as_mut() => return Err(OverlayError::Interrupted),
         }
     }
+    watch.observe(layers.io().await.ok());
     Ok(true)
 }
 

@@ -352,8 +352,8 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn guest_io(&self) -> Result<GuestIo, HypervisorError> {
-        let stats = self.handle.ask("count what the guest does", sys::block_stats).await?;
-        Ok(GuestIo { operations: stats.operations, time: Duration::from_nanos(stats.time_ns) })
+        let kinds = self.handle.ask("count what the guest does", sys::block_stats).await?;
+        Ok(kinds.into_iter().sum())
     }
 
     fn names(&self, run: &RunId, _index: usize, disk: &Disk) -> DiskRecord {

@@ -12,20 +12,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::raw::{c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Once;
+use std::time::Duration;
 
 use nix::libc;
 use virt::domain::Domain;
 use virt::error::{Error, ErrorNumberEnum};
 use virt_sys as sys;
 
-/// What the guest did on all its disks, as libvirt counts it; times in nanoseconds.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct BlockStats {
-    /// Finished reads, writes and flushes.
-    pub operations: u64,
-    /// The time they took, added up, in nanoseconds.
-    pub time_ns: u64,
-}
+use crate::hypervisor::GuestIo;
 
 /// Keeps libvirt from printing errors by itself: they are returned, and printed once.
 pub fn silence() {
@@ -213,12 +207,12 @@ pub fn disk_size(domain: &Domain, target: &str) -> Result<u64, Error> {
     Ok(info.capacity)
 }
 
-/// Adds up what the guest did on all its disks. Looks at no job: statistics of a backup job can end
+/// Adds up what the guest did on all its disks: reads, writes and flushes. Looks at no job: statistics of a backup job can end
 /// libvirtd before libvirt 10.8.
 ///
 /// # Errors
 /// libvirt's.
-pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
+pub fn block_stats(domain: &Domain) -> Result<[GuestIo; 3], Error> {
     const ALL_DISKS: &CStr = c"";
     let mut len: c_int = 0;
     let ask = |params, len: &mut c_int| {
@@ -231,7 +225,7 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
     let mut params = vec![no_param(); usize::try_from(len).unwrap_or(0)];
     ask(params.as_mut_ptr(), &mut len)?;
     params.truncate(usize::try_from(len).unwrap_or(0));
-    let mut stats = BlockStats::default();
+    let mut kinds = [GuestIo::default(); 3];
     for param in &params {
         // SAFETY: libvirt ends the name with a zero; the type says which member is set.
         let (name, value) = unsafe {
@@ -242,13 +236,18 @@ pub fn block_stats(domain: &Domain) -> Result<BlockStats, Error> {
             };
             (CStr::from_ptr(param.field.as_ptr()), value)
         };
+        let nanos = Duration::from_nanos;
         match name.to_bytes() {
-            b"rd_operations" | b"wr_operations" | b"flush_operations" => stats.operations += value,
-            b"rd_total_times" | b"wr_total_times" | b"flush_total_times" => stats.time_ns += value,
+            b"rd_operations" => kinds[0].operations = value,
+            b"wr_operations" => kinds[1].operations = value,
+            b"flush_operations" => kinds[2].operations = value,
+            b"rd_total_times" => kinds[0].time = nanos(value),
+            b"wr_total_times" => kinds[1].time = nanos(value),
+            b"flush_total_times" => kinds[2].time = nanos(value),
             _ => {}
         }
     }
-    Ok(stats)
+    Ok(kinds)
 }
 
 /// A job on one disk.
