@@ -5,6 +5,7 @@ pub mod faults;
 pub mod libvirt;
 pub mod overlays;
 pub mod restored;
+pub mod sequences;
 
 use std::ffi::OsStr;
 use std::fs;
