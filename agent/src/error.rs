@@ -68,6 +68,23 @@ pub enum CommandError {
     /// Images at rest cannot be read, made or kept.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The image is good, but something is left in the guest.
+    #[error("the image is good, but the guest is not as it was")]
+    ImageLeftover(#[source] OverlayError),
+    /// More files were given than there are names for disks.
+    #[error("at most {max} files make one image")]
+    TooManyFiles {
+        /// So many.
+        max: usize,
+    },
+    /// One domain is needed.
+    #[error("`{wanted}` means several domains")]
+    ManyDomains {
+        /// What was asked for.
+        wanted: String,
+        /// What it means.
+        known: Vec<String>,
+    },
     /// Of several images some cannot be used.
     #[error("{count} {} cannot be used", if *.count == 1 { "image" } else { "images" })]
     UnusableImages {
@@ -200,6 +217,8 @@ impl CommandError {
         match self {
             Self::Name(_)
             | Self::Image(ImageError::Name { .. })
+            | Self::TooManyFiles { .. }
+            | Self::ManyDomains { .. }
             | Self::NoName { .. }
             | Self::NoDomain { .. }
             | Self::NoRepositoryGiven
@@ -244,6 +263,9 @@ impl CommandError {
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));
             }
+            Self::ManyDomains { known, .. } => {
+                return Some(format!("name one of {}", known.join(", ")));
+            }
             Self::NoDomain { known, .. } => {
                 return Some(match known.is_empty() {
                     true => "it has none at all: --connect names another libvirt".to_owned(),
@@ -264,6 +286,9 @@ impl CommandError {
                 "`ulimit -v` allows more; MemoryMax= of the unit limits what is really used"
             }
             Self::Leftover(BackupError::Hypervisor(HypervisorError::Overlay(_))) => {
+                "the guest goes on on its overlays: `kvmsnap purge` or the next backup brings it back"
+            }
+            Self::ImageLeftover(_) => {
                 "the guest goes on on its overlays: `kvmsnap purge` or the next backup brings it back"
             }
             Self::Leftover(_) => "`kvmsnap doctor --repair` or the next backup mends it",

@@ -12,6 +12,7 @@ mod effect;
 mod error;
 mod guard;
 mod hypervisor;
+mod image;
 mod journal;
 mod location;
 mod lock;

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::error::ImageError;
+use crate::inspect::{self, Format, Policy};
 use crate::record::DiskFile;
 use crate::sums;
 use crate::tool::{self, Limits};
@@ -75,13 +76,10 @@ pub async fn compare(
 /// were read each time.
 ///
 /// # Errors
-/// [`ImageError::File`].
-pub fn seal(
-    image: &Path,
-    target: &str,
-    size: u64,
-    progress: impl FnMut(u64),
-) -> Result<DiskFile, ImageError> {
+/// [`ImageError`].
+pub fn seal(image: &Path, target: &str, progress: impl FnMut(u64)) -> Result<DiskFile, ImageError> {
+    // QEMU counts a disk in sectors: one whose size is none of them grew by a part of one.
+    let size = inspect::inspect(image, Format::Qcow2, &Policy::default())?.size;
     let file = File::open(image).map_err(ImageError::file("read", image))?;
     file.sync_all().map_err(ImageError::file("make durable", image))?;
     let file_len = file.metadata().map_err(ImageError::file("look at", image))?.len();

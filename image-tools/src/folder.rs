@@ -193,6 +193,9 @@ impl NewImage {
     /// # Errors
     /// [`ImageError`]; nothing has the name then.
     pub fn publish(mut self, record: ImageRecord) -> Result<Image, ImageError> {
+        // What nobody could open is not made.
+        let path = self.partial.join(RECORD_NAME);
+        record.check().map_err(|source| ImageError::Record { path, source })?;
         for name in record.file_names() {
             let path = self.partial.join(name);
             let synced = open_regular(&path)?.sync_all();

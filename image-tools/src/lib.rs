@@ -5,6 +5,7 @@
 //! a format is never guessed, and no image is opened for writing but those made here.
 
 pub mod appliance;
+pub mod check;
 pub mod copy;
 pub mod error;
 pub mod fit;

@@ -196,7 +196,7 @@ impl ImageRecord {
         Ok(record)
     }
 
-    fn check(&self) -> Result<(), RecordError> {
+    pub(crate) fn check(&self) -> Result<(), RecordError> {
         if self.disks.is_empty() {
             return Err(RecordError::NoDisk);
         }

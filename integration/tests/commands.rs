@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, Guest, MIB};
 
-const COMMANDS: [&[&str]; 14] = [
+const COMMANDS: [&[&str]; 16] = [
     &[],
     &["repository"],
     &["repository", "init"],
@@ -25,8 +25,10 @@ const COMMANDS: [&[&str]; 14] = [
     &["show"],
     &["restore"],
     &["verify"],
+    &["image", "get"],
     &["image", "list"],
     &["image", "info"],
+    &["image", "check"],
     &["doctor"],
     &["completions"],
     &["man"],

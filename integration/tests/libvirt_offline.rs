@@ -190,7 +190,7 @@ fn p1_an_image_with_its_data_in_another_file_is_read_with_it() {
     let running = backup_slowly(&scene);
     // The data file alone.
     File::options().write(true).open(&data).and_then(|f| f.write_at(&[1], 9)).expect("our file");
-    assert_says(&finish(running), 1, "was changed during the backup");
+    assert_says(&finish(running), 1, "was changed while it was read");
 }
 
 #[test]
@@ -294,7 +294,7 @@ fn p1_a_domain_that_ran_unseen_during_the_backup_spoils_it() {
     signal(running.pid(), Signal::SIGCONT);
 
     let outcome = finish(running);
-    assert_says(&outcome, 1, "was changed during the backup");
+    assert_says(&outcome, 1, "was changed while it was read");
     assert_eq!(scene.host.list().len(), 1);
     scene.assert_clean();
     let next = scene.backup();

@@ -27,6 +27,7 @@ use super::image::{self, Chain, Mark, Use};
 use super::{SOCKET, remove_socket, socket_folder};
 use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Recorded};
+use crate::names::DiskName;
 
 /// Name of the hidden subcommand that the storage daemon begins as.
 pub const SUBCOMMAND: &str = "storage-daemon";
@@ -81,6 +82,26 @@ pub fn marks(chains: &[Chain]) -> Result<Vec<Mark>, HypervisorError> {
         images.map(|(depth, image)| image.mark(depth == 0)).collect::<Vec<_>>()
     };
     chains.iter().flat_map(of_chain).collect()
+}
+
+/// Makes sure that nobody has written to the images of these disks since their marks were made.
+///
+/// # Errors
+/// [`HypervisorError::PointInTimeLost`].
+pub fn confirm<'a>(
+    disks: impl Iterator<Item = (&'a DiskName, &'a Chain)>,
+    marks: &[Mark],
+) -> Result<(), HypervisorError> {
+    let mut before = marks.iter();
+    for (disk, chain) in disks {
+        for (depth, image) in chain.images.iter().enumerate() {
+            if before.next() != Some(&image.mark(depth == 0)?) {
+                let what = format!("{} was changed while it was read", image.place);
+                return Err(HypervisorError::PointInTimeLost { disk: disk.clone(), what });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Starts the daemon and connects to its exports. `marks` were made before.
@@ -181,16 +202,8 @@ impl Server {
     /// # Errors
     /// [`HypervisorError::PointInTimeLost`].
     pub fn confirm(&self, recorded: &Recorded, chains: &[Chain]) -> Result<(), HypervisorError> {
-        let mut before = self.marks.iter();
-        for (disk, chain) in recorded.record().disks.iter().zip(chains) {
-            for (depth, image) in chain.images.iter().enumerate() {
-                if before.next() != Some(&image.mark(depth == 0)?) {
-                    let what = format!("{} was changed during the backup", image.place);
-                    return Err(HypervisorError::PointInTimeLost { disk: disk.disk.clone(), what });
-                }
-            }
-        }
-        Ok(())
+        let disks = recorded.record().disks.iter().map(|disk| &disk.disk);
+        confirm(disks.zip(chains), &self.marks)
     }
 
     /// Ends the daemon.

@@ -102,59 +102,66 @@ impl<'a, H, L> Overlaid<'a, H, L> {
     }
 }
 
-impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
-    /// The images that hold still, as QEMU has them beneath the overlays.
-    async fn frozen(&self, held: &Held) -> Result<Vec<image::Chain>, OverlayError> {
-        let domain = || held.record().domain.to_string();
-        let not_running = || OverlayError::NotRunning { domain: domain() };
-        let known = self.layers.chains().await?.ok_or_else(not_running)?;
-        let mut chains = Vec::new();
-        for disk in &held.record().disks {
-            let no_image = || OverlayError::NoImage { disk: disk.disk.clone() };
-            let chain = known.iter().find(|chain| chain.disk == disk.disk).ok_or_else(no_image)?;
-            let beneath = chain.images.get(1..).unwrap_or_default();
-            let is_it = beneath.first().is_some_and(|base| is_same(&base.path, &disk.base.path));
-            if !is_it || beneath.iter().any(|image| !image.path.is_absolute()) {
-                return Err(no_image());
-            }
-            let images = beneath.iter().map(LocalImage::image).collect();
-            let chain = image::chain(images, false).await?.map_err(|_| no_image())?;
-            // What lies there, but is not known, would be read as zeros.
-            let last = chain.images.last().expect("a disk has an image");
-            if let Some((beneath, _)) = last.header().await?.backing {
-                let (disk, image) = (disk.disk.clone(), last.place.to_string());
-                return Err(OverlayError::ChainUnknown { disk, image, beneath });
-            }
-            chains.push(chain);
+/// The images that hold still beneath a machine's overlays, as QEMU has them, in the order of the record's
+/// disks.
+///
+/// # Errors
+/// [`OverlayError`].
+pub async fn frozen(layers: &impl Layers, held: &Held) -> Result<Vec<image::Chain>, OverlayError> {
+    let domain = || held.record().domain.to_string();
+    let not_running = || OverlayError::NotRunning { domain: domain() };
+    let known = layers.chains().await?.ok_or_else(not_running)?;
+    let mut chains = Vec::new();
+    for disk in &held.record().disks {
+        let no_image = || OverlayError::NoImage { disk: disk.disk.clone() };
+        let chain = known.iter().find(|chain| chain.disk == disk.disk).ok_or_else(no_image)?;
+        let beneath = chain.images.get(1..).unwrap_or_default();
+        let is_it = beneath.first().is_some_and(|base| is_same(&base.path, &disk.base.path));
+        if !is_it || beneath.iter().any(|image| !image.path.is_absolute()) {
+            return Err(no_image());
         }
-        Ok(chains)
+        let images = beneath.iter().map(LocalImage::image).collect();
+        let chain = image::chain(images, false).await?.map_err(|_| no_image())?;
+        // What lies there, but is not known, would be read as zeros.
+        let last = chain.images.last().expect("a disk has an image");
+        if let Some((beneath, _)) = last.header().await?.backing {
+            let (disk, image) = (disk.disk.clone(), last.place.to_string());
+            return Err(OverlayError::ChainUnknown { disk, image, beneath });
+        }
+        chains.push(chain);
     }
+    Ok(chains)
+}
 
-    /// Ready when the guest could soon write no more.
-    async fn room_ends(&self) -> HypervisorError {
-        loop {
-            for (folder, file) in self.folders.get().into_iter().flatten() {
-                match super::room::room(file) {
-                    Some((free, kept)) if free < kept => {
-                        return OverlayError::NoRoom { folder: folder.clone(), free }.into();
-                    }
-                    _ => {}
+/// The folders of a machine's overlays; nobody looks after one that cannot be opened.
+pub fn folders(held: &Held) -> Vec<(PathBuf, File)> {
+    let folder = |disk: &record::DiskRecord| {
+        let folder = disk.overlay.parent()?.to_owned();
+        let file = File::open(&folder).ok()?;
+        Some((folder, file))
+    };
+    held.record().disks.iter().filter_map(folder).collect()
+}
+
+/// Ready when the guest could soon write no more to its overlays in these folders.
+pub async fn room_ends(folders: &[(PathBuf, File)]) -> OverlayError {
+    loop {
+        for (folder, file) in folders {
+            match super::room::room(file) {
+                Some((free, kept)) if free < kept => {
+                    return OverlayError::NoRoom { folder: folder.clone(), free };
                 }
+                _ => {}
             }
-            tokio::time::sleep(ROOM_POLL).await;
         }
+        tokio::time::sleep(ROOM_POLL).await;
     }
+}
 
+impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
     async fn make(&self, held: &mut Held) -> Result<(), OverlayError> {
         create::make(&self.layers, &self.records, held, self.settings.reserve).await?;
-        let folder = |disk: &record::DiskRecord| {
-            let folder = disk.overlay.parent()?.to_owned();
-            // Where it cannot be opened nobody looks after it.
-            let file = File::open(&folder).ok()?;
-            Some((folder, file))
-        };
-        let folders = held.record().disks.iter().filter_map(folder).collect();
-        self.folders.set(folders).expect("one connection makes one backup");
+        self.folders.set(folders(held)).expect("one connection makes one backup");
         Ok(())
     }
 
@@ -164,7 +171,7 @@ impl<H: Hypervisor, L: Layers> Overlaid<'_, H, L> {
         let time = held.record().begun;
         let since = HeldSince { time, consistency: Consistency::Crash };
         create::hold(&self.records, held, since, true)?;
-        let chains = self.frozen(held).await?;
+        let chains = frozen(&self.layers, held).await?;
         let marks = offline::marks(&chains)?;
         let (server, exports) =
             offline::serve(recorded, &chains, marks, self.settings.tracks, &self.run_dir).await?;
@@ -251,7 +258,7 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
 
     async fn danger(&self) -> HypervisorError {
         tokio::select! {
-            error = self.room_ends() => error,
+            error = room_ends(self.folders.get().map_or(&[], Vec::as_slice)) => error.into(),
             error = self.inner.danger() => error,
         }
     }

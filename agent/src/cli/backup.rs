@@ -139,13 +139,13 @@ const WRITE_BACK_RATE: u64 = 200 << 20;
 
 /// What the overlay method may do.
 #[derive(Debug, Args)]
-struct OverlayArgs {
+pub(super) struct OverlayArgs {
     /// Where overlays go; beside each image unless given
     #[arg(long, value_name = "FOLDER", env = "KVMSNAP_OVERLAY_DIR")]
-    overlay_dir: Option<PathBuf>,
+    pub overlay_dir: Option<PathBuf>,
     /// Room to reserve for what the guest writes to each disk meanwhile, 1GiB unless given
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    reserve: Option<u64>,
+    pub reserve: Option<u64>,
     #[command(flatten)]
     way_back: WayBack,
 }
@@ -156,7 +156,8 @@ impl OverlayArgs {
         Settings { folder, reserve, budget: self.budget(), tracks }
     }
 
-    fn budget(&self) -> Budget {
+    /// How long the guest may take on its way back.
+    pub fn budget(&self) -> Budget {
         let budget = self.way_back.budget();
         Budget { rate: budget.rate.or(Some(WRITE_BACK_RATE)), ..budget }
     }

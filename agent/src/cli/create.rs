@@ -140,12 +140,13 @@ async fn hold_still(
         tracing::info!("{}: left out, {}", skipped.device, skipped.reason);
     }
     let request = Request {
+        purpose: Purpose::User,
         quiesce: args.quiesce,
         agent,
         folder: args.overlay_dir.clone(),
         reserve: args.reserve.unwrap_or(files::RESERVE),
     };
-    let created = create::create(layers, &records, machine, domain, reach, &request).await;
+    let created = create::create(layers, &records, machine, domain, reach, &request, || {}).await;
     let (held, warnings) = created?;
     for warning in warnings {
         tracing::warn!("{warning}");

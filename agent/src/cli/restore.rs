@@ -102,12 +102,12 @@ pub async fn run(args: RestoreArgs, context: &Context) -> Result<(), CommandErro
 
 /// A backup in a repository that is open.
 #[derive(Debug, Clone)]
-struct Source {
-    repository: Repository,
-    index: Arc<Index>,
-    backup: Arc<Backup>,
+pub(super) struct Source {
+    pub repository: Repository,
+    pub index: Arc<Index>,
+    pub backup: Arc<Backup>,
     /// Ends a restore.
-    stop: Stop,
+    pub stop: Stop,
 }
 
 impl Source {
@@ -118,17 +118,17 @@ impl Source {
 
 /// Disks that are to be restored.
 #[derive(Debug, Clone)]
-struct Disks {
-    place: Place,
-    folder_mode: u32,
-    format: Format,
-    disks: Vec<DiskName>,
-    dry_run: bool,
+pub(super) struct Disks {
+    pub place: Place,
+    pub folder_mode: u32,
+    pub format: Format,
+    pub disks: Vec<DiskName>,
+    pub dry_run: bool,
 }
 
 impl Disks {
     /// Restores them, or says what would be.
-    async fn restore(
+    pub(super) async fn restore(
         self,
         source: &Source,
         context: &Context,

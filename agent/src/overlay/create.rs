@@ -20,6 +20,8 @@ use crate::quiesce::{self, Mode};
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// Who wants it.
+    pub purpose: Purpose,
     /// Whether the guest is frozen for the instant.
     pub quiesce: Mode,
     /// The guest agent, where one may be there.
@@ -47,7 +49,8 @@ pub struct Owner {
     pub stays: bool,
 }
 
-/// Has the images of a machine hold still. Under the machine's lock.
+/// Has the images of a machine hold still. Under the machine's lock. `look` is called in that instant, while
+/// the guest is frozen where it can be.
 ///
 /// # Errors
 /// [`OverlayError`]; the guest then writes to its own images as before, unless a record says otherwise.
@@ -58,18 +61,19 @@ pub async fn create(
     domain: DomainName,
     reach: Reach,
     request: &Request,
+    look: impl FnOnce(),
 ) -> Result<(Held, Vec<String>), OverlayError> {
     let owner = Owner {
         id: RunId::random(),
         domain,
         uuid: machine.uuid.clone(),
         reach,
-        purpose: Purpose::User,
+        purpose: request.purpose,
         stays: false,
     };
     let record = plan(layers, &machine.disks, owner, request.folder.as_deref()).await?;
     let mut held = records.begin(record)?;
-    match take_effect(layers, records, &mut held, machine, request).await {
+    match take_effect(layers, records, &mut held, machine, request, look).await {
         Ok(warnings) => Ok((held, warnings)),
         Err(error) => match settle(layers, records, held).await {
             // A freeze was required, and did not last.
@@ -233,12 +237,14 @@ async fn take_effect(
     held: &mut Held,
     machine: &Machine,
     request: &Request,
+    look: impl FnOnce(),
 ) -> Result<Vec<String>, OverlayError> {
     make(layers, records, held, request.reserve).await?;
     let agent = request.agent.as_ref();
     let quiesced =
         quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine, false).await?;
     let time = Timestamp::now();
+    look();
     let put = layers.put(held).await;
     // Whatever comes of it, the guest goes on.
     let thawed = quiesced.thaw().await;

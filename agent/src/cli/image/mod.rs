@@ -1,5 +1,7 @@
 //! `kvmsnap image`: one file for each of its commands.
 
+mod check;
+mod get;
 mod info;
 mod list;
 
@@ -16,8 +18,10 @@ use crate::names::printable;
 /// Images for disaster recovery: templates, and machines made from them
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
+    Get(Box<get::GetArgs>),
     List(list::ListArgs),
     Info(info::InfoArgs),
+    Check(check::CheckArgs),
 }
 
 /// Runs it.
@@ -26,8 +30,10 @@ pub enum ImageCommand {
 /// Whatever the command says.
 pub async fn run(command: ImageCommand, context: &Context) -> Result<(), CommandError> {
     match command {
+        ImageCommand::Get(args) => get::run(*args, context).await,
         ImageCommand::List(args) => context.until_interrupted(list::run(args, context)).await,
         ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
+        ImageCommand::Check(args) => context.until_interrupted(check::run(args, context)).await,
     }
 }
 

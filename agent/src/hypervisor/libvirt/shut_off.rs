@@ -70,6 +70,11 @@ impl ShutOffDomain {
         Self { stop, ..self }
     }
 
+    /// The images of its disks, from the top down; after `discover`.
+    pub fn images(&self) -> &[(DiskName, Chain)] {
+        self.chains.get().map_or(&[], Vec::as_slice)
+    }
+
     /// The domain, asked for once.
     async fn look(&self) -> Result<&xml::Domain, HypervisorError> {
         self.seen.get_or_try_init(async || self.handle.describe().await).await
@@ -90,7 +95,10 @@ impl ShutOffDomain {
     }
 
     /// Makes sure that the domain does not run.
-    async fn check_off(&self) -> Result<(), HypervisorError> {
+    ///
+    /// # Errors
+    /// [`HypervisorError::Started`], libvirt's.
+    pub async fn check_off(&self) -> Result<(), HypervisorError> {
         match self.handle.is_active().await? {
             true => Err(HypervisorError::Started { domain: self.look().await?.name.clone() }),
             false => Ok(()),
@@ -119,7 +127,7 @@ impl ShutOffDomain {
 
     /// The images of the disks of a run.
     fn chains(&self, record: &Record) -> Vec<Chain> {
-        let known = self.chains.get().map_or(&[][..], Vec::as_slice);
+        let known = self.images();
         let of_disk = |disk: &DiskRecord| known.iter().find(|(target, _)| *target == disk.disk);
         record.disks.iter().filter_map(of_disk).map(|(_, chain)| chain.clone()).collect()
     }

@@ -1,0 +1,138 @@
+//! `kvmsnap image get` on domains of libvirt and on their snapshots.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use integration::faults::{assert_says, signal, wait_until};
+use integration::images::{Tools, content, line, names};
+use integration::libvirt::Scene;
+use integration::overlays::files_in;
+use integration::restored::text;
+use integration::{finish, spawn};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use vm_fixtures::libvirt::Libvirt;
+
+const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
+const WAIT: Duration = Duration::from_secs(30);
+
+fn store(scene: &Scene) -> PathBuf {
+    scene.host.folder().join("store")
+}
+
+fn get_command(scene: &Scene, more: &[&str]) -> Command {
+    let mut command = scene.host.command(["image", "get", "--json", "--into"]);
+    command.arg(store(scene)).args(more);
+    command
+}
+
+/// Keeps an image, which must succeed and hold what the domain's disks do; returns its folder.
+#[track_caller]
+fn get(scene: &Scene, more: &[&str]) -> PathBuf {
+    let outcome = finish(spawn(get_command(scene, more)));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let line = line(&outcome.stdout);
+    assert_eq!(line["machine"], json!(scene.domain.name()));
+    let kept = PathBuf::from(text(&line, "folder"));
+    for disk in DISKS {
+        assert_eq!(content(&scene.host, &kept, disk), scene.contents.of(disk), "{disk}");
+    }
+    let checked = scene.host.run(["image".as_ref(), "check".as_ref(), kept.as_os_str()]);
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+    let xml = fs::read_to_string(kept.join("domain.xml")).expect("a description");
+    assert!(xml.contains(scene.domain.name()), "{xml}");
+    kept
+}
+
+/// The domain runs on its own images, and nothing is left of any overlay or run.
+#[track_caller]
+fn assert_back(scene: &Scene) {
+    let xml = scene.domain.virsh("dumpxml", &[]);
+    let is_free = DISKS.iter().all(|disk| !xml.contains(&format!("-{disk}.qcow2'")));
+    assert!(is_free && !xml.contains("<mirror"), "{xml}");
+    let records = files_in(&scene.host.state().join("overlays"), ".json");
+    assert_eq!((records, overlays(scene)), (Vec::new(), Vec::new()));
+    scene.host.assert_nothing_left();
+}
+
+fn overlays(scene: &Scene) -> Vec<PathBuf> {
+    let is_image = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "qcow2");
+    files_in(scene.domain.folder(), "kvmsnap-").into_iter().filter(is_image).collect()
+}
+
+#[test]
+fn a_domain_is_kept_while_it_runs_from_its_snapshot_and_when_it_is_off() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let name = scene.domain.name().to_owned();
+    scene.domain.start();
+
+    let kept = get(&scene, &[&name]);
+
+    assert_eq!(kept, store(&scene).join(&name));
+    assert_back(&scene);
+    scene.scribble();
+    // Somebody else may have its images hold still already, and ends that.
+    scene.host.ok(["create", &name]);
+    get(&scene, &[&name, "--name", "held"]);
+    assert_eq!(overlays(&scene).len(), 3, "they are not ours to end");
+    scene.host.ok(["purge", &name]);
+    scene.scribble();
+    let snapshot = scene.backup();
+    get(&scene, &["--from", text(&snapshot, "id"), "--name", "stored"]);
+    scene.domain.destroy();
+    scene.scribble();
+    get(&scene, &[&name, "--name", "off"]);
+    assert_eq!(names(&store(&scene)), ["held", name.as_str(), "off", "stored"]);
+    let one = ["--name", "one", "--disk", "vdb"];
+    let outcome = finish(spawn(get_command(&scene, &[&[name.as_str()][..], &one].concat())));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(!store(&scene).join("one/vda.qcow2").exists());
+    assert_eq!(content(&scene.host, &store(&scene).join("one"), "vdb"), scene.contents.of("vdb"));
+}
+
+#[test]
+fn p2_r23_a_guest_is_brought_back_when_its_copy_is_killed_or_interrupted() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let name = scene.domain.name().to_owned();
+    scene.domain.start();
+    for how in [Signal::SIGINT, Signal::SIGKILL] {
+        let tools = Tools::hanging(&scene.host);
+        let running = spawn(tools.used_by(get_command(&scene, &[&name])));
+        wait_until(WAIT, "it copies", || tools.hangs().is_some());
+        assert_eq!(overlays(&scene).len(), 3);
+        scene.scribble();
+
+        signal(running.pid(), how);
+
+        let code = finish(running).code;
+        assert_eq!(code, (how == Signal::SIGINT).then_some(130), "{how}");
+        // Its guard does it for a run that was killed.
+        wait_until(WAIT, "the guest is back", || overlays(&scene).is_empty());
+        wait_until(WAIT, "its guard ends", || scene.guards().is_empty());
+        assert_back(&scene);
+        assert!(!names(&store(&scene)).contains(&name), "{how}");
+    }
+    get(&scene, &[&name]);
+    assert_eq!(names(&store(&scene)), [name.as_str()]);
+}
+
+#[test]
+fn p1_what_changes_while_it_is_read_is_not_kept() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    let name = scene.domain.name().to_owned();
+    let tools = Tools::hanging(&scene.host);
+    let running = spawn(tools.used_by(get_command(&scene, &[&name])));
+    wait_until(WAIT, "it copies", || tools.hangs().is_some());
+
+    scene.domain.start();
+
+    assert_says(&finish(running), 1, "was started meanwhile");
+    assert_eq!(names(&store(&scene)), Vec::<String>::new());
+    assert!(Path::new(&scene.domain.disk_path("vda")).exists());
+    assert_says(&scene.host.run(["image", "get", "no-such-domain", "--into", "x"]), 2, "no domain");
+}
