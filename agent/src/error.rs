@@ -10,6 +10,7 @@ use qmp_client::QmpError;
 use repository::{BackendError, RepositoryError};
 
 use crate::backup::BackupError;
+use crate::capture::image::is_lock;
 use crate::catalog::CatalogError;
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::journal::JournalError;
@@ -385,6 +386,9 @@ fn image_hint(error: &ImageError) -> Option<&'static str> {
         ImageError::Exists { .. } => Some("nothing is ever written over: choose another name"),
         ImageError::Busy { .. } => Some("wait until it is done"),
         ImageError::Refused { source, .. } => source.hint(),
+        ImageError::Tool(ToolError::Failed { words, .. }) if is_lock(words) => Some(
+            "a guest uses it: name its domain instead, or copy a frozen file of `kvmsnap create`",
+        ),
         ImageError::Tool(ToolError::Start { .. }) => {
             Some("it is in the package qemu-utils or, `setpriv` and `prlimit`, util-linux")
         }

@@ -27,6 +27,22 @@ impl Tools {
         Self::new(host, "[ \"$1\" != convert ] || exec sleep 1000\nexec \"$real\" \"$@\"")
     }
 
+    /// One that copies only once it is let.
+    pub fn waiting(host: &Host) -> Self {
+        let wait = "[ \"$1\" != convert ] || until [ -e \"$0.go\" ]; do sleep 0.05; done";
+        Self::new(host, &format!("{wait}\nexec \"$real\" \"$@\""))
+    }
+
+    /// Lets it.
+    pub fn go(&self) {
+        fs::write(self.folder.join("qemu-img.go"), "").expect("the folder is writable");
+    }
+
+    /// Whether it was asked for a copy.
+    pub fn was_asked(&self) -> bool {
+        self.calls().iter().any(|call| call.starts_with("convert"))
+    }
+
     /// One that lies: it says that it copied, and has not.
     pub fn lying(host: &Host) -> Self {
         let lie = "if [ \"$1\" = convert ]; then shift $(($# - 1)); exec \"$real\" create -q -f qcow2 \

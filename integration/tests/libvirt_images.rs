@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use integration::faults::{assert_says, signal, wait_until};
+use integration::faults::{Contents, Fault, assert_says, noise, signal, wait_until};
 use integration::images::{Tools, content, line, names};
-use integration::libvirt::Scene;
-use integration::overlays::files_in;
+use integration::libvirt::{SIZE, Scene};
+use integration::overlays::{HASTY, files_in};
 use integration::restored::text;
-use integration::{finish, spawn};
+use integration::{Outcome, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use vm_fixtures::libvirt::Libvirt;
+use vm_fixtures::{Disk, Guest};
 
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
 const WAIT: Duration = Duration::from_secs(30);
@@ -33,11 +34,18 @@ fn get_command(scene: &Scene, more: &[&str]) -> Command {
 fn get(scene: &Scene, more: &[&str]) -> PathBuf {
     let outcome = finish(spawn(get_command(scene, more)));
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_kept(scene, &outcome, &scene.contents)
+}
+
+/// An image was kept that holds this; returns its folder.
+#[track_caller]
+fn assert_kept(scene: &Scene, outcome: &Outcome, contents: &Contents) -> PathBuf {
     let line = line(&outcome.stdout);
     assert_eq!(line["machine"], json!(scene.domain.name()));
     let kept = PathBuf::from(text(&line, "folder"));
     for disk in DISKS {
-        assert_eq!(content(&scene.host, &kept, disk), scene.contents.of(disk), "{disk}");
+        let holds = content(&scene.host, &kept, disk) == contents.of(disk);
+        assert!(holds, "{disk} is not as it was");
     }
     let checked = scene.host.run(["image".as_ref(), "check".as_ref(), kept.as_os_str()]);
     assert_eq!(checked.code, Some(0), "{checked:?}");
@@ -68,10 +76,16 @@ fn a_domain_is_kept_while_it_runs_from_its_snapshot_and_when_it_is_off() {
     let mut scene = Scene::new(&libvirt);
     let name = scene.domain.name().to_owned();
     scene.domain.start();
+    let (tools, before) = (Tools::waiting(&scene.host), scene.contents.clone());
 
-    let kept = get(&scene, &[&name]);
+    let running = spawn(tools.used_by(get_command(&scene, &[&name])));
+    wait_until(WAIT, "it copies", || tools.was_asked());
+    scene.scribble();
+    tools.go();
+    let outcome = finish(running);
 
-    assert_eq!(kept, store(&scene).join(&name));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(assert_kept(&scene, &outcome, &before), store(&scene).join(&name));
     assert_back(&scene);
     scene.scribble();
     // Somebody else may have its images hold still already, and ends that.
@@ -80,6 +94,12 @@ fn a_domain_is_kept_while_it_runs_from_its_snapshot_and_when_it_is_off() {
     assert_eq!(overlays(&scene).len(), 3, "they are not ours to end");
     scene.host.ok(["purge", &name]);
     scene.scribble();
+    let image = scene.domain.disk_path("vda");
+    let file =
+        ["--name", "file", "--format", "qcow2", "--file", image.to_str().expect("a plain path")];
+    let in_use = finish(spawn(get_command(&scene, &file)));
+    assert_says(&in_use, 1, "lock");
+    assert!(in_use.stderr.contains("a guest uses it"), "{in_use:?}");
     let snapshot = scene.backup();
     get(&scene, &["--from", text(&snapshot, "id"), "--name", "stored"]);
     scene.domain.destroy();
@@ -118,6 +138,63 @@ fn p2_r23_a_guest_is_brought_back_when_its_copy_is_killed_or_interrupted() {
     }
     get(&scene, &[&name]);
     assert_eq!(names(&store(&scene)), [name.as_str()]);
+}
+
+#[test]
+fn p2_an_image_is_kept_also_where_the_guest_cannot_be_brought_back_yet() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let name = scene.domain.name().to_owned();
+    scene.domain.start();
+    let (tools, before) = (Tools::waiting(&scene.host), scene.contents.clone());
+    let running =
+        spawn(tools.used_by(get_command(&scene, &[&[name.as_str()], &HASTY[..]].concat())));
+    wait_until(WAIT, "it copies", || tools.was_asked());
+    scene.write("vda", 0, &noise(2 << 20, 5));
+
+    tools.go();
+
+    let outcome = finish(running);
+    assert_says(&outcome, 1, "the image is good, but the guest is not as it was");
+    assert_kept(&scene, &outcome, &before);
+    assert_eq!(scene.host.run(["doctor", "--repair"]).code, Some(0));
+    assert_back(&scene);
+    scene.backup();
+}
+
+#[test]
+fn r01_p5_killed_or_failing_at_each_effect_a_copy_leaves_no_image_and_a_guest_that_goes_on() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::of(
+        Guest::without_os().disk(Disk::new("vda", SIZE)).under_libvirt(),
+        &["vda"],
+        SIZE,
+        &libvirt,
+    );
+    let name = scene.domain.name().to_owned();
+    scene.domain.start();
+    let effects = scene.host.effects(get_command(&scene, &[&name, "--name", "first"]));
+    for (n, effect) in effects.iter().enumerate() {
+        let fault = if n % 2 == 0 { Fault::Crash } else { Fault::FailOnce };
+        let case = format!("{fault:?} at {effect}");
+
+        let outcome = finish(spawn(fault.at(n + 1, get_command(&scene, &[&name]))));
+
+        let kept = names(&store(&scene)).contains(&name);
+        assert_eq!(kept, outcome.stdout.contains("sha256"), "{case}: {outcome:?}");
+        assert_eq!(scene.domain.state(), "running", "{case}");
+        scene.scribble();
+        let repaired = scene.host.run(["doctor", "--repair"]);
+        assert_eq!(repaired.code, Some(0), "{case}: {repaired:?}");
+        assert_back(&scene);
+        if kept {
+            fs::remove_dir_all(store(&scene).join(&name)).expect("it is ours");
+        }
+    }
+    let outcome = finish(spawn(get_command(&scene, &[&name])));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(content(&scene.host, &store(&scene).join(&name), "vda"), scene.contents.of("vda"));
+    assert_eq!(names(&store(&scene)), ["first", name.as_str()]);
 }
 
 #[test]

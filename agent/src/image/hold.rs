@@ -19,6 +19,7 @@ use crate::overlay::purge::Purge;
 use crate::overlay::record::{Held, Records};
 use crate::overlay::{Layers, OverlayError};
 use crate::progress::Progress;
+use crate::read::processors;
 
 /// A machine that runs, and what is needed to have its images hold still.
 #[derive(Debug)]
@@ -92,11 +93,14 @@ impl<L: Layers> Hold<'_, L> {
             tracing::warn!("{warning}");
         }
         let folders = folders(&held);
+        // The tools that read take over what this process keeps to.
+        processors::give_way(true);
         let outcome = tokio::select! {
             outcome = self.read_still(&held, read) => outcome,
             error = room_ends(&folders) => Err(error.into()),
             error = end => Err(error),
         };
+        processors::give_way(false);
         self.progress.phase("bringing the guest back");
         let (budget, progress) = (self.budget, self.progress);
         let purge = Purge { layers, records, budget, progress };

@@ -3,7 +3,7 @@
 mod audit;
 pub mod chunk_map;
 pub mod pace;
-mod processors;
+pub mod processors;
 mod stream;
 
 use std::fs::File;
