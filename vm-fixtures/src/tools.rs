@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-/// How long a tool such as `mkfs` or `qemu-img` may run.
-const TOOL_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long a tool may run: `mkfs` takes moments, making a Debian from its packages minutes.
+const TOOL_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// What a fixture cannot work without, and the Debian package it is in.
 const NEEDED: [(&str, &str); 4] = [
@@ -70,7 +70,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 ///
 /// # Panics
 ///
-/// When it is missing, fails, or takes longer than five minutes.
+/// When it is missing, fails, or takes longer than a quarter of an hour.
 #[track_caller]
 pub fn run(program: &str, args: &[impl AsRef<OsStr>]) -> String {
     let (success, stdout, stderr) = run_unchecked(program, args);

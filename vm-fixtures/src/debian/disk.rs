@@ -142,6 +142,9 @@ fn make_ext4(tree: &Path, image: &Path, uuid: &str) {
     let args =
         ["-q", "-F", "-t", "ext4", "-O", features, "-U", uuid, "-d", text(tree), text(image)];
     run("mke2fs", &args);
+    // It takes all times from the tree but that of the top.
+    let time = format!("set_inode_field <2> mtime @{}", modified(tree));
+    run("debugfs", &["-w", "-R", &time, text(image)]);
 }
 
 /// Does something while a folder of the tree is empty, as below a mount point.
