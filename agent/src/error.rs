@@ -13,6 +13,7 @@ use crate::backup::BackupError;
 use crate::capture::image::is_lock;
 use crate::catalog::CatalogError;
 use crate::hypervisor::{HypervisorError, Reach};
+use crate::image::boot::BootError;
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::method::MethodError;
@@ -86,6 +87,9 @@ pub enum CommandError {
         /// What it means.
         known: Vec<String>,
     },
+    /// An image cannot be tried, or does not come up.
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// Of several images some cannot be used.
     #[error("{count} {} cannot be used", if *.count == 1 { "image" } else { "images" })]
     UnusableImages {
@@ -199,9 +203,14 @@ pub enum CommandError {
     /// Output cannot be written.
     #[error("cannot write the output")]
     Output(#[from] io::Error),
-    /// The storage daemon cannot be started.
-    #[error("cannot run `qemu-storage-daemon`")]
-    Daemon(#[source] io::Error),
+    /// A program cannot be started.
+    #[error("cannot run `{program}`")]
+    Program {
+        /// The program.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The user or the system asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -260,7 +269,8 @@ impl CommandError {
             Self::Overlay(error) => error.hint()?,
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
-            Self::Image(error) => image_hint(error)?,
+            Self::Image(error) | Self::Boot(BootError::Image(error)) => image_hint(error)?,
+            Self::Boot(error) => return error.hint(),
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));
             }

@@ -5,6 +5,7 @@
 )]
 
 mod backup;
+mod bound;
 mod capture;
 mod catalog;
 mod cli;

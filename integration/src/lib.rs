@@ -2,6 +2,7 @@
 //! `kvmsnap` runs as a process of its own.
 
 pub mod faults;
+pub mod image_folder;
 pub mod images;
 pub mod libvirt;
 pub mod overlays;

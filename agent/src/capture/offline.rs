@@ -3,34 +3,28 @@
 //! A storage daemon of QEMU exports them, read-only and without keeping anybody from using them: should
 //! the domain be started, its guest comes first. `confirm` then finds out that it was.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, recv};
-use nix::unistd::{Pid, getppid};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 
 use super::image::{self, Chain, Mark, Use};
 use super::{SOCKET, remove_socket, socket_folder};
+use crate::bound;
 use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, Exports, HypervisorError};
 use crate::journal::{DiskRecord, Recorded};
 use crate::names::DiskName;
 
-/// Name of the hidden subcommand that the storage daemon begins as.
-pub const SUBCOMMAND: &str = "storage-daemon";
 const TOOL: &str = "qemu-storage-daemon";
 /// How long the daemon may take until it answers: it opens each image of each chain.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -130,8 +124,7 @@ pub async fn serve(
     remove_socket(run_dir, &record.run)?;
 
     crate::effect::about_to("storage daemon: start").map_err(host)?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(SUBCOMMAND).arg("--parent").arg(std::process::id().to_string()).arg("--");
+    let mut command = bound::command(TOOL);
     let id = |index: usize| format!("disk{index}");
     for (index, chain) in chains.iter().enumerate() {
         let mut node = image::node(&chain.images);
@@ -143,7 +136,6 @@ pub async fn serve(
     for (index, disk) in record.disks.iter().enumerate() {
         command.arg("--export").arg(export(&id(index), disk, by_depth).to_string());
     }
-    command.process_group(0).kill_on_drop(true);
     command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped());
     let process = command.spawn().map_err(host)?;
     let mut server = Server { process, marks };
@@ -229,16 +221,4 @@ impl Server {
         }
         image::words(TOOL, &text)
     }
-}
-
-/// Becomes the storage daemon, which ends when its parent does. Returns only why it cannot.
-pub fn become_daemon(parent: i32, arguments: &[OsString]) -> io::Error {
-    if let Err(errno) = set_pdeathsig(Signal::SIGKILL) {
-        return errno.into();
-    }
-    // It may have died before.
-    if getppid() != Pid::from_raw(parent) {
-        return io::Error::other("the run has ended");
-    }
-    std::process::Command::new(TOOL).args(arguments).exec()
 }

@@ -25,7 +25,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::capture::offline;
+use crate::bound;
 use crate::catalog::Catalog;
 use crate::error::CommandError;
 use crate::guard;
@@ -141,13 +141,13 @@ enum Command {
     Guard {
         run: RunId,
     },
-    /// The process that exports the images of a domain that is shut off
-    #[command(name = offline::SUBCOMMAND, hide = true)]
-    StorageDaemon {
+    /// A program that ends with the process that started it
+    #[command(name = bound::SUBCOMMAND, hide = true)]
+    Bound {
         #[arg(long)]
         parent: i32,
-        #[arg(last = true)]
-        arguments: Vec<OsString>,
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
     },
     /// The process that thaws a guest whatever happens to the run
     #[command(name = watchdog::SUBCOMMAND, hide = true)]
@@ -205,8 +205,11 @@ impl Cli {
             Command::Guard { run } => {
                 guard::run(&run, &context.journal()?, &context.global.run_dir).await
             }
-            Command::StorageDaemon { parent, arguments } => {
-                Err(CommandError::Daemon(offline::become_daemon(parent, &arguments)))
+            Command::Bound { parent, command } => {
+                let (program, arguments) = command.split_first().expect("clap requires one");
+                let source = bound::become_program(parent, program, arguments);
+                let program = program.to_string_lossy().into_owned();
+                Err(CommandError::Program { program, source })
             }
             Command::QuiesceWatchdog { agent, reach } => {
                 watchdog::run(agent, reach).await;

@@ -1,4 +1,5 @@
-//! Images for disaster recovery, as far as domains and repositories have to do with them.
+//! Images for disaster recovery, as far as domains, repositories and starts have to do with them.
 
+pub mod boot;
 pub mod get;
 pub mod hold;

@@ -1,5 +1,6 @@
 //! `kvmsnap image`: one file for each of its commands.
 
+mod boot;
 mod check;
 mod get;
 mod info;
@@ -22,6 +23,7 @@ pub enum ImageCommand {
     List(list::ListArgs),
     Info(info::InfoArgs),
     Check(check::CheckArgs),
+    Boot(boot::BootArgs),
 }
 
 /// Runs it.
@@ -32,6 +34,7 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<(), Command
     match command {
         ImageCommand::Get(args) => get::run(*args, context).await,
         ImageCommand::List(args) => context.until_interrupted(list::run(args, context)).await,
+        ImageCommand::Boot(args) => boot::run(args, context).await,
         ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
         ImageCommand::Check(args) => context.until_interrupted(check::run(args, context)).await,
     }
