@@ -17,7 +17,7 @@ use crate::image::boot::BootError;
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::method::MethodError;
-use crate::names::NameError;
+use crate::names::{NameError, printable};
 use crate::overlay::OverlayError;
 use crate::plan::PlanError;
 use crate::quiesce::QuiesceError;
@@ -399,6 +399,9 @@ fn image_hint(error: &ImageError) -> Option<&'static str> {
         ImageError::Tool(ToolError::Failed { words, .. }) if is_lock(words) => Some(
             "a guest uses it: name its domain instead, or copy a frozen file of `kvmsnap create`",
         ),
+        ImageError::Tool(error) if error.is_limit() => Some(
+            "a limit of memory, time or length ended it: the image asks for more than an honest one does",
+        ),
         ImageError::Tool(ToolError::Start { .. }) => {
             Some("it is in the package qemu-utils or, `setpriv` and `prlimit`, util-linux")
         }
@@ -472,7 +475,7 @@ fn hypervisor_hint(error: &HypervisorError) -> Option<String> {
     Some(hint.to_owned())
 }
 
-/// The error, its causes and its hint, as they are printed.
+/// The error, its causes and its hint, as they are printed: what others wrote into names moves no cursor.
 pub fn describe(error: &CommandError) -> String {
     let mut text = format!("error: {error}\n");
     let mut cause = std::error::Error::source(error);
@@ -483,5 +486,5 @@ pub fn describe(error: &CommandError) -> String {
     if let Some(hint) = error.hint() {
         let _ = writeln!(text, "hint: {hint}");
     }
-    text
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }

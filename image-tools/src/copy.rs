@@ -14,6 +14,23 @@ use crate::tool::{self, Limits};
 
 const TOOL: &str = "qemu-img";
 
+/// What a copy may take: an image can ask for more than is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Bytes of data that are read.
+    pub data: u64,
+    /// Bytes of the file that the copy becomes.
+    pub file_len: u64,
+}
+
+impl Bounds {
+    /// Those of a disk of so many bytes, whatever is on it.
+    pub fn of_disk(size: u64) -> Self {
+        // The tables take less than 1 in 64; what cannot be compressed is kept as it is.
+        Self { data: size, file_len: size.saturating_add(size / 64).saturating_add(4 << 20) }
+    }
+}
+
 /// A stand-alone qcow2 image as a read-only node of QEMU's block layer.
 ///
 /// # Errors
@@ -25,14 +42,14 @@ pub fn graph(image: &Path) -> Result<Value, ImageError> {
     Ok(json!({"driver": "qcow2", "file": file, "backing": null, "read-only": true}))
 }
 
-/// Copies the disk of `size` bytes that a read-only node shows to a new file in a folder of ours. `progress`
+/// Copies the disk that a read-only node shows to a new file in a folder of ours. `progress`
 /// gets the percentage that is done.
 ///
 /// # Errors
 /// [`ImageError::Tool`]; what of the file there is, is worth nothing.
 pub async fn copy(
     source: &Value,
-    size: u64,
+    bounds: Bounds,
     to: &Path,
     progress: &mut dyn FnMut(f64),
 ) -> Result<(), ImageError> {
@@ -43,7 +60,8 @@ pub async fn copy(
         .to_vec();
     // An absolute path is taken for neither an option nor a protocol.
     arguments.extend([tool::named(source), to.clone().into_os_string()]);
-    tool::succeed(TOOL, &step, &arguments, &Limits::writing(size), Some(progress)).await?;
+    let limits = Limits::writing(bounds.data, bounds.file_len);
+    tool::succeed(TOOL, &step, &arguments, &limits, Some(progress)).await?;
     fs::set_permissions(&to, Permissions::from_mode(0o600))
         .map_err(ImageError::file("change the mode of", to))
 }
@@ -54,7 +72,7 @@ pub async fn copy(
 /// [`ImageError::Differs`], [`ImageError::Tool`].
 pub async fn compare(
     source: &Value,
-    size: u64,
+    bounds: Bounds,
     copy: &Path,
     progress: &mut dyn FnMut(f64),
 ) -> Result<(), ImageError> {
@@ -62,7 +80,7 @@ pub async fn compare(
     let images = [tool::named(source), tool::named(&graph(copy)?)];
     let mut arguments = vec!["compare".into(), "-p".into()];
     arguments.extend(images);
-    let limits = Limits::reading(size);
+    let limits = Limits::reading(bounds.data);
     let output = tool::run(TOOL, &step, &arguments, &limits, Some(progress)).await?;
     match output.code {
         0 => Ok(()),

@@ -12,11 +12,18 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::copy::Bounds;
 use crate::error::ImageError;
 use qcow2::{Backing, Header};
 
 /// The longest chain of images. Each is opened at once.
 const CHAIN_LEN_MAX: usize = 16;
+/// An image holds no more than so many times its length: zlib and zstd make no less of what does not vary.
+const COMPRESSION_MAX: u64 = 4096;
+/// Its copy is no longer than so many times its length: larger clusters compress a little better than ours.
+const LONGER_MAX: u64 = 4;
+/// What the tables of a copy need that do not depend on its data.
+const TABLES_LEN: u64 = 4 << 20;
 
 /// Why an image is not opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -190,11 +197,21 @@ pub struct Inspected {
     pub layers: Vec<Layer>,
     /// Bytes that a guest sees.
     pub size: u64,
+    /// Bytes of all the files.
+    pub stored: u64,
     /// The header of the top, where that is qcow2.
     pub header: Option<Header>,
 }
 
 impl Inspected {
+    /// What a copy of it may take. Tables can show one piece of data as often as they like; an honest image's
+    /// copy is hardly larger than the image.
+    pub fn bounds(&self) -> Bounds {
+        let data = self.stored.saturating_mul(COMPRESSION_MAX).min(self.size);
+        let file_len = self.stored.saturating_mul(LONGER_MAX).saturating_add(TABLES_LEN);
+        Bounds { data, file_len: file_len.min(Bounds::of_disk(self.size).file_len) }
+    }
+
     /// The images as a read-only node of QEMU's block layer, in which nothing is left for QEMU to find out.
     pub fn graph(&self) -> Value {
         let node = |backing, layer: &Layer| {
@@ -219,7 +236,7 @@ impl Inspected {
 pub fn inspect(path: &Path, format: Format, policy: &Policy) -> Result<Inspected, ImageError> {
     let mut path = path.canonicalize().map_err(ImageError::file("find", path))?;
     let (mut layers, mut top) = (Vec::new(), None);
-    let mut format = format;
+    let (mut format, mut stored) = (format, 0_u64);
     loop {
         let refused = |source| ImageError::Refused { path: path.clone(), source };
         if path.to_str().is_none() {
@@ -229,6 +246,7 @@ pub fn inspect(path: &Path, format: Format, policy: &Policy) -> Result<Inspected
         if layers.len() == CHAIN_LEN_MAX {
             return Err(refused(InspectError::ChainTooLong { max: CHAIN_LEN_MAX }));
         }
+        stored = stored.saturating_add(len);
         layers.push(Layer { path: path.clone(), format, is_device });
         let header = match format {
             Format::Raw if len == 0 => return Err(refused(InspectError::Empty)),
@@ -249,7 +267,7 @@ pub fn inspect(path: &Path, format: Format, policy: &Policy) -> Result<Inspected
         let (size, header) = top.get_or_insert((size, header)).clone();
         match next {
             Some(next) => (path, format) = next,
-            None => return Ok(Inspected { layers, size, header }),
+            None => return Ok(Inspected { layers, size, stored, header }),
         }
     }
 }

@@ -80,6 +80,17 @@ pub enum ToolError {
     },
 }
 
+impl ToolError {
+    /// Whether one of its limits ended it.
+    pub fn is_limit(&self) -> bool {
+        match self {
+            Self::Killed { .. } | Self::TooLong { .. } | Self::TooMuch { .. } => true,
+            Self::Failed { words, .. } => words.contains("File too large"),
+            Self::Start { .. } => false,
+        }
+    }
+}
+
 /// What a tool may use at most; less where this process may use less.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -112,11 +123,9 @@ impl Limits {
         Self { memory: 2 << 30, cpu: time * 4, file_len: 0, files: 256, time }
     }
 
-    /// For writing an image of a disk of so many bytes.
-    pub fn writing(size: u64) -> Self {
-        // The tables take less than 1 in 64; a file that cannot be compressed is kept as it is.
-        let file_len = size.saturating_add(size / 64).saturating_add(64 << 20);
-        Self { file_len, ..Self::reading(size) }
+    /// For reading so many bytes once, and writing a file of so many at most.
+    pub fn writing(data: u64, file_len: u64) -> Self {
+        Self { file_len, ..Self::reading(data) }
     }
 }
 

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, Guest, MIB};
 
-const COMMANDS: [&[&str]; 16] = [
+const COMMANDS: [&[&str]; 17] = [
     &[],
     &["repository"],
     &["repository", "init"],
@@ -25,6 +25,7 @@ const COMMANDS: [&[&str]; 16] = [
     &["show"],
     &["restore"],
     &["verify"],
+    &["image"],
     &["image", "get"],
     &["image", "list"],
     &["image", "info"],

@@ -213,6 +213,38 @@ fn s03_bombs_and_loops_are_refused_before_any_tool_opens_them() {
 }
 
 #[test]
+fn s03_an_image_that_shows_one_piece_of_data_a_million_times_fills_no_store() {
+    let Some(scene) = Scene::new() else { return };
+    scene.qemu_img(&["create", "-q", "-f", "qcow2", "bomb", "64G"]);
+    let image = scene.file("bomb");
+    fs::write(scene.file("piece"), [noise(32 << 10, 5), vec![0; 32 << 10]].concat())
+        .expect("a file");
+    let mut write = Command::new("qemu-io");
+    write.current_dir(scene.host.folder()).args([
+        "-f",
+        "qcow2",
+        "-c",
+        "write -c -s piece 0 64k",
+        "bomb",
+    ]);
+    tool(write);
+    let bytes = fs::read(&image).expect("an image");
+    let entry = |at: usize| bytes[at..at + 8].to_vec();
+    let offset = |entry: &[u8]| u64::from_be_bytes(entry.try_into().expect("8 bytes")) & !(1 << 63);
+    let l1 = offset(&entry(40));
+    let l2 = offset(&entry(usize::try_from(l1).expect("it is small")));
+    let piece = entry(usize::try_from(l2).expect("it is small"));
+    patch(&image, l2, &piece.repeat(8192));
+    patch(&image, l1, &l2.to_be_bytes().repeat(128));
+
+    let outcome = scene.get(&image, "qcow2", "bomb");
+
+    assert_says(&outcome, 1, "file too large");
+    assert!(outcome.stderr.contains("more than an honest one does"), "{outcome:?}");
+    assert_eq!(names(&scene.store), Vec::<String>::new());
+}
+
+#[test]
 fn s15_names_stay_in_the_store_and_move_no_cursor() {
     let Some(scene) = Scene::new() else { return };
     let (file, _) = scene.raw("disk");
@@ -238,6 +270,12 @@ fn s15_names_stay_in_the_store_and_move_no_cursor() {
         assert!(printed.contains("b\\u{7}") && !printed.contains(is_bad), "{printed:?}");
     }
 
+    let mut other = record.clone();
+    other["origin"] = json!({"\u{1b}[2J": 1});
+    fs::write(kept.join("image.json"), other.to_string()).expect("it is ours");
+    let outcome = scene.image("info", &kept);
+    assert_says(&outcome, 1, "it is no record");
+    assert!(!outcome.stderr.contains('\u{1b}'), "{outcome:?}");
     record["disks"][0]["file"] = json!("../../../etc/passwd");
     fs::write(kept.join("image.json"), record.to_string()).expect("it is ours");
     for command in ["info", "check"] {

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use image_tools::copy::Bounds;
 use image_tools::folder::{Image, NewImage};
 use image_tools::record::{ImageRecord, Origin, OtherFile, RECORD_VERSION};
 use image_tools::{ImageError, copy, sums};
@@ -29,6 +30,8 @@ pub struct Source {
     pub size: u64,
     /// It as a read-only node of QEMU's block layer.
     pub graph: Value,
+    /// What its copy may take.
+    pub bounds: Bounds,
 }
 
 /// An image that is being made; removed when dropped.
@@ -60,16 +63,16 @@ impl<'a> Get<'a> {
     /// # Errors
     /// [`ImageError`].
     pub async fn copy(&mut self, source: &Source) -> Result<(), ImageError> {
-        let Source { target, size, graph } = source;
+        let Source { target, size, graph, bounds } = source;
         let to = self.new.folder().join(format!("{target}.qcow2"));
         let progress = self.progress;
         let mut percent = |done: f64| progress.reach((*size as f64 * done / 100.0) as u64);
         announce("image: copy", "write", &to)?;
         progress.bytes(&format!("copying {target}"), *size);
-        copy::copy(graph, *size, &to, &mut percent).await?;
+        copy::copy(graph, *bounds, &to, &mut percent).await?;
         announce("image: compare", "read", &to)?;
         progress.bytes(&format!("comparing {target}"), *size);
-        copy::compare(graph, *size, &to, &mut percent).await?;
+        copy::compare(graph, *bounds, &to, &mut percent).await?;
         self.copied.push(target.clone());
         Ok(())
     }

@@ -123,9 +123,19 @@ fn s01_nothing_is_read_from_a_raw_image() {
 
     let seen = inspect(&path, Format::Raw, &Policy::default()).unwrap();
 
-    assert_eq!((seen.size, &seen.header), (512, &None));
+    assert_eq!((seen.size, seen.stored, &seen.header), (512, 512, &None));
     let file = json!({"driver": "file", "filename": path.canonicalize().unwrap()});
     assert_eq!(seen.graph(), json!({"driver": "raw", "file": file, "read-only": true}));
+}
+
+#[test]
+fn s03_a_copy_takes_what_an_image_can_hold_and_not_what_it_shows() {
+    let seen = |size, stored| Inspected { layers: Vec::new(), size, stored, header: None };
+    let bomb = seen(64 << 40, 256 << 10).bounds();
+    assert_eq!((bomb.data, bomb.file_len), (1 << 30, 5 << 20));
+    let plain = seen(1 << 30, 1 << 30).bounds();
+    assert_eq!(plain, Bounds::of_disk(1 << 30));
+    assert_eq!(seen(u64::MAX, u64::MAX).bounds().data, u64::MAX);
 }
 
 #[test]

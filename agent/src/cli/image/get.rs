@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 use image_tools::ImageError;
+use image_tools::copy::Bounds;
 use image_tools::folder::Image;
 use image_tools::inspect::{self, Policy};
 use image_tools::record::{DiskFile, Origin};
@@ -132,8 +133,9 @@ async fn from_files(args: &GetArgs, context: &Context) -> Result<Kept, CommandEr
                 file.display()
             );
         }
-        let (target, size, graph) = (format!("vd{letter}"), inspected.size, inspected.graph());
-        sources.push(Source { target, size, graph });
+        let (target, size) = (format!("vd{letter}"), inspected.size);
+        let (graph, bounds) = (inspected.graph(), inspected.bounds());
+        sources.push(Source { target, size, graph, bounds });
     }
     let work = async {
         let (mut get, time) = (args.begin(name, context)?, Timestamp::now());
@@ -192,7 +194,7 @@ async fn from_snapshot(
         for restored in disks.restore(&source, context).await? {
             let (target, size) = (disk.target.to_string(), disk.size);
             let graph = image_tools::copy::graph(&restored.path)?;
-            let disk = Source { target, size, graph };
+            let disk = Source { target, size, graph, bounds: Bounds::of_disk(size) };
             context.until_interrupted(async { Ok(get.copy(&disk).await?) }).await?;
         }
         std::fs::remove_dir_all(&folder).map_err(ImageError::file("remove", folder))?;
@@ -377,7 +379,7 @@ fn warn_of_missing(skipped: &[Skipped]) {
 
 fn source(disk: &DiskName, chain: &Chain) -> Source {
     let (target, size) = (disk.to_string(), chain.header.size);
-    Source { target, size, graph: node(&chain.images) }
+    Source { target, size, graph: node(&chain.images), bounds: Bounds::of_disk(size) }
 }
 
 async fn finish(

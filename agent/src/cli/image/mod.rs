@@ -18,6 +18,11 @@ use crate::names::printable;
 
 /// Images for disaster recovery: templates, and machines made from them
 #[derive(Debug, Subcommand)]
+#[command(after_help = "\
+Examples:
+  kvmsnap image get web --into /srv/templates
+  kvmsnap image list /srv/templates
+  kvmsnap image check /srv/templates/web")]
 pub enum ImageCommand {
     Get(Box<get::GetArgs>),
     List(list::ListArgs),
