@@ -89,12 +89,12 @@ pub async fn disk(
     if len != disk.file_len {
         problems.push(Problem::Length { len, expected: disk.file_len });
     }
-    let mut is_safe = false;
+    let mut safe = None;
     match inspect::inspect(&path, Format::Qcow2, &Policy::default()) {
         Ok(inspected) if inspected.size != disk.size => {
             problems.push(Problem::Size { size: inspected.size, expected: disk.size });
         }
-        Ok(_) => is_safe = true,
+        Ok(inspected) => safe = Some(inspected.bounds()),
         Err(ImageError::Refused { source, .. }) => problems.push(Problem::Header(source)),
         Err(error) => return Err(error),
     }
@@ -107,8 +107,8 @@ pub async fn disk(
     if !ranges.is_empty() {
         problems.push(Problem::Damaged { ranges });
     }
-    if is_safe {
-        match copy::check_tables(&path, disk.size).await {
+    if let Some(bounds) = safe {
+        match copy::check_tables(&path, bounds).await {
             Ok(tables) if tables.wrong > 0 => problems.push(Problem::Tables(tables)),
             Ok(_) => {}
             Err(ImageError::Tool(error @ ToolError::Failed { .. })) => {

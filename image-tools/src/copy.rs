@@ -110,10 +110,10 @@ pub fn seal(image: &Path, target: &str, progress: impl FnMut(u64)) -> Result<Dis
 ///
 /// # Errors
 /// [`ImageError::Tool`] where it cannot tell.
-pub async fn check_tables(image: &Path, size: u64) -> Result<Tables, ImageError> {
+pub async fn check_tables(image: &Path, bounds: Bounds) -> Result<Tables, ImageError> {
     let step = format!("check the tables of {}", image.display());
     let arguments = ["check".into(), "--output=json".into(), tool::named(&graph(image)?)];
-    let output = tool::run(TOOL, &step, &arguments, &Limits::reading(size), None).await?;
+    let output = tool::run(TOOL, &step, &arguments, &Limits::reading(bounds.data), None).await?;
     let count = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
     // 2: errors, 3: lost clusters (qemu-img(1)).
     match (output.code, serde_json::from_slice::<Value>(&output.stdout)) {

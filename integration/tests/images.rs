@@ -189,6 +189,33 @@ fn s02_images_that_name_other_files_are_refused_before_any_tool_opens_them() {
 }
 
 #[test]
+fn s02_an_image_that_was_made_to_name_others_is_told_and_not_opened() {
+    let Some(scene) = Scene::new() else { return };
+    let (file, _) = scene.raw("disk");
+    let kept = scene.got(&file, "raw", "web");
+    scene.qemu_img(&[
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "/etc/passwd",
+        "-F",
+        "raw",
+        "store/web/vda.qcow2",
+    ]);
+    let tools = Tools::watched(&scene.host);
+    let mut check = scene.host.command(["image", "check", "--json"]);
+    check.arg(&kept);
+
+    let checked = finish(spawn(tools.used_by(check)));
+
+    assert_says(&checked, 1, "problem");
+    assert!(checked.stdout.contains("no tool shall open it"), "{checked:?}");
+    assert_eq!(tools.calls(), Vec::<String>::new());
+}
+
+#[test]
 fn s03_bombs_and_loops_are_refused_before_any_tool_opens_them() {
     let Some(scene) = Scene::new() else { return };
     // Offsets of the header's fields: QEMU's docs/interop/qcow2.txt.

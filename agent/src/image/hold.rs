@@ -96,7 +96,7 @@ impl<L: Layers> Hold<'_, L> {
         // The tools that read take over what this process keeps to.
         processors::give_way(true);
         let outcome = tokio::select! {
-            outcome = self.read_still(&held, read) => outcome,
+            outcome = read_still(layers, &held, read) => outcome,
             error = room_ends(&folders) => Err(error.into()),
             error = end => Err(error),
         };
@@ -110,15 +110,6 @@ impl<L: Layers> Hold<'_, L> {
             tracing::error!(error, "the guest still writes to overlays; `kvmsnap purge` ends that");
         }
         Ok((outcome?, brought))
-    }
-
-    /// Reads, and makes sure that nobody wrote to the images meanwhile.
-    async fn read_still<T>(
-        &self,
-        held: &Held,
-        read: impl AsyncFnOnce(&Held, &[Chain]) -> Result<T, CommandError>,
-    ) -> Result<T, CommandError> {
-        read_still(self.layers, held, read).await
     }
 
     fn undo_record(&self) -> Record {
