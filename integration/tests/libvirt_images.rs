@@ -114,6 +114,38 @@ fn a_domain_is_kept_while_it_runs_from_its_snapshot_and_when_it_is_off() {
 }
 
 #[test]
+fn the_machine_is_kept_beside_its_disks_without_its_secrets() {
+    const SECRET: &str = "canary7";
+    let Some(libvirt) = Libvirt::start() else { return };
+    let plan = Guest::without_os().disk(Disk::new("vda", SIZE)).under_libvirt().uefi();
+    let console = format!("<graphics type='vnc' port='-1' passwd='{SECRET}'/>");
+    let scene = Scene::of(plan.devices_xml(&console), &["vda"], SIZE, &libvirt);
+    let name = scene.domain.name();
+    scene.domain.start();
+    // Firmware that finds nothing to boot writes that down, sooner or later.
+    scene.domain.virsh("suspend", &[]);
+    for (image, more, has_it) in
+        [("plain", &[][..], false), ("told", &["--with-secrets"][..], true)]
+    {
+        let outcome =
+            finish(spawn(get_command(&scene, &[&[name, "--name", image][..], more].concat())));
+
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        let kept = store(&scene).join(image);
+        let xml = fs::read_to_string(kept.join("domain.xml")).expect("a description");
+        assert_eq!(xml.contains(SECRET), has_it, "{xml}");
+        let nvram = fs::read(scene.domain.folder().join("nvram.fd")).expect("firmware has memory");
+        assert!(fs::read(kept.join("nvram.fd")).expect("it is kept") == nvram);
+        assert_eq!(scene.domain.state(), "paused", "it stays as it was");
+    }
+    let kept = store(&scene).join("plain");
+    fs::write(kept.join("nvram.fd"), "another").expect("it is ours");
+    let checked = scene.host.run(["image".as_ref(), "check".as_ref(), kept.as_os_str()]);
+    assert_says(&checked, 1, "1 problem was found");
+    assert!(checked.stdout.contains("nvram.fd: its content is another one"), "{checked:?}");
+}
+
+#[test]
 fn p2_r23_a_guest_is_brought_back_when_its_copy_is_killed_or_interrupted() {
     let Some(libvirt) = Libvirt::start() else { return };
     let mut scene = Scene::new(&libvirt);

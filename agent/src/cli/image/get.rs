@@ -53,8 +53,8 @@ Examples:
   kvmsnap image get --from latest:web --into /srv/templates --name web-2026
   kvmsnap image get --file web.qcow2 --format qcow2 --into /srv/templates
 
-A running domain goes on meanwhile: it writes to overlays, as with `kvmsnap create`. The copy is compressed,
-compared with what it was made from, and has its name only when it is whole.")]
+A running domain goes on meanwhile: it writes to overlays, as with `kvmsnap create`. The copy is
+compressed, compared with what it was made from, and has its name only when it is whole.")]
 pub struct GetArgs {
     /// A domain of libvirt, running or shut off: its name or uuid
     #[arg(value_name = "DOMAIN", group = "source")]
