@@ -3,9 +3,9 @@
 //! The host starts the sender with arguments of its own and relays bytes. So a tree's owner can reach
 //! nothing but the appliance, and a guest's owner nothing but the tree.
 
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::path::PathBuf;
-use std::pin::pin;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio::io::{
 };
 use tokio::net::{TcpStream, UnixStream};
 use tokio::process::{Child, Command};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use crate::appliance::ApplianceError;
 
@@ -211,7 +211,7 @@ impl Source {
     /// `sent` gets the bytes of both ways so far.
     pub(crate) async fn relay_while<T>(
         self,
-        port: &mut UnixStream,
+        port: UnixStream,
         idle: Duration,
         work: impl Future<Output = Result<T, ApplianceError>>,
         sent: impl FnMut(u64),
@@ -235,46 +235,56 @@ impl Source {
 
 /// `None` where nothing was exchanged for too long and the work is not done either.
 async fn relay<T>(
-    mut from: impl AsyncRead + Unpin,
+    from: impl AsyncRead + Unpin,
     to: impl AsyncWrite + Unpin,
-    port: &mut UnixStream,
+    mut port: UnixStream,
     idle: Duration,
     work: impl Future<Output = T>,
-    mut sent: impl FnMut(u64),
+    sent: impl FnMut(u64),
 ) -> Option<T> {
-    let (mut port_from, mut port_to) = port.split();
-    let mut to = Some(to);
-    let (mut there, mut back) = (vec![0; 256 << 10], vec![0; 64 << 10]);
-    let (mut total, mut is_open) = (0, true);
-    let mut deadline = Instant::now() + idle;
-    let mut work = pin!(work);
-    loop {
-        let len = tokio::select! {
-            biased;
-            done = &mut work => return Some(done),
-            read = from.read(&mut there), if is_open => {
-                // The end of the sender is for the receiver to notice, by what it has not got.
-                let len = read.unwrap_or(0);
-                is_open = len > 0 && port_to.write_all(&there[..len]).await.is_ok();
-                len
+    let (port_from, port_to) = port.split();
+    let (sent, total) = (RefCell::new(sent), Cell::new(0));
+    let count = |len: u64| {
+        total.set(total.get() + len);
+        sent.borrow_mut()(total.get());
+    };
+    // Each way goes on while the other waits. At the end of the sender the receiver's shell ends too;
+    // whether all was sent is for rsync to say.
+    let both = async {
+        tokio::join!(carry(from, port_to, &count), carry(port_from, to, &count));
+        std::future::pending::<()>().await;
+    };
+    let stalled = async {
+        loop {
+            let before = total.get();
+            tokio::time::sleep(idle).await;
+            if total.get() == before {
+                return;
             }
-            read = port_from.read(&mut back), if to.is_some() => {
-                let len = read.unwrap_or(0);
-                let stays = match &mut to {
-                    Some(to) => len > 0 && to.write_all(&back[..len]).await.is_ok(),
-                    None => false,
-                };
-                if !stays {
-                    to = None;
-                }
-                len
-            }
-            () = tokio::time::sleep_until(deadline) => return None,
-        };
-        total += len as u64;
-        deadline = Instant::now() + idle;
-        sent(total);
+        }
+    };
+    tokio::select! {
+        done = work => Some(done),
+        () = both => None,
+        () = stalled => None,
     }
+}
+
+/// Carries bytes one way until one side is gone, then tells the other.
+async fn carry(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    count: impl Fn(u64),
+) {
+    let mut buffer = vec![0; 256 << 10];
+    while let Ok(len @ 1..) = from.read(&mut buffer).await {
+        if to.write_all(&buffer[..len]).await.is_err() {
+            break;
+        }
+        count(len as u64);
+    }
+    // Who is gone needs no telling.
+    let _ = to.shutdown().await;
 }
 
 /// How files are compared.

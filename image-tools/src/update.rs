@@ -205,7 +205,7 @@ pub async fn update(
     }
 
     on(Event::Stage("having it start from these disks"));
-    have_it_start(&mut appliance, system.flavour.boot, relabels, &mut report).await?;
+    have_it_start(&mut appliance, &system, relabels, &mut report).await?;
     appliance.end().await?;
     Ok((report, system.flavour))
 }
@@ -295,7 +295,7 @@ async fn run(
 /// What a system needs to start that is in no backup of its files.
 async fn have_it_start(
     appliance: &mut Appliance,
-    boot: BootMode,
+    system: &System,
     relabels: bool,
     report: &mut Report,
 ) -> Result<(), UpdateError> {
@@ -304,11 +304,12 @@ async fn have_it_start(
         appliance.step("have SELinux label the files", &["relabel"]).await?;
         report.boot.push("SELinux labels all files when it first starts".to_owned());
     }
-    let mode = match boot {
+    let mode = match system.flavour.boot {
         BootMode::Bios => "bios",
         BootMode::Uefi => "uefi",
     };
-    let installer = appliance.step("install the boot loader", &["boot-loader", mode]).await?;
+    let disk = system.layout.disks.first().map_or("", |disk| &disk.name);
+    let installer = appliance.step("install the boot loader", &["boot-loader", mode, disk]).await?;
     match installer.trim() {
         "absent" => {
             let why = "the tree has no grub-install: the template's boot loader stays";

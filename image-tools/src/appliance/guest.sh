@@ -18,7 +18,7 @@ case $step in
 layout)
     udevadm settle
     lsblk --json --bytes --paths --output \
-        NAME,TYPE,SIZE,START,PTTYPE,PARTTYPE,PARTUUID,PARTLABEL,FSTYPE,UUID,LABEL
+        NAME,TYPE,SIZE,HCTL,START,PTTYPE,PARTTYPE,PARTUUID,PARTLABEL,FSTYPE,UUID,LABEL
     ;;
 volumes)
     lvm lvs --reportformat json --units b --nosuffix --options vg_name,lv_name,lv_size,lv_dm_path 2> /dev/null
@@ -120,7 +120,7 @@ places) # what a system needs to start, where the tree has left it out
 relabel)
     : > /sysroot/.autorelabel
     ;;
-boot-loader) # bios|uefi: has it start from these disks
+boot-loader) # bios|uefi DISK: has it start from these disks
     for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
     mkdir -p /sysroot/run
     mount -t tmpfs tmpfs /sysroot/run
@@ -130,7 +130,7 @@ boot-loader) # bios|uefi: has it start from these disks
     for installer in grub-install grub2-install; do
         found $installer || continue
         case $1 in
-        bios) in_guest $installer --target=i386-pc --recheck /dev/sda > /tmp/out 2>&1 || status=$? ;;
+        bios) in_guest $installer --target=i386-pc --recheck "$2" > /tmp/out 2>&1 || status=$? ;;
         uefi)
             esp=/boot/efi
             in_guest $installer --target=x86_64-efi --efi-directory=$esp --no-nvram --removable \

@@ -31,6 +31,9 @@ pub struct Device {
     pub role: String,
     /// Bytes.
     pub size: u64,
+    /// Where it is plugged in, as `HOST:CHANNEL:TARGET:LUN`.
+    #[serde(default)]
+    pub hctl: Option<String>,
     /// First sector on its disk.
     #[serde(default)]
     pub start: Option<u64>,
@@ -95,7 +98,8 @@ fn number_in_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u64, D::E
 }
 
 impl Layout {
-    /// Reads the reports; the appliance's own disk, which comes after the machine's, is left out.
+    /// Reads the reports. Disks are sorted by where they are plugged in, for the kernel finds them in any
+    /// order; the appliance's own, which comes after the machine's, is left out.
     ///
     /// # Errors
     /// Where they are none, or tell of too few disks.
@@ -105,6 +109,7 @@ impl Layout {
         if found.blockdevices.len() < disks {
             return Err(serde::de::Error::invalid_length(found.blockdevices.len(), &"more disks"));
         }
+        found.blockdevices.sort_by_key(Device::target);
         found.blockdevices.truncate(disks);
         let volumes: LvsReport = serde_json::from_str(lvs)?;
         let volumes = volumes.report.into_iter().flat_map(|part| part.lv).collect();
@@ -159,7 +164,8 @@ impl Layout {
     /// As [`Self::device_of`], also for names like `/dev/vda1`, `/dev/mapper/vg-root`, `/dev/vg/root`.
     pub fn device_named(&self, spec: &str) -> Option<&Device> {
         let by_path = |path: &str| self.devices().into_iter().find(|d| d.name == path);
-        self.device_of(spec).or_else(|| by_path(spec)).or_else(|| {
+        let mapped = || spec.starts_with("/dev/mapper/").then(|| by_path(spec)).flatten();
+        self.device_of(spec).or_else(mapped).or_else(|| {
             let volume = self.volumes.iter().find(|volume| {
                 spec.strip_prefix("/dev/").and_then(|rest| rest.split_once('/'))
                     == Some((&volume.vg_name, &volume.lv_name))
@@ -168,13 +174,26 @@ impl Layout {
                 Some(volume) => by_path(&volume.lv_dm_path),
                 // Disks have other letters here than under virtio or IDE, in the same order.
                 None => {
-                    let rest = ["/dev/vd", "/dev/hd", "/dev/xvd"]
-                        .iter()
-                        .find_map(|prefix| spec.strip_prefix(prefix))?;
-                    by_path(&format!("/dev/sd{rest}"))
+                    let prefixes = ["/dev/sd", "/dev/vd", "/dev/hd", "/dev/xvd"];
+                    let rest = prefixes.iter().find_map(|prefix| spec.strip_prefix(prefix))?;
+                    let letter = rest.bytes().next().filter(u8::is_ascii_lowercase)?;
+                    let disk = self.disks.get(usize::from(letter - b'a'))?;
+                    by_path(&format!("{}{}", disk.name, &rest[1..]))
                 }
             }
         })
+    }
+
+    /// The name of a device by the order of the disks: what the kernel calls them differs from start to
+    /// start. More than 26 disks keep the kernel's names.
+    pub fn stable_name(&self, device: &str) -> String {
+        let disk = |(at, disk): (usize, &Device)| {
+            let rest = device.strip_prefix(&disk.name)?;
+            let letter = u8::try_from(at).ok().filter(|at| *at < 26)?;
+            let is_number = rest.bytes().all(|byte| byte.is_ascii_digit());
+            is_number.then(|| format!("/dev/sd{}{rest}", char::from(b'a' + letter)))
+        };
+        self.disks.iter().enumerate().find_map(disk).unwrap_or_else(|| device.to_owned())
     }
 
     /// The fingerprint, with `mounts` saying where the machine's own table puts each device.
@@ -211,7 +230,7 @@ impl Layout {
         let mut file_systems: Vec<FileSystem> = self
             .holders()
             .map(|(device, kind)| FileSystem {
-                device: device.name.clone(),
+                device: self.stable_name(&device.name),
                 kind: kind.to_owned(),
                 mount: mounts
                     .iter()
@@ -226,6 +245,14 @@ impl Layout {
             false => BootMode::Bios,
         };
         Flavour { boot, disks: disks.collect(), volume_groups: groups, file_systems }
+    }
+}
+
+impl Device {
+    /// The number of the target in `hctl`; disks without one come last.
+    fn target(&self) -> u64 {
+        let target = self.hctl.as_deref().and_then(|hctl| hctl.split(':').nth(2));
+        target.and_then(|target| target.parse().ok()).unwrap_or(u64::MAX)
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 
 use self::look::Layout;
 use self::session::Session;
@@ -97,8 +97,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Appliance {
     session: Session,
-    /// Bytes of rsync's conversation.
-    tree: UnixStream,
+    /// Where rsync's conversation goes through; one connection each.
+    tree: PathBuf,
     /// What rsync changes, line by line.
     log: UnixStream,
     disks: usize,
@@ -116,8 +116,6 @@ impl Appliance {
         let folder = folder.map_err(ApplianceError::Prepare)?;
         let at = |name: &str| folder.path().join(name);
         let (tree, log) = (at("tree.sock"), at("log.sock"));
-        let bind = |path| UnixListener::bind(path).map_err(ApplianceError::Prepare);
-        let (tree_listener, log_listener) = (bind(&tree)?, bind(&log)?);
         for (name, text) in [("guest.sh", GUEST), ("port.sh", PORT)] {
             std::fs::write(at(name), text).map_err(ApplianceError::Prepare)?;
         }
@@ -131,7 +129,7 @@ impl Appliance {
         }
         for (id, path) in [("tree", &tree), ("log", &log)] {
             let path = path.display().to_string().replace(',', ",,");
-            let socket = format!("socket,id=kvmsnap-{id},path={path}");
+            let socket = format!("socket,id=kvmsnap-{id},path={path},server=on,wait=off");
             session.say(doing, &["config", "-chardev", &socket]).await?;
             let port = format!("virtserialport,chardev=kvmsnap-{id},name=kvmsnap.{id}");
             session.say(doing, &["config", "-device", &port]).await?;
@@ -143,13 +141,7 @@ impl Appliance {
             session.say(doing, &["debug-upload", &from, to, "0755"]).await?;
         }
         session.settle(doing, START_TIMEOUT).await?;
-        let accept = async |listener: UnixListener| {
-            let accepted = tokio::time::timeout(STEP_TIMEOUT, listener.accept()).await;
-            let slow = || ApplianceError::Slow { doing: doing.to_owned(), limit: STEP_TIMEOUT };
-            let (stream, _) = accepted.map_err(|_| slow())?.map_err(ApplianceError::Prepare)?;
-            Ok::<_, ApplianceError>(stream)
-        };
-        let (tree, log) = (accept(tree_listener).await?, accept(log_listener).await?);
+        let log = UnixStream::connect(log).await.map_err(ApplianceError::Prepare)?;
         Ok(Self { session, tree, log, disks: drives.len(), _folder: folder })
     }
 
@@ -228,9 +220,14 @@ impl Appliance {
         let name = source.name.clone();
         let mut words = vec!["tree-files", &name];
         words.extend(options.iter().map(String::as_str));
-        let (tree, session) = (&mut self.tree, &mut self.session);
-        let step = session.step("read the tree's tables", &words, LONG_STEP_TIMEOUT);
-        source.relay_while(tree, IDLE_TIMEOUT, step, |_| {}).await.map(drop)
+        let port = self.connect().await?;
+        let step = self.session.step("read the tree's tables", &words, LONG_STEP_TIMEOUT);
+        source.relay_while(port, IDLE_TIMEOUT, step, |_| {}).await.map(drop)
+    }
+
+    /// Connects with the port before a step of the appliance opens it: it would find nobody there.
+    async fn connect(&self) -> Result<UnixStream, ApplianceError> {
+        UnixStream::connect(&self.tree).await.map_err(ApplianceError::Prepare)
     }
 
     /// One of the files that were fetched; empty where the tree has none such.
@@ -256,14 +253,15 @@ impl Appliance {
         let name = source.name.clone();
         let mut words = vec!["pull", &name];
         words.extend(options.iter().map(String::as_str));
-        let Self { session, tree, log, .. } = self;
+        let port = self.connect().await?;
+        let Self { session, log, .. } = self;
         let step = session.step("copy the tree's files", &words, LONG_STEP_TIMEOUT);
         let copied = async {
             let (outcome, items) =
                 tokio::join!(step, crate::rsync::read_items(log, LONG_STEP_TIMEOUT, item));
             outcome.and_then(|_| items.map_err(|error| ApplianceError::Nonsense(Box::new(error))))
         };
-        source.relay_while(tree, IDLE_TIMEOUT, copied, sent).await
+        source.relay_while(port, IDLE_TIMEOUT, copied, sent).await
     }
 
     /// Runs a step that takes few words: `places`, `relabel`, `boot-loader`, `used`, `finish`.

@@ -1,8 +1,8 @@
 #!/bin/sh
 # The remote shell of rsync in the appliance: the other end of the port is a sender that the host has
-# started. What rsync asks for in its arguments is not passed on.
-exec 3<> /dev/virtio-ports/kvmsnap.tree
-cat <&3 &
-reader=$!
-cat >&3
-kill $reader
+# started, and ends with it. What rsync asks for in its arguments is not passed on.
+exec 3<> /dev/virtio-ports/kvmsnap.tree 4<&0
+cat <&4 >&3 &
+writer=$!
+cat <&3
+kill $writer

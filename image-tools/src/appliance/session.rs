@@ -5,6 +5,8 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
@@ -93,6 +95,9 @@ impl Session {
             quoted.join(" "),
             self.mark,
         );
+        // `guestfish` makes a list of words of it and its daemon joins them: quotes would be lost.
+        let command = STANDARD.encode(command);
+        let command = format!("sh -c \"$(echo {command} | base64 -d)\"");
         self.say(doing, &["debug", "sh", &command]).await?;
         self.answer(doing, limit).await
     }
