@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use image_tools::ImageError;
+use image_tools::rsync::TreeError;
 use image_tools::tool::ToolError;
 use qmp_client::QmpError;
 use repository::{BackendError, RepositoryError};
@@ -14,6 +15,7 @@ use crate::capture::image::is_lock;
 use crate::catalog::CatalogError;
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::image::boot::BootError;
+use crate::image::update::UpdateImageError;
 use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::method::MethodError;
@@ -70,6 +72,12 @@ pub enum CommandError {
     /// Images at rest cannot be read, made or kept.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// No image can be made from a template.
+    #[error(transparent)]
+    UpdateImage(#[from] UpdateImageError),
+    /// What a tree is called makes no sense, or it cannot be read.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
     /// The image is good, but something is left in the guest.
     #[error("the image is good, but the guest is not as it was")]
     ImageLeftover(#[source] OverlayError),
@@ -227,6 +235,7 @@ impl CommandError {
         match self {
             Self::Name(_)
             | Self::Image(ImageError::Name { .. })
+            | Self::Tree(TreeError::Name(_))
             | Self::TooManyFiles { .. }
             | Self::ManyDomains { .. }
             | Self::NoName { .. }
@@ -270,6 +279,8 @@ impl CommandError {
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
             Self::Image(error) | Self::Boot(BootError::Image(error)) => image_hint(error)?,
+            Self::UpdateImage(UpdateImageError::Image(error)) => image_hint(error)?,
+            Self::UpdateImage(error) => error.hint()?,
             Self::Boot(error) => return error.hint(),
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));

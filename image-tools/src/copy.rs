@@ -42,6 +42,53 @@ pub fn graph(image: &Path) -> Result<Value, ImageError> {
     Ok(json!({"driver": "qcow2", "file": file, "backing": null, "read-only": true}))
 }
 
+/// Makes an empty overlay on a stand-alone qcow2 image, for what is written to it from here on.
+///
+/// # Errors
+/// [`ImageError`].
+pub async fn lay_over(base: &Path, size: u64, to: &Path) -> Result<(), ImageError> {
+    let base = base.canonicalize().map_err(ImageError::file("find", base))?;
+    let to = std::path::absolute(to).map_err(ImageError::file("find", to))?;
+    let step = format!("make the overlay {}", to.display());
+    let mut arguments =
+        ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"].map(Into::into).to_vec();
+    arguments.extend([base.into_os_string(), to.clone().into_os_string()]);
+    let limits = Limits::writing(0, Bounds::of_disk(size).file_len);
+    tool::succeed(TOOL, &step, &arguments, &limits, None).await?;
+    fs::set_permissions(&to, Permissions::from_mode(0o600))
+        .map_err(ImageError::file("change the mode of", to))
+}
+
+/// An overlay and the image beneath it as a read-only node of QEMU's block layer.
+///
+/// # Errors
+/// As [`graph`].
+pub fn graph_over(overlay: &Path, base: &Path) -> Result<Value, ImageError> {
+    let mut node = graph(overlay)?;
+    node["backing"] = graph(base)?;
+    Ok(node)
+}
+
+/// Writes what is in an overlay into the image beneath it. It may be done again after it was interrupted.
+///
+/// # Errors
+/// [`ImageError::Tool`]; the image is neither old nor new then.
+pub async fn write_back(
+    overlay: &Path,
+    base: &Path,
+    size: u64,
+    progress: &mut dyn FnMut(f64),
+) -> Result<(), ImageError> {
+    let step = format!("write the changes into {}", base.display());
+    let mut node = graph_over(overlay, base)?;
+    node["read-only"] = false.into();
+    // -d: the overlay is not emptied, so that this can be done again.
+    let arguments = ["commit".into(), "-p".into(), "-d".into(), tool::named(&node)];
+    let limits = Limits::writing(size, Bounds::of_disk(size).file_len);
+    tool::succeed(TOOL, &step, &arguments, &limits, Some(progress)).await?;
+    Ok(())
+}
+
 /// Copies the disk that a read-only node shows to a new file in a folder of ours. `progress`
 /// gets the percentage that is done.
 ///

@@ -2,6 +2,8 @@
 //!
 //! A new one is made under another name beside its own, and gets that only when it is whole and durable.
 
+pub mod rework;
+
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};

@@ -89,6 +89,8 @@ pub struct Report {
     pub skipped: Vec<(String, String)>,
     /// What was done so that it starts, in words.
     pub boot: Vec<String>,
+    /// What the tree's machine calls itself.
+    pub hostname: Option<String>,
 }
 
 impl Report {
@@ -172,9 +174,9 @@ pub async fn update(
     on(Event::Stage("looking at the template's file systems"));
     let system = look(&mut appliance).await?;
     on(Event::Stage("looking at the tree"));
-    let (plan, relabels) = fit_tree(&mut appliance, &system, &request.tree).await?;
+    let (plan, relabels, hostname) = fit_tree(&mut appliance, &system, &request.tree).await?;
 
-    let mut report = Report::default();
+    let mut report = Report { hostname, ..Report::default() };
     for (entry, why) in &plan.skipped {
         report.skipped.push((entry.clone(), (*why).to_owned()));
     }
@@ -210,12 +212,13 @@ pub async fn update(
     Ok((report, system.flavour))
 }
 
-/// Joins the tree's machine with the template's. Also whether SELinux is to label all files anew.
+/// Joins the tree's machine with the template's. Also whether SELinux is to label all files anew, and what
+/// the machine calls itself.
 async fn fit_tree(
     appliance: &mut Appliance,
     system: &System,
     tree: &Tree,
-) -> Result<(Plan, bool), UpdateError> {
+) -> Result<(Plan, bool, Option<String>), UpdateError> {
     let options = table_options();
     let source = tree.open(&options).await?;
     appliance.fetch_tree_files(source, &options).await?;
@@ -231,7 +234,9 @@ async fn fit_tree(
         value.is_some_and(|value| value == "enforcing" || value == "permissive")
     };
     let plan = fit::plan(&system.table, &system.layout, &table, &wants);
-    Ok((plan.map_err(UpdateError::Misfit)?, selinux.lines().any(is_on)))
+    let hostname = appliance.tree_file("etc/hostname").await?;
+    let hostname = Some(printable(hostname.trim())).filter(|name| !name.is_empty());
+    Ok((plan.map_err(UpdateError::Misfit)?, selinux.lines().any(is_on), hostname))
 }
 
 /// Gives the file systems the names that the tree's machine knows them by, and mounts them.

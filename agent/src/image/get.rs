@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use image_tools::copy::Bounds;
+use image_tools::flavour::Flavour;
 use image_tools::folder::{Image, NewImage};
 use image_tools::record::{ImageRecord, Origin, OtherFile, RECORD_VERSION};
 use image_tools::{ImageError, copy, sums};
@@ -40,6 +41,21 @@ pub struct Get<'a> {
     new: NewImage,
     copied: Vec<String>,
     progress: &'a Progress,
+}
+
+/// What an image says of itself beside its disks.
+#[derive(Debug)]
+pub struct About {
+    /// What the machine is called.
+    pub machine: String,
+    /// When the images showed the machine as it was.
+    pub time: Timestamp,
+    /// Where they come from.
+    pub origin: Origin,
+    /// What is on the disks, where somebody has looked.
+    pub flavour: Option<Flavour>,
+    /// Other files of the machine, by name.
+    pub files: Vec<(String, Vec<u8>)>,
 }
 
 impl<'a> Get<'a> {
@@ -88,6 +104,19 @@ impl<'a> Get<'a> {
         origin: Origin,
         files: &[MachineFile],
     ) -> Result<Image, ImageError> {
+        let name = |file: &MachineFile| match file.role {
+            Role::Nvram => NVRAM.to_owned(),
+            _ => file.name.clone(),
+        };
+        let files = files.iter().map(|file| (name(file), file.content.clone())).collect();
+        self.publish(About { machine, time, origin, flavour: None, files }).await
+    }
+
+    /// The same with all that is known of it.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub async fn publish(self, about: About) -> Result<Image, ImageError> {
         let mut disks = Vec::new();
         for target in self.copied {
             let image = self.new.folder().join(format!("{target}.qcow2"));
@@ -99,22 +128,18 @@ impl<'a> Get<'a> {
             disks.push(blocking(seal).await?);
         }
         let mut others = Vec::new();
-        for file in files {
-            let name = match file.role {
-                Role::Nvram => NVRAM,
-                _ => &file.name,
-            };
-            self.new.add_file(name, &file.content)?;
-            others.push(OtherFile { file: name.to_owned(), sha256: sums::sha256(&file.content) });
+        for (file, content) in about.files {
+            self.new.add_file(&file, &content)?;
+            others.push(OtherFile { file, sha256: sums::sha256(&content) });
         }
         let record = ImageRecord {
             version: RECORD_VERSION,
-            machine,
-            time,
-            origin,
+            machine: about.machine,
+            time: about.time,
+            origin: about.origin,
             disks,
             files: others,
-            flavour: None,
+            flavour: about.flavour,
             boot: None,
         };
         announce("image: publish", "finish", self.new.folder())?;
@@ -122,6 +147,10 @@ impl<'a> Get<'a> {
     }
 }
 
-fn announce(effect: &str, step: &'static str, path: &Path) -> Result<(), ImageError> {
+/// Counts what is about to be done to a file or folder.
+///
+/// # Errors
+/// Where a test wants it to fail.
+pub fn announce(effect: &str, step: &'static str, path: &Path) -> Result<(), ImageError> {
     effect::about_to(effect).map_err(ImageError::file(step, path))
 }

@@ -1,5 +1,7 @@
 //! Images for disaster recovery, as far as domains, repositories and starts have to do with them.
 
+pub mod again;
 pub mod boot;
 pub mod get;
 pub mod hold;
+pub mod update;

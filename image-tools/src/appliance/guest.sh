@@ -96,7 +96,7 @@ tree-files) # SOURCE OPTIONS: fetches the few files that say how the tree's mach
     source=$1
     shift
     mkdir -p /tmp/tree
-    rsync "$@" --rsh=/tmp/kvmsnap-port "$source" /tmp/tree/ > /dev/null
+    rsync "$@" --blocking-io --rsh=/tmp/kvmsnap-port "$source" /tmp/tree/ > /dev/null
     ;;
 tree-file) # FILE: one of them
     [ ! -f "/tmp/tree/$1" ] || head -c 1048576 "/tmp/tree/$1"
@@ -106,7 +106,7 @@ pull) # SOURCE OPTIONS: the machine's files become those of the tree
     shift
     {
         status=0
-        rsync "$@" --rsh=/tmp/kvmsnap-port "$source" /sysroot/ || status=$?
+        rsync "$@" --blocking-io --rsh=/tmp/kvmsnap-port "$source" /sysroot/ || status=$?
         echo kvmsnap-end
     } > /dev/virtio-ports/kvmsnap.log
     exit $status

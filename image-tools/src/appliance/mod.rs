@@ -72,6 +72,24 @@ pub enum ApplianceError {
     TooLong(usize),
 }
 
+impl ApplianceError {
+    /// What the operator can do next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Run(_) => Some(
+                "it is in the packages libguestfs-tools, libguestfs-xfs and libguestfs-rsync of Debian",
+            ),
+            Self::Ended { .. } => {
+                Some("`libguestfs-test-tool` tells what is wrong with libguestfs")
+            }
+            Self::Slow { .. } => {
+                Some("where KVM does not work, KVMSNAP_ACCEL=tcg has the processor emulated")
+            }
+            _ => None,
+        }
+    }
+}
+
 /// What it said, for a terminal: a guest's owner may have a part in it.
 fn said_so(said: &str) -> String {
     let said = said.trim();

@@ -48,6 +48,11 @@ pub struct BootOptions {
 }
 
 impl BootOptions {
+    /// What machines are run by.
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
     /// The trial of an image.
     pub fn trial<'a>(&self, image: &'a Image) -> Trial<'a> {
         Trial {

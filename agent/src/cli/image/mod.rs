@@ -5,6 +5,7 @@ mod check;
 mod get;
 mod info;
 mod list;
+mod update;
 
 use clap::Subcommand;
 use image_tools::folder::Image;
@@ -28,6 +29,7 @@ pub enum ImageCommand {
     List(list::ListArgs),
     Info(info::InfoArgs),
     Check(check::CheckArgs),
+    Update(Box<update::UpdateArgs>),
     Boot(boot::BootArgs),
 }
 
@@ -39,6 +41,7 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<(), Command
     match command {
         ImageCommand::Get(args) => get::run(*args, context).await,
         ImageCommand::List(args) => context.until_interrupted(list::run(args, context)).await,
+        ImageCommand::Update(args) => update::run(*args, context).await,
         ImageCommand::Boot(args) => boot::run(args, context).await,
         ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
         ImageCommand::Check(args) => context.until_interrupted(check::run(args, context)).await,
@@ -65,6 +68,14 @@ impl ImageLine {
             "disks": record.disks.iter().map(disk).collect::<Vec<_>>(),
             "files": record.files, "flavour": record.flavour, "boot": record.boot,
         }))
+    }
+}
+
+impl ImageLine {
+    /// The same with one field more.
+    fn with(mut self, field: &str, value: serde_json::Value) -> Self {
+        self.0[field] = value;
+        self
     }
 }
 
