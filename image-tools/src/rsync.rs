@@ -351,7 +351,11 @@ pub fn table_options() -> Vec<String> {
 
 /// Everything that a file has: owners by number, modes, times, links, devices, ACLs, attributes, holes.
 fn base_options() -> Vec<String> {
-    vec!["-aHAXS".to_owned(), "--numeric-ids".to_owned()]
+    let mut options = vec!["-aHAXS".to_owned(), "--numeric-ids".to_owned()];
+    // ACLs are copied as such. As attributes they would undo each other: XFS lists each under a second
+    // name, which no other file system has.
+    options.extend(["system.*", "trusted.SGI_ACL_*"].map(|name| format!("--filter=-x {name}")));
+    options
 }
 
 /// What became of one file, as rsync's `%i` tells it (rsync(1), `--itemize-changes`).
