@@ -81,7 +81,7 @@ def felt(name, settings, work, guest, unpaced=None, path=""):
     """The section of this name about a guest with a disk `vda`; `path` begins the names of its
     targets."""
     load = Load(guest, settings)
-    _idle(load, settings)
+    idle(load, settings)
     took = []
     for number in range(REPEATS):
         say(f"  a full backup under load, {number + 1} of {REPEATS}")
@@ -111,7 +111,7 @@ def felt(name, settings, work, guest, unpaced=None, path=""):
         say("  reading as fast as it goes, by nbdcopy")
         names.append(("unpaced", "`nbdcopy` of the live disk to null, over and over, as fast as it goes",
                       f"{unpaced(guest, work, load):.1f}"))
-    _idle(load, settings)
+    idle(load, settings)
     found = load.finish()
     return _felt(name, names, settings, load, found, path)
 
@@ -144,7 +144,7 @@ def _cores():
     return f"{len(os.sched_getaffinity(0))} cores"
 
 
-def _idle(load, settings):
+def idle(load, settings):
     time.sleep(SETTLE_S)
     start = time.time()
     time.sleep(settings.idle_s)
