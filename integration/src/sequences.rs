@@ -298,31 +298,45 @@ impl<G: Ground> Machine<G> {
         shown.chunks(BLOCK).map(byte).collect()
     }
 
-    /// Whether the machine's definition names images that do not show what the guest wrote.
-    fn is_astray(&self) -> bool {
-        let shows = |disk: &&str| self.shown(disk, &self.tops[*disk]) == self.view[*disk];
-        self.ground.is_defined() && !DISKS.iter().all(shows)
-    }
-
-    /// A person sees that, looks which images do, and has it start on those.
+    /// What each disk should run on: the overlay that is recorded to hold what the guest wrote. Where nothing
+    /// is, or QEMU was told to go on with the image, whatever shows what the guest wrote.
     #[track_caller]
-    fn notice(&mut self) {
+    fn right(&self) -> Tops {
         let records = self.records();
         let right = |disk: &'static str| {
-            let of_it = records.iter().filter(|known| known.disk == disk && known.overlay.exists());
-            let mut candidates: Vec<PathBuf> = of_it.map(|known| known.overlay.clone()).collect();
-            candidates.push(self.ground.own(disk));
-            let shows = |top: &PathBuf| self.shown(disk, top) == self.view[disk];
-            let top = candidates.into_iter().find(shows);
-            (disk, top.unwrap_or_else(|| panic!("nothing shows what {disk} had")))
+            let (own, top) = (self.ground.own(disk), self.tops[disk].clone());
+            let left = records.iter().find(|known| known.disk == disk && !known.back);
+            let overlay = left.map(|known| known.overlay.clone());
+            if let (Some(known), Some(overlay)) = (left, &overlay)
+                && known.held
+                && !known.pivoting
+            {
+                return (disk, overlay.clone());
+            }
+            let shows = |top: &PathBuf| top.exists() && self.shown(disk, top) == self.view[disk];
+            let found = [Some(top), overlay, Some(own)].into_iter().flatten().find(shows);
+            (disk, found.unwrap_or_else(|| panic!("nothing shows what {disk} had")))
         };
-        let tops = DISKS.map(right).into();
-        self.decide(tops);
+        DISKS.map(right).into()
+    }
+
+    /// A person sees that a definition names other images than it should.
+    #[track_caller]
+    fn notice(&mut self) {
+        let right = self.right();
+        if self.ground.is_defined() && right != self.tops {
+            self.decide(right);
+        }
     }
 }
 
 fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Whether a file is an overlay by its name; what a killed backup has left its guard removes.
+fn is_overlay(name: &str) -> bool {
+    name.contains("kvmsnap-") && name.ends_with(".qcow2")
 }
 
 /// The format of an image, by its name.
@@ -392,9 +406,7 @@ impl<G: Ground> Machine<G> {
             2 => drop(self.run("create", None)),
             8.. => self.define(),
             _ => {
-                if self.is_astray() {
-                    self.notice();
-                }
+                self.notice();
                 self.start();
             }
         }
@@ -428,9 +440,7 @@ impl<G: Ground> Machine<G> {
 
     /// Somebody starts the guest on its own images by mistake.
     fn fork(&mut self) {
-        if self.is_astray() {
-            self.notice();
-        }
+        self.notice();
         let (tops, view) = (self.tops.clone(), self.view.clone());
         let overlays = || self.records().into_iter().filter(|known| !known.back);
         let overlays: Vec<PathBuf> = overlays().map(|known| known.overlay).collect();
@@ -496,9 +506,7 @@ impl<G: Ground> Machine<G> {
             assert!(outcome.code == Some(0) || refused, "{outcome:?}");
         }
         if !self.runs() {
-            if self.is_astray() {
-                self.notice();
-            }
+            self.notice();
             self.start();
         }
         let mut outcome = self.run("purge", None);
@@ -532,13 +540,12 @@ impl<G: Ground> Machine<G> {
         }
         for node in self.ground.nodes() {
             let file = name(Path::new(node["file"].as_str().unwrap_or_default()));
-            assert!(!file.contains("kvmsnap-"), "{node} is left");
+            assert!(!is_overlay(&file), "{node} is left");
         }
-        let left = [
-            files_in(&self.images(), "kvmsnap-"),
-            files_in(&self.ground.host().state().join("overlays"), ""),
-        ];
-        assert_eq!(left.concat(), Vec::<PathBuf>::new());
+        let mut left = files_in(&self.images(), "kvmsnap-");
+        left.retain(|file| is_overlay(&name(file)));
+        left.extend(files_in(&self.ground.host().state().join("overlays"), ""));
+        assert_eq!(left, Vec::<PathBuf>::new());
         self.assert_view();
     }
 }
