@@ -1,11 +1,13 @@
 //! R03: libvirtd ends and is started anew. R04: a guest makes it deaf for a while. In a file of their own,
 //! for these tests have to be alone.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use integration::faults::{assert_says, kinds, noise, wait_until};
-use integration::finish;
-use integration::libvirt::{SIZE, Scene, assert_incremental, takes_sockets};
+use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental, takes_sockets};
+use integration::overlays::files_in;
+use integration::{finish, spawn};
 use nix::sys::signal::Signal;
 use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest};
@@ -32,6 +34,41 @@ fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
         assert_eq!(kinds(&snapshot)["vda"], "incremental", "{ending}: {snapshot}");
         scene.scribble();
         assert_incremental(&scene.backup(), "bitmap");
+        scene.assert_clean();
+    }
+}
+
+#[test]
+fn r03_a_purge_outlives_a_restart_of_libvirtd_or_the_next_one_goes_on() {
+    let Some(libvirt) = Libvirt::alone() else { return };
+    let mut scene = Scene::running(&libvirt);
+    let purge = |scene: &Scene, more: &[&str]| {
+        let mut command = scene.host.command(["purge", "--json", scene.domain.name()]);
+        command.args(more);
+        command
+    };
+    for (turn, ending) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
+        scene.host.ok(["create", scene.domain.name()]);
+        scene.write("vda", 0, &noise(2 << 20, turn as u64));
+        let running = spawn(purge(&scene, &["--limit-rate", "1MiB"]));
+        wait_until(WAIT, "it writes back", || scene.domain.xml().contains("<mirror"));
+
+        libvirt.restart(ending);
+
+        let outcome = finish(running);
+        assert_eq!(scene.domain.state(), "running", "{outcome:?}");
+        scene.scribble();
+        let next = finish(spawn(purge(&scene, &[])));
+        assert_eq!(next.code, Some(0), "{ending}: {outcome:?}, then {next:?}");
+        let xml = scene.domain.xml();
+        let on_overlay = |disk: &&str| xml.contains(&format!("-{disk}.qcow2'"));
+        let is_back = !["vda", "vdb", "vdc"].iter().any(on_overlay);
+        assert!(is_back && !xml.contains("<mirror"), "{xml}");
+        assert_eq!(files_in(scene.domain.folder(), "kvmsnap-"), Vec::<PathBuf>::new());
+        assert_eq!(files_in(&scene.host.state().join("overlays"), ".json"), Vec::<PathBuf>::new());
+        // What the guest wrote is all there, and its dirty bitmaps tell of it.
+        let snapshot = scene.backup();
+        assert_eq!(kinds(&snapshot)["vda"], "incremental", "{ending}: {snapshot}");
         scene.assert_clean();
     }
 }

@@ -391,6 +391,32 @@ fn r16_of_two_purges_at_once_one_is_told_of_the_other() {
 }
 
 #[test]
+fn r23_a_purge_that_another_job_keeps_from_beginning_leaves_all_as_it_was() {
+    let Some(mut scene) = Scene::new() else { return };
+    scene.ok("create", &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, MIB as usize, 3);
+    let mirror = json!({
+        "job-id": "foreign", "device": scene.guest.active_node("vda"), "sync": "full", "speed": 1,
+        "target": scene.host.folder().join("copy"),
+    });
+    scene.guest.qmp_command("drive-mirror", &mirror);
+
+    let outcome = scene.try_run("purge", &[]);
+
+    assert_says(&outcome, 1, "refused to write back the overlay");
+    let record = fs::read_to_string(&scene.records()[0]).expect("a record");
+    assert_eq!(record.matches(r#""stage": "above""#).count(), 2, "{record}");
+    assert_eq!(scene.ok("create", &[])[0]["already"], json!(true), "its images hold still");
+    scene.guest.qmp_command("block-job-cancel", &json!({"device": "foreign", "force": true}));
+    wait_until(WAIT, "the other job is gone", || {
+        scene.guest.qmp_command("query-block-jobs", &json!({})) == json!([])
+    });
+    scene.ok("purge", &[]);
+    scene.assert_back();
+    scene.assert_holds();
+}
+
+#[test]
 fn a_foreign_overlay_is_written_back_only_when_it_is_adopted() {
     let Some(mut scene) = Scene::new() else { return };
     let foreign = scene.guest.folder().join("foreign.qcow2");
