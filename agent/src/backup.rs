@@ -199,24 +199,26 @@ struct Captured {
 }
 
 impl<H: Hypervisor> Run<'_, H> {
-    /// Makes the backup. When `interrupt` is ready it ends and the guest is let go. The lock settles
-    /// while the point in time is taken and read, and is released at the end.
+    /// Makes the backup. When `interrupt` is ready it ends and the guest is let go; where that takes long, it
+    /// is waited for until what `again` returns is ready. The lock settles while the point in time is taken and read, and
+    /// is released at the end.
     ///
     /// # Errors
     /// [`BackupError`]; the guest has its disks back and the next backup is as incremental as this one
     /// was, unless a record in the journal says what is left.
-    pub async fn execute(
+    pub async fn execute<A: Future<Output = ()>>(
         &self,
         lock: AnnouncedLock,
         interrupt: impl Future<Output = ()>,
+        again: impl FnOnce() -> A,
     ) -> Result<Finished, BackupError> {
         let names = BitmapNames::of_repository(self.target.repository.id());
         let mut recorded = self.host.journal.begin(self.undo_record(&names))?;
         let guard = match self.guard(&recorded) {
             Ok(guard) => guard,
-            Err(error) => return Err(self.roll_back(&recorded, Ok(()), error).await),
+            Err(error) => return Err(self.roll_back(&recorded, Ok(()), again, error).await),
         };
-        let outcome = self.guarded(lock, interrupt, &mut recorded, &guard).await;
+        let outcome = self.guarded(lock, interrupt, again, &mut recorded, &guard).await;
         // What could not be undone is left to it: it goes on trying.
         if !self.host.journal.has(&recorded) {
             guard.dismiss();
@@ -229,10 +231,11 @@ impl<H: Hypervisor> Run<'_, H> {
         Guard::start(&self.host.journal, &self.host.run_dir, run).map_err(BackupError::Guard)
     }
 
-    async fn guarded(
+    async fn guarded<A: Future<Output = ()>>(
         &self,
         lock: AnnouncedLock,
         interrupt: impl Future<Output = ()>,
+        again: impl FnOnce() -> A,
         recorded: &mut Recorded,
         guard: &Guard,
     ) -> Result<Finished, BackupError> {
@@ -272,7 +275,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 };
                 Ok(Finished { id, manifest, leftover, stall })
             }
-            Err(error) => Err(self.roll_back(recorded, released, error).await),
+            Err(error) => Err(self.roll_back(recorded, released, again, error).await),
         }
     }
 
@@ -623,14 +626,15 @@ impl<H: Hypervisor> Run<'_, H> {
     }
 
     /// Drops the new bitmaps: the next backup reads by the old ones. Returns why the backup failed.
-    async fn roll_back(
+    async fn roll_back<A: Future<Output = ()>>(
         &self,
         recorded: &Recorded,
         released: Result<(), HypervisorError>,
+        again: impl FnOnce() -> A,
         error: BackupError,
     ) -> BackupError {
         let bitmaps = recover::obsolete_bitmaps(recorded.record());
-        if let Err(left) = self.hypervisor.finish(recorded, pin!(pending())).await
+        if let Err(left) = self.hypervisor.finish(recorded, pin!(again())).await
             && !left.is_gone()
         {
             tracing::error!(error = %left, "the guest is not as it was; `kvmsnap purge` mends it");

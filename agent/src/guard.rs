@@ -31,6 +31,7 @@ use crate::lock::DomainLock;
 use crate::names::RunId;
 use crate::recover::{self, RecoverError};
 use crate::stop::StopError;
+use crate::syslog;
 
 /// Name of the hidden subcommand that this process runs as.
 pub const SUBCOMMAND: &str = "guard";
@@ -123,7 +124,15 @@ pub async fn run(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), C
             Err(error) if start.elapsed() < PATIENCE || is_going_down(&error) => {
                 tokio::time::sleep(PAUSE).await;
             }
-            undone => return undone,
+            undone => {
+                if let Err(error) = &undone {
+                    let text = crate::error::describe(error);
+                    let what =
+                        "what a killed run left in a guest is not undone, see `kvmsnap doctor`";
+                    syslog::tell(&format!("{what}: {}", text.trim_end().replace('\n', "; ")));
+                }
+                return undone;
+            }
         }
     }
 }

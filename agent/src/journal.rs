@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::lvm::Snapshot;
 use crate::effect;
-use crate::hypervisor::Reach;
+use crate::hypervisor::{Disk, Reach};
 use crate::names::{DiskName, DomainName, RunId};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::stop::Stopped;
@@ -86,6 +86,25 @@ pub struct DiskRecord {
     pub bitmap_old: Option<String>,
     /// The disabled copy of the old bitmap that is exported.
     pub bitmap_export: Option<String>,
+}
+
+impl DiskRecord {
+    /// That of a disk in whose QEMU a run makes nothing: it is exported by its name.
+    pub fn untouched(disk: &Disk) -> Self {
+        Self {
+            disk: disk.target.clone(),
+            device: disk.device.clone(),
+            root: disk.root.clone(),
+            format: disk.format.clone(),
+            scratch: String::new(),
+            filter: String::new(),
+            snapshot: disk.target.to_string(),
+            job: None,
+            bitmap_new: None,
+            bitmap_old: None,
+            bitmap_export: None,
+        }
+    }
 }
 
 /// A process, told from a later one with the same number.

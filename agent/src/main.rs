@@ -30,6 +30,7 @@ mod restore;
 mod share;
 mod stop;
 mod store;
+mod syslog;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

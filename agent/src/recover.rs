@@ -67,9 +67,7 @@ pub async fn undo(
     let record = recorded.record();
     if record.overlays {
         let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
-        if record.holds_guest && record.qemu == hypervisor.process() {
-            let_go(hypervisor, record).await.map_err(failed)?;
-        }
+        let_go_of_ours(hypervisor, record).await.map_err(failed)?;
         capture::remove_socket(run_dir, &record.run).map_err(failed)?;
         return Ok(journal.clear(recorded)?);
     }
@@ -131,14 +129,23 @@ async fn wholly(
     let record = recorded.record();
     if record.overlays {
         let failed = |source| RecoverError::Hypervisor { record: Box::new(record.clone()), source };
-        if record.holds_guest && record.qemu == hypervisor.process() {
-            let_go(hypervisor, record).await.map_err(failed)?;
-        }
+        let_go_of_ours(hypervisor, record).await.map_err(failed)?;
         let layers = hypervisor.layers().await.map_err(failed)?;
         let ended = end_overlays(&layers, journal.state_dir(), &record.reach, UNATTENDED).await;
         ended.map_err(failed)?;
     }
     undo(hypervisor, journal, recorded, run_dir).await
+}
+
+/// Lets the very guest go on that a run may have paused or frozen, not another one that is reached that way.
+async fn let_go_of_ours(
+    hypervisor: &impl Hypervisor,
+    record: &Record,
+) -> Result<(), HypervisorError> {
+    match record.holds_guest && record.qemu == hypervisor.process() {
+        true => let_go(hypervisor, record).await,
+        false => Ok(()),
+    }
 }
 
 /// Brings a guest back, within a budget, from the overlays that a backup has left. Where a person must

@@ -1,6 +1,9 @@
 //! The ways to a point in time that somebody must ask for, on domains of libvirt.
 
-use integration::faults::{assert_says, kinds, signal, wait_until};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+
+use integration::faults::{SmallDisk, assert_says, kinds, signal, wait_until};
 use integration::libvirt::{Scene, WAIT, assert_incremental, daemons, wait_with};
 use integration::{Running, finish, spawn};
 use std::time::Instant;
@@ -42,6 +45,27 @@ fn p1_a_domain_that_stands_still_is_read_as_it_stood_in_one_chain_with_other_met
         assert_eq!(stood, !more.is_empty(), "{made}");
         scene.assert_clean();
     }
+}
+
+/// Until its job has ended, what the guest overwrites goes to the scratch, where there is no room.
+#[test]
+fn r08_a_domain_that_stood_still_goes_on_where_its_scratch_has_no_room() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let mut scene = Scene::new(&libvirt);
+    let small = SmallDisk::mount(&scene.domain.folder().join("scratch"), 8 * MIB);
+    fs::set_permissions(small.folder(), Permissions::from_mode(0o777)).expect("it is ours");
+    fs::write(small.folder().join("filler"), vec![1; 7 << 20]).expect("it has room");
+    scene.domain.start();
+    scene.scribble();
+
+    let folder = small.folder().to_str().expect("a plain path");
+    let made = scene.backup_with(&[&SUSPEND[..], &["--scratch-dir", folder]].concat());
+
+    assert_eq!(made["method"], "suspend", "{made}");
+    assert_eq!(scene.domain.state(), "running");
+    scene.scribble();
+    scene.assert_clean();
+    scene.domain.destroy();
 }
 
 #[test]

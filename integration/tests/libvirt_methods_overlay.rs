@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use integration::faults::{assert_says, kinds, noise, signal, wait_until};
-use integration::libvirt::{Scene, WAIT};
+use integration::libvirt::{SIZE, Scene, WAIT};
 use integration::restored::text;
-use integration::{Running, finish, spawn};
+use integration::{Running, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use vm_fixtures::libvirt::Libvirt;
 
@@ -48,6 +49,34 @@ fn slow_backup(scene: &mut Scene) -> Running {
         names_overlays(&scene.domain.virsh("dumpxml", &[]))
     });
     running
+}
+
+/// What is not known to lie beneath would be read as zeros.
+#[test]
+fn p1_a_chain_that_libvirt_does_not_tell_of_is_refused() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let scene = Scene::new(&libvirt);
+    let (image, beneath) = (scene.domain.disk_path("vda"), scene.domain.folder().join("beneath"));
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2"]).arg(&beneath).arg(SIZE.to_string());
+    tool(make);
+    let mut rebase = Command::new("qemu-img");
+    rebase.args(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b"]).arg(&beneath).arg(&image);
+    tool(rebase);
+    // To libvirt it is the last of its chain.
+    let ends = "<backingStore/><target dev='vda'";
+    let definition = scene.domain.xml().replace("<target dev='vda'", ends);
+    let file = scene.domain.folder().join("ends.xml");
+    fs::write(&file, definition).expect("the folder is writable");
+    libvirt.virsh(&["define", file.to_str().expect("a plain path")]);
+    scene.domain.start();
+
+    let outcome = scene.try_backup(&OVERLAY);
+
+    assert_says(&outcome, 1, "but QEMU tells of nothing there");
+    assert_back(&scene);
+    assert_eq!(scene.host.list().len(), 0);
+    assert_eq!(scene.domain.state(), "running");
 }
 
 #[test]

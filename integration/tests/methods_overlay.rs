@@ -4,14 +4,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
 use integration::overlays::{HASTY, SIZE, Scene, convert, lines, plan};
 use integration::restored::text;
 use integration::{Host, Running, assert_guest_is_free, finish, spawn, tool};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vm_fixtures::oracle::{Load, judge};
 use vm_fixtures::{Disk, Format, Guest, MIB};
 
@@ -58,6 +58,9 @@ fn p1_p7_frozen_images_are_stored_whole_and_the_guest_goes_back_to_them() {
     let second = back_up(&scene, &OVERLAY);
     scene.assert_back();
 
+    let ready = scene.guest.wait_event("BLOCK_JOB_READY", WAIT);
+    assert_eq!(ready["data"]["speed"], 200 * MIB, "unless told otherwise: {ready}");
+    assert!(first["longest_stall_ms"].is_u64(), "{first}");
     assert_eq!((text(&first, "method"), text(&first, "kind")), ("overlay", "full"));
     assert_eq!((text(&second, "method"), text(&second, "kind")), ("overlay", "rescan"));
     for disk in second["disks"].as_array().expect("disks") {
@@ -241,6 +244,33 @@ fn p2_an_interrupted_backup_brings_the_guest_back() {
     assert_eq!(finish(running).code, Some(130));
     scene.assert_back();
     assert_eq!(scene.host.list().len(), 0);
+    scene.assert_holds();
+}
+
+#[test]
+fn p2_a_second_interrupt_leaves_the_guest_on_its_overlays_and_waits_no_longer() {
+    let Some(mut scene) = scene() else { return };
+    let slow = ["--limit-read", "1MiB", "--limit-rate", "256KiB"];
+    let running = spawn(scene.command("backup", &[&OVERLAY[..], &slow].concat()));
+    wait_until(WAIT, "the guest writes to overlays", || {
+        scene.guest.active_node("vdb").contains("kvmsnap")
+    });
+    scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    signal(running.pid(), Signal::SIGINT);
+    let jobs = || scene.guest.qmp_command("query-block-jobs", &json!({}));
+    wait_until(WAIT, "the guest is on its way back", || jobs() != json!([]));
+
+    signal(running.pid(), Signal::SIGINT);
+
+    let begun = Instant::now();
+    let outcome = finish(running);
+    // At this rate the way back would take more than sixteen.
+    assert!(begun.elapsed() < Duration::from_secs(8), "{outcome:?}");
+    assert_eq!(outcome.code, Some(130), "{outcome:?}");
+    assert!(outcome.stderr.contains("kvmsnap purge"), "{outcome:?}");
+    assert_eq!((scene.records().len(), scene.host.undo_records()), (1, 0));
+    scene.ok("purge", &[]);
+    scene.assert_back();
     scene.assert_holds();
 }
 

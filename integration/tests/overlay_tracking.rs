@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
+use integration::faults::{Contents, Fault, SmallDisk, assert_says, kinds, signal, wait_until};
 use integration::overlays::{HASTY, SIZE, Scene, files_in, lines, plan};
 use integration::restored::{disk, text};
 use integration::{Host, finish, spawn, tool};
@@ -15,6 +15,8 @@ use vm_fixtures::{Disk, Format, Guest, MIB};
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const TRACKING: [&str; 2] = ["--tracking", "overlay"];
+/// A backup that writes back what it has read so slowly that it does not wait for the end.
+const SLOW_SINK: [&str; 4] = ["--limit-rate", "512KiB", "--deadline", "0.1"];
 /// That of the machine, whenever it is started.
 const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
 const WAIT: Duration = Duration::from_secs(30);
@@ -219,6 +221,104 @@ fn p1_an_overlay_above_an_image_that_was_written_to_is_not_believed() {
     scene.assert_holds();
 }
 
+/// QEMU is killed while it writes an overlay back: its image has no mark then.
+#[test]
+fn p1_an_image_that_was_written_to_between_two_parts_of_its_overlay_is_not_believed() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
+    let second = back_up(&scene, &SLOW_SINK);
+    assert_eq!(scene.records().len(), 2, "the older overlay is being written back");
+    flush(&scene.guest);
+    scene.guest.kill();
+    let astray = start_on_images(&scene);
+    let beyond = 6 * MIB as usize;
+    DISKS.iter().for_each(|disk| scene.contents.write(&astray, disk, beyond, 512, 9));
+    astray.quit();
+    let successor = start_on_overlays(&scene, &second);
+
+    // What is known by now stays known, though this run writes the older overlay back and then ends.
+    let mut running = spawn(scene.command("backup", &["--limit-read", "64KiB"]));
+    wait_until(WAIT, "it reads", || {
+        assert!(!running.has_ended(), "it ended too early");
+        scene.host.undo_records() == 1 && successor.active_node("vdb").contains("kvmsnap")
+    });
+    signal(running.pid(), Signal::SIGINT);
+    let interrupted = finish(running);
+
+    assert_eq!(interrupted.code, Some(130), "{interrupted:?}");
+    let third = back_up_that_says(&scene, "was written to beneath the overlay");
+    assert_eq!(kinds(&third)["vda"], "rescan", "{third}");
+    scene.contents.scribble(&successor, 4);
+    let fourth = scene.ok("backup", &[]).remove(0);
+    assert_reads_little(&scene, &fourth);
+    scene.ok("purge", &[]);
+    assert_eq!(scene.records(), Vec::<PathBuf>::new());
+    successor.quit();
+    scene.assert_holds();
+}
+
+/// QEMU puts nothing above a disk on which a job runs.
+#[test]
+fn r13_a_backup_that_comes_too_early_says_so_and_the_next_is_incremental() {
+    let Some(mut scene) = scene() else { return };
+    back_up(&scene, &[]);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
+    scene.ok("backup", &SLOW_SINK);
+    scene.contents.scribble(&scene.guest, 4);
+
+    let early = scene.try_run("backup", &SLOW_SINK);
+
+    assert_says(&early, 1, "is still being written back");
+    assert_eq!((scene.records().len(), scene.host.undo_records()), (2, 0));
+    wait_until(WAIT, "it is written back", || {
+        let jobs = scene.guest.qmp_command("query-jobs", &json!({}));
+        jobs.as_array().expect("a list").iter().all(|job| job["status"] == "concluded")
+    });
+
+    let next = scene.ok("backup", &[]).remove(0);
+
+    assert_reads_little(&scene, &next);
+    assert_tracked(&scene, &next);
+}
+
+#[test]
+fn r09_the_room_between_two_backups_is_told_of_before_it_ends() {
+    let host = Host::new();
+    let small = SmallDisk::mount(&host.folder().join("images"), 18 * MIB);
+    let image = small.folder().join("vda.raw");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "raw"]).arg(&image).arg(SIZE.to_string());
+    tool(make);
+    let qmp = host.folder().join("qmp");
+    let disk = Disk::existing("vda", &image, Format::Raw);
+    let Some(guest) = plan(&qmp, [disk]).uuid(UUID).boot() else { return };
+    let mut scene = Scene { host, guest, contents: Contents::new(&["vda"], SIZE), qmp };
+    let little = ["--reserve", "64KiB"];
+    back_up(&scene, &little);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 6 * MIB as usize, 3);
+
+    let tight = scene.try_run("backup", &little);
+
+    assert_eq!(tight.code, Some(0), "{tight:?}");
+    assert!(tight.stderr.contains("were written since the last backup"), "{tight:?}");
+    let doctor = scene.host.run(["doctor"]);
+    assert!(doctor.code == Some(0) && doctor.stdout.contains("are left for it"), "{doctor:?}");
+    scene.contents.write_noise(&scene.guest, "vda", 0, 6 * MIB as usize, 4);
+    let doctor = scene.host.run(["doctor"]);
+    assert!(doctor.code == Some(1) && doctor.stdout.contains("make room there"), "{doctor:?}");
+    let status = scene.host.run(["status", "--json"]);
+    let lines = lines(&status);
+    let machine = lines.iter().find(|line| line["uuid"] == UUID).expect("its line");
+    let fill = &machine["overlays"][0];
+    assert!(fill["is_low"] == true && fill["holds"].as_u64() >= Some(6 * MIB), "{machine}");
+    small.resize(64 * MIB);
+    let doctor = scene.host.run(["doctor"]);
+    assert_eq!(doctor.code, Some(0), "{doctor:?}");
+    scene.ok("purge", &[]);
+    assert_eq!(files_in(small.folder(), "kvmsnap-"), Vec::<PathBuf>::new());
+}
+
 #[test]
 fn r23_nobody_is_told_to_delete_an_overlay_on_which_the_guest_runs() {
     let Some(mut scene) = scene() else { return };
@@ -226,8 +326,10 @@ fn r23_nobody_is_told_to_delete_an_overlay_on_which_the_guest_runs() {
     scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
     assert_says(&scene.try_run("purge", &HASTY), 1, "was not brought back in time");
 
+    let doctor = scene.host.run(["doctor"]);
     let outcome = scene.try_run("backup", &[]);
 
+    assert!(doctor.stdout.contains("a create or purge of it did not end"), "{doctor:?}");
     assert!(outcome.stderr.contains("a purge of it did not end"), "{outcome:?}");
     assert!(!outcome.stderr.contains("delete"), "{outcome:?}");
     scene.ok("purge", &[]);
@@ -251,8 +353,10 @@ fn p3_a_purge_waits_for_what_the_last_backup_still_has_written_back() {
     let Some(mut scene) = scene() else { return };
     back_up(&scene, &[]);
     scene.contents.write_noise(&scene.guest, "vda", 0, 2 * MIB as usize, 3);
-    back_up(&scene, &["--limit-rate", "1MiB", "--deadline", "0.1"]);
+    back_up(&scene, &SLOW_SINK);
     assert_eq!(scene.records().len(), 2, "the older overlay is being written back");
+    let doctor = scene.host.run(["doctor"]);
+    assert!(doctor.stdout.contains("which the next backup does"), "{doctor:?}");
 
     scene.ok("purge", &[]);
 

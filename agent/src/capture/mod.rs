@@ -306,3 +306,30 @@ async fn remove_nodes(monitor: &Monitor, nodes: &[&str]) -> Result<(), Hyperviso
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::Tracking;
+
+    #[test]
+    fn scratch_goes_where_it_is_wanted_else_beside_the_image_else_to_a_folder_on_a_disk() {
+        let mut disk = Disk {
+            target: "vda".parse().unwrap(),
+            device: String::new(),
+            root: String::new(),
+            format: String::new(),
+            driver: "raw".to_owned(),
+            size: 1,
+            image: Some("/images/vda.raw".into()),
+            tracking: Tracking::Overlay(None),
+        };
+        let wanted = Path::new("/scratch");
+        assert_eq!(scratch_folder(Some(wanted), &disk), wanted);
+        assert_eq!(scratch_folder(None, &disk), Path::new("/images"));
+        for nowhere in [Some("json:{}".into()), None] {
+            disk.image = nowhere;
+            assert_eq!(scratch_folder(None, &disk), Path::new(SCRATCH_FOLDER));
+        }
+    }
+}

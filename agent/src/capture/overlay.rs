@@ -26,11 +26,12 @@ use crate::overlay::at_rest::LocalImage;
 use crate::overlay::converge::Budget;
 use crate::overlay::create::{self, Owner};
 use crate::overlay::files::is_same;
+use crate::overlay::fill::{Fill, LOW};
 use crate::overlay::purge::Purge;
 use crate::overlay::record::{self, Held, HeldSince, Purpose, Records};
 use crate::overlay::stall::Stall;
 use crate::overlay::{Layers, OverlayError, track};
-use crate::progress::Progress;
+use crate::progress::{Progress, human_bytes};
 
 /// How often the room around the overlays is looked at.
 const ROOM_POLL: Duration = Duration::from_millis(10);
@@ -219,19 +220,7 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
 
     fn names(&self, _: &RunId, _: usize, disk: &Disk) -> DiskRecord {
         // The nodes are named by the record of the overlays.
-        DiskRecord {
-            disk: disk.target.clone(),
-            device: disk.device.clone(),
-            root: disk.root.clone(),
-            format: disk.format.clone(),
-            scratch: String::new(),
-            filter: String::new(),
-            snapshot: disk.target.to_string(),
-            job: None,
-            bitmap_new: None,
-            bitmap_old: None,
-            bitmap_export: None,
-        }
+        DiskRecord::untouched(disk)
     }
 
     fn listens_at(&self, _: &RunId) -> Option<PathBuf> {
@@ -331,9 +320,19 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         if self.settings.tracks && recorded.record().phase == Phase::Recorded {
             let kept = records.update(&mut held, |record| record.purpose = Purpose::Tracking);
             kept.map_err(OverlayError::from)?;
+            let before = track::held_beneath(records, held.record())?;
             // The next backup goes on writing back what this one has read; but a chain that only grows
             // must not go unnoticed.
-            return Ok(track::sink(&purge, &held.record().reach, interrupt).await?);
+            let sunk = track::sink(&purge, &held.record().reach, interrupt).await;
+            for disk in &held.record().disks {
+                let before = before.iter().find(|(name, _)| *name == disk.disk);
+                let (Some((_, held)), Some(fill)) = (before, Fill::of(disk)) else { continue };
+                if fill.is_tight_after(*held) {
+                    let held = human_bytes(*held);
+                    tracing::warn!("{fill}, and {held} were written since the last backup: {LOW}");
+                }
+            }
+            return Ok(sunk?);
         }
         let brought = purge.run(held, interrupt).await?;
         for disk in brought.iter().filter(|disk| disk.slowed || disk.paused.is_some()) {

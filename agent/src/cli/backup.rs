@@ -422,12 +422,12 @@ async fn back_up<H: Hypervisor>(
             let (inner, run_dir) = (&hypervisor, run_dir.clone());
             let hypervisor = &Overlaid::new(inner, layers, records, by_overlays, run_dir, progress);
             let run = Run { hypervisor, plan, before, target, host, request, progress };
-            run.execute(lock, context.interrupted()).await
+            run.execute(lock, context.interrupted(), || context.interrupted_anew()).await
         }
         _ => {
             let hypervisor = &hypervisor;
             let run = Run { hypervisor, plan, before, target, host, request, progress };
-            run.execute(lock, context.interrupted()).await
+            run.execute(lock, context.interrupted(), || context.interrupted_anew()).await
         }
     };
     context.progress.finish();
@@ -467,17 +467,17 @@ async fn tracker(
     let layers = hypervisor.layers().await?;
     let (budget, progress) = (args.overlays.budget(), &context.progress);
     let purge = Purge { layers: &layers, records: &records, budget, progress };
-    let mut earlier = Tracker::default();
     if !args.dry_run {
         track::settle(&layers, &records, reach).await?;
-        earlier = track::look(&layers, &records, reach).await?;
+        track::look(&layers, &records, reach).await?.keep_doubts(&records, reach)?;
         let interrupt = std::pin::pin!(context.interrupted());
         if let Err(error) = track::sink(&purge, reach, interrupt).await {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "what an earlier backup has read is not written back yet");
         }
+        track::check_sunk(&layers, &records, reach).await?;
     }
-    let tracker = track::look(&layers, &records, reach).await?.after(earlier);
+    let tracker = track::look(&layers, &records, reach).await?;
     if let Some(why) = tracker.lost() {
         let hint = why.hint().unwrap_or("`kvmsnap purge` says more");
         tracing::error!("{why}; until then nothing tracks what changes ({hint})");
@@ -670,7 +670,11 @@ fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandErr
         manifest.duration_ms as f64 / 1000.0,
     )?;
     if let Some(stall) = finished.stall {
-        tracing::info!("the guest's longest stall while overlays were written back: {stall}");
+        let domain = &manifest.domain;
+        writeln!(
+            out,
+            "{domain}: the guest's longest stall on its way back from overlays: {stall}"
+        )?;
     }
     Ok(())
 }

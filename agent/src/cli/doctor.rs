@@ -11,7 +11,9 @@ use crate::hypervisor::Reach;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::journal::{Journal, Recorded};
 use crate::lock::{DomainLock, LockError};
-use crate::overlay::record::{Held, Purpose, Records, Stage};
+use crate::overlay::files::is_same;
+use crate::overlay::fill::{Fill, LOW};
+use crate::overlay::record::{DiskRecord, Held, Purpose, Records, Stage};
 use crate::recover;
 use crate::restore::in_place;
 
@@ -53,7 +55,12 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
         tracing::error!("{error}: it tells of a guest that writes to overlays");
     }
     for held in &overlays {
-        left += usize::from(!examine_overlays(held, args.repair, context).await?);
+        let is_beneath = |disk: &DiskRecord| {
+            let above = overlays.iter().flat_map(|other| &other.record().disks);
+            above.into_iter().any(|other| is_same(&other.base.path, &disk.overlay))
+        };
+        let is_beneath = held.record().disks.iter().any(is_beneath);
+        left += usize::from(!examine_overlays(held, is_beneath, args.repair, context).await?);
     }
     for record in &exchanges {
         left += usize::from(!examine_exchange(record, args.repair, context).await?);
@@ -100,9 +107,11 @@ pub async fn run(args: DoctorArgs, context: &Context) -> Result<(), CommandError
     }
 }
 
-/// Tells of a machine that writes to overlays, and says whether that is as it was meant to be.
+/// Tells of a machine that writes to overlays, and says whether that is as it was meant to be; `is_beneath`
+/// where other overlays lie above these.
 async fn examine_overlays(
     held: &Held,
+    is_beneath: bool,
     repair: bool,
     context: &Context,
 ) -> Result<bool, CommandError> {
@@ -120,7 +129,7 @@ async fn examine_overlays(
         true if record.purpose == Purpose::Tracking => {
             "overlays track what changes from one backup to the next"
         }
-        false if record.purpose == Purpose::Tracking => {
+        false if record.purpose == Purpose::Tracking && is_beneath => {
             "an overlay that tracked what changed is not written back yet, which the next backup does"
         }
         true => "its images hold still, the guest writes to overlays",
@@ -135,21 +144,28 @@ async fn examine_overlays(
         tracing::error!(error, domain = %record.domain, "cannot bring it back");
     }
     let mended = !Records::open(state_dir)?.path(record).exists();
+    let stays = record.purpose == Purpose::Tracking && !mended;
+    let fills: Vec<_> = record.disks.iter().filter(|_| stays).filter_map(Fill::of).collect();
     let since = record.held.map_or(record.begun, |held| held.time);
     let mut out = std::io::stdout().lock();
     if context.global.json {
         let overlays: Vec<_> = record.disks.iter().map(|disk| &disk.overlay).collect();
         let line = serde_json::json!({
             "domain": record.domain, "reach": record.reach.to_string(), "since": since,
-            "overlays": overlays, "state": state, "mended": mended,
+            "overlays": overlays, "state": state, "mended": mended, "fill": fills,
         });
         context.print_json(&mut out, &line)?;
     } else {
         let time = super::list::local_time(since);
         let ends = if mended { "mended" } else { "`kvmsnap purge` ends it" };
         writeln!(out, "{} (overlays, {time}): {state}; {ends}", record.domain)?;
+        for fill in &fills {
+            let low = if fill.is_low { format!(": {LOW}") } else { String::new() };
+            writeln!(out, "{} (overlays, {time}): {fill}{low}", record.domain)?;
+        }
     }
-    Ok(mended || (is_whole && !of_backup))
+    let is_low = fills.iter().any(|fill| fill.is_low);
+    Ok(mended || (is_whole && !of_backup && !is_low))
 }
 
 /// Tells of a restore in place that stopped between two disks, and says whether it is finished now.

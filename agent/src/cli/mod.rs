@@ -164,7 +164,8 @@ enum Command {
 pub struct Context {
     global: GlobalArgs,
     progress: Progress,
-    interrupts: watch::Receiver<bool>,
+    /// How often the user or the system has asked to stop.
+    interrupts: watch::Receiver<u32>,
 }
 
 impl Cli {
@@ -239,9 +240,20 @@ impl Context {
     /// Ready when the user or the system asks to stop.
     async fn interrupted(&self) {
         let mut interrupts = self.interrupts.clone();
-        if interrupts.wait_for(|asked| *asked).await.is_err() {
+        if interrupts.wait_for(|asked| *asked > 0).await.is_err() {
             // Without a handler the signals end the process as they always do.
             std::future::pending::<()>().await;
+        }
+    }
+
+    /// Ready when that is asked for once more after this call.
+    fn interrupted_anew(&self) -> impl Future<Output = ()> {
+        let mut interrupts = self.interrupts.clone();
+        let before = *interrupts.borrow_and_update();
+        async move {
+            if interrupts.wait_for(|asked| *asked > before).await.is_err() {
+                std::future::pending::<()>().await;
+            }
         }
     }
 
@@ -351,15 +363,16 @@ fn announce_lock_to_read(
 
 /// Watches for Ctrl-C, SIGTERM and SIGHUP from the start of the program, so that none is missed between
 /// two steps of a command.
-fn watch_interrupts() -> watch::Receiver<bool> {
-    let (asked, interrupted) = watch::channel(false);
+fn watch_interrupts() -> watch::Receiver<u32> {
+    let (asked, interrupted) = watch::channel(0);
     let signals =
         [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
     for mut signal in signals.into_iter().flatten() {
         let asked = asked.clone();
         tokio::spawn(async move {
-            signal.recv().await;
-            asked.send_replace(true);
+            while signal.recv().await.is_some() {
+                asked.send_modify(|asked| *asked += 1);
+            }
         });
     }
     interrupted

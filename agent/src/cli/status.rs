@@ -21,6 +21,8 @@ use crate::lock::{DomainLock, LockError};
 use crate::manifest::{Kind, Method};
 use crate::method::{self, Able, Wanted};
 use crate::names::DomainName;
+use crate::overlay::fill::{Fill, LOW};
+use crate::overlay::record::{Held, Purpose, Record, Records};
 use crate::plan;
 use crate::store::blocking;
 
@@ -53,6 +55,8 @@ struct Line {
     problem: Option<String>,
     /// Runs that left something behind.
     leftovers: Vec<String>,
+    /// How full the overlays are that track its changes.
+    overlays: Vec<Fill>,
 }
 
 #[derive(Debug, Serialize)]
@@ -110,12 +114,33 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
         }
     }
     lines.extend(elsewhere(&known, &backups, &left).filter(|l| is_wanted(&args, &l.domain)));
+    let (records, damaged) = Records::open(&context.global.state_dir)?.all()?;
+    for error in damaged {
+        tracing::error!(%error, "a record of overlays is passed over");
+    }
+    for line in &mut lines {
+        line.overlays = fills(&records, line);
+        for fill in line.overlays.iter().filter(|fill| fill.is_low) {
+            tracing::warn!("{}: {fill}: {LOW}", line.domain);
+        }
+    }
     lines.sort_by(|a, b| a.domain.cmp(&b.domain));
     let mut out = std::io::stdout().lock();
     if context.global.json {
         return lines.iter().try_for_each(|line| context.print_json(&mut out, line));
     }
     Ok(writeln!(out, "{}", table(&lines))?)
+}
+
+/// How full the overlays are that track the changes of a domain.
+fn fills(records: &[Held], line: &Line) -> Vec<Fill> {
+    let is_it = |record: &&Record| {
+        record.purpose == Purpose::Tracking
+            && record.domain.as_str() == line.domain
+            && record.uuid == line.uuid
+    };
+    let of_it = records.iter().map(Held::record).filter(is_it);
+    of_it.flat_map(|record| &record.disks).filter_map(Fill::of).collect()
 }
 
 fn is_wanted(args: &StatusArgs, name: &str) -> bool {
@@ -150,6 +175,7 @@ async fn line<L>(
             Reach::Domain(address) => address.uuid == known.uuid,
             Reach::Monitor(_) => false,
         }),
+        overlays: Vec::new(),
     };
     let planned = async {
         let domain: DomainName = known.name.parse()?;
@@ -229,6 +255,7 @@ fn elsewhere<'a>(
                 .filter(|record| record.uuid == uuid && record.domain.as_str() == domain)
                 .map(|record| record.run.to_string())
                 .collect(),
+            overlays: Vec::new(),
         })
     })
 }
@@ -253,20 +280,27 @@ fn last(domain: &str, uuid: &str, backups: &[Backup]) -> Option<Last> {
 fn table(lines: &[Line]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(["DOMAIN", "STATE", "LAST BACKUP", "ID", "NEXT", "LEFT BEHIND"]);
+    let mut header = vec!["DOMAIN", "STATE", "LAST BACKUP", "ID", "NEXT", "LEFT BEHIND"];
+    // A column for what mostly is nothing would only be in the way.
+    let tracks = lines.iter().any(|line| !line.overlays.is_empty());
+    header.extend(tracks.then_some("OVERLAYS"));
+    table.set_header(header);
     for line in lines {
         let (time, id) = match &line.last {
             Some(last) => (local_time(last.time), last.id.chars().take(8).collect()),
             None => ("never".to_owned(), String::new()),
         };
-        table.add_row([
+        let mut row = vec![
             line.domain.clone(),
             line.state.to_owned(),
             time,
             id,
             summary(line),
             line.leftovers.join(" "),
-        ]);
+        ];
+        let fills: Vec<_> = line.overlays.iter().map(Fill::to_string).collect();
+        row.extend(tracks.then(|| fills.join("; ")));
+        table.add_row(row);
     }
     table.trim_fmt()
 }

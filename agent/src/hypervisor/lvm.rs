@@ -111,19 +111,7 @@ impl<H: Hypervisor> Hypervisor for OnVolumes<H> {
     }
 
     fn names(&self, _: &RunId, _index: usize, disk: &Disk) -> DiskRecord {
-        DiskRecord {
-            disk: disk.target.clone(),
-            device: disk.device.clone(),
-            root: disk.root.clone(),
-            format: disk.format.clone(),
-            scratch: String::new(),
-            filter: String::new(),
-            snapshot: disk.target.to_string(),
-            job: None,
-            bitmap_new: None,
-            bitmap_old: None,
-            bitmap_export: None,
-        }
+        DiskRecord::untouched(disk)
     }
 
     fn snapshots(&self, run: &RunId, disks: &[&DiskName]) -> Vec<Snapshot> {

@@ -246,17 +246,11 @@ impl Hypervisor for BareQemu {
 
     fn names(&self, run: &RunId, index: usize, disk: &Disk) -> DiskRecord {
         DiskRecord {
-            disk: disk.target.clone(),
-            device: disk.device.clone(),
-            root: disk.root.clone(),
-            format: disk.format.clone(),
             scratch: node_name(run, 's', index),
             filter: node_name(run, 'f', index),
             snapshot: node_name(run, 'a', index),
             job: (self.recipe == Some(Recipe::Job)).then(|| node_name(run, 'j', index)),
-            bitmap_new: None,
-            bitmap_old: None,
-            bitmap_export: None,
+            ..DiskRecord::untouched(disk)
         }
     }
 

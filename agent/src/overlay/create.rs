@@ -189,17 +189,7 @@ pub async fn plan(
         let base = base(&disk.target)?;
         let overlay = files::place(folder, &base.path, &id, &disk.target)?;
         files::check_lasts(&overlay, &base.path, &disk.target, stays)?;
-        disks.push(DiskRecord {
-            disk: disk.target.clone(),
-            size: disk.size,
-            overlay,
-            overlay_format: "qcow2".to_owned(),
-            base,
-            made: None,
-            still: None,
-            stage: Stage::Above,
-            limits: None,
-        });
+        disks.push(DiskRecord::new(disk.target.clone(), base, disk.size, overlay));
     }
     let images: BTreeSet<_> = disks.iter().map(|disk| &disk.base.path).collect();
     if disks.is_empty() || images.len() < disks.len() {

@@ -306,20 +306,10 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overlay::record::Stage;
 
     fn disk(overlay: &Path) -> DiskRecord {
-        DiskRecord {
-            disk: "vda".parse().unwrap(),
-            base: LocalImage { path: "/base".into(), format: "raw".into() },
-            size: 1 << 20,
-            overlay: overlay.to_owned(),
-            overlay_format: "qcow2".to_owned(),
-            made: None,
-            still: None,
-            stage: Stage::Above,
-            limits: None,
-        }
+        let base = LocalImage { path: "/base".into(), format: "raw".into() };
+        DiskRecord::new("vda".parse().unwrap(), base, 1 << 20, overlay.to_owned())
     }
 
     #[test]

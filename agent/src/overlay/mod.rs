@@ -8,6 +8,7 @@ pub mod at_rest;
 pub mod converge;
 pub mod create;
 pub mod files;
+pub mod fill;
 pub mod libvirt;
 pub mod purge;
 pub mod qmp;
@@ -343,7 +344,7 @@ impl OverlayError {
                 "nothing is lost: `kvmsnap purge` again when the guest writes less, or with a longer \
                  --deadline or --max-pause"
             }
-            Self::Busy { .. } => "nothing is lost: `kvmsnap purge` again, with a longer --deadline",
+            Self::Busy { .. } => "nothing is lost: again later, or with a longer --deadline",
             Self::JobFailed { .. } => "nothing is lost: `kvmsnap purge` again once that is mended",
             Self::NotAdopted { .. } => "`virsh domblklist` shows what its disks run on",
             Self::Shared { .. } => {

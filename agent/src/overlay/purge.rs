@@ -123,16 +123,11 @@ pub async fn adopt(
     );
     let now = jiff::Timestamp::now();
     let disk = DiskRecord {
-        disk: disk.clone(),
-        base: base.clone(),
-        size: 0,
-        overlay: overlay.to_owned(),
         overlay_format: top.format.clone(),
         made: Some(made),
         // The guest runs above it, so nobody has written to it.
         still: files::mark(&base.path)?,
-        stage: Stage::Above,
-        limits: None,
+        ..DiskRecord::new(disk.clone(), base.clone(), 0, overlay.to_owned())
     };
     let held = Some(HeldSince { time: now, consistency: Consistency::Crash });
     let (id, qemu, purpose) = (RunId::random(), layers.process(), Purpose::User);
@@ -324,6 +319,8 @@ impl<L: Layers> Purge<'_, L> {
             self.progress.phase(&format!("writing back {}", disk.overlay.display()));
             at_rest::commit(&chain).await?;
         }
+        // From here on it may be started on its own image, which holds all.
+        self.set_stage(held, index, Stage::Pivoting(None))?;
         self.point_back(held, &disk).await
     }
 
@@ -334,25 +331,20 @@ impl<L: Layers> Purge<'_, L> {
         disk: &DiskRecord,
     ) -> Result<Option<Vec<Image>>, OverlayError> {
         self.layers.check_off().await?;
-        let overlay = disk.overlay_image();
         match files::is_ours(disk)? {
             None if given_up(disk)? => return Ok(None),
             None => return Err(missing(record, disk)),
-            Some(false) => return Err(OverlayError::Replaced { overlay: overlay.path }),
+            Some(false) => return Err(OverlayError::Replaced { overlay: disk.overlay.clone() }),
             Some(true) => {}
         }
-        for image in [&overlay, &disk.base] {
+        for image in [&disk.overlay_image(), &disk.base] {
             if image.image().used()? != Use::None {
                 let image = image.path.display().to_string();
                 return Err(HypervisorError::ImageInUse { image }.into());
             }
         }
         refuse_snapshots(disk).await?;
-        // Where the base has no data of its own, what lies beneath it counts.
-        let beneath = image::chain(vec![disk.base.image()], true)
-            .await?
-            .map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })?;
-        let chain = [vec![overlay.image()], beneath.images].concat();
+        let chain = images_of(disk).await?;
         if may_be_written(disk, &chain[1])? {
             return Ok(Some(chain));
         }
@@ -419,6 +411,7 @@ impl<L: Layers> Purge<'_, L> {
             self.observe(course).await;
             if let Some(stall) = course.watch.stall() {
                 tracing::info!(
+                    target: "progress",
                     "disk `{}`: the guest's longest stall meanwhile: {stall}",
                     disk.disk
                 );
@@ -609,6 +602,15 @@ impl<L: Layers> Purge<'_, L> {
     }
 }
 
+/// The images of a disk from its overlay down.
+pub(super) async fn images_of(disk: &DiskRecord) -> Result<Vec<Image>, OverlayError> {
+    // Where the base has no data of its own, what lies beneath it counts.
+    let beneath = image::chain(vec![disk.base.image()], true)
+        .await?
+        .map_err(|words| OverlayError::JobFailed { disk: disk.disk.clone(), words })?;
+    Ok([vec![disk.overlay_image().image()], beneath.images].concat())
+}
+
 /// Where an overlay is.
 #[derive(Debug)]
 pub(super) enum Place {
@@ -706,17 +708,7 @@ mod tests {
     #[test]
     fn r23_what_cannot_be_told_is_not_called_a_change() {
         let image = LocalImage { path: "/dev/base".into(), format: "raw".into() };
-        let mut disk = DiskRecord {
-            disk: "vda".parse().unwrap(),
-            base: image,
-            size: 1,
-            overlay: "/overlay".into(),
-            overlay_format: "qcow2".into(),
-            made: None,
-            still: None,
-            stage: Stage::Above,
-            limits: None,
-        };
+        let mut disk = DiskRecord::new("vda".parse().unwrap(), image, 1, "/overlay".into());
         assert!(matches!(untrusted(&disk), OverlayError::BaseUnknown { .. }));
         disk.still = files::mark(Path::new("/proc/self/exe")).unwrap();
         assert!(matches!(untrusted(&disk), OverlayError::BaseChanged { .. }));

@@ -88,9 +88,32 @@ pub struct DiskRecord {
     pub stage: Stage,
     /// The limits of the guest's I/O that a purge has lowered, to be set again.
     pub limits: Option<Limits>,
+    /// The QEMU that was told to write it into the base while it lies beneath another overlay.
+    #[serde(default)]
+    pub sunk_by: Option<Process>,
+    /// Whether somebody may have written beneath it: it does not hold all that changed since it was put.
+    #[serde(default)]
+    pub doubtful: bool,
 }
 
 impl DiskRecord {
+    /// An overlay that is to be made above an image.
+    pub fn new(disk: DiskName, base: LocalImage, size: u64, overlay: PathBuf) -> Self {
+        Self {
+            disk,
+            base,
+            size,
+            overlay,
+            overlay_format: "qcow2".to_owned(),
+            made: None,
+            still: None,
+            stage: Stage::Above,
+            limits: None,
+            sunk_by: None,
+            doubtful: false,
+        }
+    }
+
     /// The overlay as an image.
     pub fn overlay_image(&self) -> LocalImage {
         LocalImage { path: self.overlay.clone(), format: self.overlay_format.clone() }

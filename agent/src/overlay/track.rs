@@ -4,6 +4,7 @@
 //! the frozen one is written into the image beneath it while the guest goes on above. A backup that fails
 //! has its fresh overlay written into the older one, which goes on counting.
 
+use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -13,8 +14,9 @@ use super::files::{self, Growth, is_same};
 use super::purge::{self, Place, Purge, refuse_snapshots};
 use super::record::{DiskRecord, Held, Purpose, Record, Records, Stage};
 use super::stall::{Stall, Watch};
-use super::{Chain, Layers, OverlayError};
+use super::{Chain, Layers, OverlayError, at_rest};
 use crate::hypervisor::{Machine, Reach, Tracking};
+use crate::journal::Process;
 use crate::names::DiskName;
 
 /// How often a job is looked at.
@@ -51,19 +53,28 @@ pub async fn look(
             if chains.iter().all(|chain| chain.disk != disk.disk) {
                 continue;
             }
-            let disk = as_it_lies(&tracked, &chains, disk);
+            let disk = as_it_lies(&tracked, &chains, disk, layers.process());
             match standing(&tracked, &chains, record, &disk)? {
                 Standing::Gone => continue,
                 Standing::Lost(why) => {
                     tracker.lost = Some(why);
                     continue;
                 }
+                Standing::Top if disk.doubtful => {
+                    tracker.changed.push((disk.disk.clone(), disk.base.path.clone()));
+                    tracker.on_top.push(disk);
+                    continue;
+                }
                 Standing::Top => tracker.on_top.push(disk.clone()),
                 Standing::Beneath => {}
             }
-            // While it is written back, the image beneath it changes rightly.
-            let is_still = disk.still.is_none() || files::mark(&disk.base.path)? == disk.still;
-            if disk.stage == Stage::Above && !is_still {
+            let is_still = match disk.stage {
+                // While it is written back, the image beneath it changes rightly, as long as nobody else can
+                // have been there.
+                Stage::Committing => is_at_work(&disk, layers.process()),
+                _ => disk.still.is_none() || files::mark(&disk.base.path)? == disk.still,
+            };
+            if !is_still {
                 tracker.changed.push((disk.disk, disk.base.path));
             }
         }
@@ -114,7 +125,12 @@ fn standing(
 
 /// An overlay with the image that it lies on by now: the one that was beneath it may have been written back
 /// since anybody looked.
-fn as_it_lies(all: &[Held], chains: &[Chain], disk: &DiskRecord) -> DiskRecord {
+fn as_it_lies(
+    all: &[Held],
+    chains: &[Chain],
+    disk: &DiskRecord,
+    process: Option<Process>,
+) -> DiskRecord {
     let mut disks = all.iter().flat_map(|held| &held.record().disks);
     let gone = disks.find(|lower| {
         lower.stage == Stage::Committing
@@ -122,9 +138,19 @@ fn as_it_lies(all: &[Held], chains: &[Chain], disk: &DiskRecord) -> DiskRecord {
             && has_gone(chains, disk, lower)
     });
     match gone {
-        Some(lower) => DiskRecord { base: lower.base.clone(), still: None, ..disk.clone() },
+        Some(lower) => DiskRecord {
+            base: lower.base.clone(),
+            still: None,
+            doubtful: disk.doubtful || !is_at_work(lower, process),
+            ..disk.clone()
+        },
         None => disk.clone(),
     }
+}
+
+/// Whether the very QEMU that was told to write an overlay back still runs: nobody else wrote to its image.
+fn is_at_work(disk: &DiskRecord, process: Option<Process>) -> bool {
+    process.is_some() && disk.sunk_by == process
 }
 
 /// The records of the overlays that track a machine's changes, oldest first.
@@ -132,6 +158,25 @@ fn tracking(records: &Records, reach: &Reach) -> Result<Vec<Held>, OverlayError>
     let mut all = records.all_of(reach)?;
     all.retain(|held| held.record().purpose == Purpose::Tracking);
     Ok(all)
+}
+
+/// What each overlay holds, in bytes, that tracked changes until those of a record were put above it.
+///
+/// # Errors
+/// [`OverlayError::Record`].
+pub fn held_beneath(
+    records: &Records,
+    above: &Record,
+) -> Result<Vec<(DiskName, u64)>, OverlayError> {
+    let mut held = Vec::new();
+    for lower in tracking(records, &above.reach)? {
+        for disk in &lower.record().disks {
+            let is_it = |above: &&DiskRecord| is_same(&above.base.path, &disk.overlay);
+            let found = above.disks.iter().find(is_it).zip(fs::metadata(&disk.overlay).ok());
+            held.extend(found.map(|(_, metadata)| (disk.disk.clone(), metadata.len())));
+        }
+    }
+    Ok(held)
 }
 
 /// Whether another of these overlays lies above an overlay.
@@ -152,10 +197,27 @@ impl Tracker {
         &self.changed
     }
 
-    /// The same tracker, with what was found out earlier: to write overlays back wipes such traces away.
-    pub fn after(mut self, earlier: Self) -> Self {
-        self.changed.extend(earlier.changed);
-        self
+    /// Records the doubts about overlays on top: to write back what lies beneath wipes the traces away.
+    ///
+    /// # Errors
+    /// [`OverlayError::Record`].
+    pub fn keep_doubts(&self, records: &Records, reach: &Reach) -> Result<(), OverlayError> {
+        for mut held in tracking(records, reach)? {
+            let doubtful = |disk: &DiskRecord| {
+                let is_on_top = self.on_top.iter().any(|top| top.overlay == disk.overlay);
+                !disk.doubtful
+                    && is_on_top
+                    && self.changed.iter().any(|(name, _)| *name == disk.disk)
+            };
+            if held.record().disks.iter().any(doubtful) {
+                records.update(&mut held, |record| {
+                    for disk in record.disks.iter_mut() {
+                        disk.doubtful |= doubtful(disk);
+                    }
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Has a machine's disks tell of their own images, and of the overlays that hold what changed.
@@ -239,6 +301,27 @@ pub async fn sink<L: Layers>(
     failed.map_or_else(|| Ok(watch.stall()), Err)
 }
 
+/// Makes sure that no overlay is being written back any more: QEMU and libvirt put none above meanwhile.
+///
+/// # Errors
+/// [`OverlayError::Busy`].
+pub async fn check_sunk(
+    layers: &impl Layers,
+    records: &Records,
+    reach: &Reach,
+) -> Result<(), OverlayError> {
+    for lower in tracking(records, reach)? {
+        for disk in lower.record().disks.iter().filter(|disk| disk.stage == Stage::Committing) {
+            // One that failed is no job any more.
+            if is_between(layers, disk).await? && layers.has_sunk(&lower, disk).await? == Ok(false)
+            {
+                return Err(OverlayError::Busy { disk: disk.disk.clone() });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Writes an overlay into its image where it lies beneath another one and right above that image.
 async fn sink_disk<L: Layers>(
     purge: &Purge<'_, L>,
@@ -261,7 +344,11 @@ async fn sink_disk<L: Layers>(
         return Err(OverlayError::Shared { disk: disk.disk, base, overlay, by });
     }
     // From here on the base does not hold still.
-    records.update(lower, |record| record.disks[index].stage = Stage::Committing)?;
+    let sunk_by = layers.process();
+    records.update(lower, |record| {
+        let disk = &mut record.disks[index];
+        (disk.stage, disk.sunk_by) = (Stage::Committing, sunk_by);
+    })?;
     purge.progress.phase(&format!("writing back {}", disk.overlay.display()));
     let base = Growth::of(&disk.base.path);
     watch.observe(layers.io().await.ok());
@@ -353,6 +440,19 @@ pub async fn settle(
                 else {
                     continue;
                 };
+                let is_seen = is_at_work(&disk, layers.process());
+                // The end that nobody saw may have been a power cut: QEMU brings the overlay above to its disk
+                // before the image beneath.
+                if !is_seen && !is_written_back(&disk).await? {
+                    tracing::error!(
+                        "disk `{}`: {} does not hold all of {}, which no image names any more: end the guest, \
+                         write it back with `qemu-img commit`, and start the guest again",
+                        disk.disk,
+                        disk.base.path.display(),
+                        disk.overlay.display(),
+                    );
+                    continue;
+                }
                 layers.close(&lower).await?;
                 files::make_durable(&disk.base.path)?;
                 let still = files::mark(&disk.base.path)?;
@@ -360,6 +460,7 @@ pub async fn settle(
                 records.update(&mut upper, |record| {
                     let upper = &mut record.disks[at];
                     (upper.base, upper.still) = (disk.base.clone(), still);
+                    upper.doubtful |= !is_seen;
                 })?;
                 records.update(&mut lower, |record| {
                     record.disks[index].stage = Stage::Back(spent);
@@ -370,6 +471,14 @@ pub async fn settle(
         }
     }
     Ok(())
+}
+
+/// Whether the image beneath holds all that an overlay held; also where that is gone.
+async fn is_written_back(disk: &DiskRecord) -> Result<bool, OverlayError> {
+    if files::is_ours(disk)? != Some(true) {
+        return Ok(true);
+    }
+    Ok(at_rest::adds_nothing(&purge::images_of(disk).await?).await?)
 }
 
 /// Notes what an image is like whose header has just been told of another one beneath it.

@@ -6,7 +6,6 @@
 //! paused, and ends. A run that keeps a guest paused while it reads says again and again that it is at
 //! work; one that hangs is killed.
 
-use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -22,6 +21,7 @@ use super::{FREEZE_TIMEOUT, guest_agent};
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor};
 use crate::hypervisor::{HypervisorError, Reach};
+use crate::syslog;
 
 /// Name of the hidden subcommand that this process runs as.
 pub const SUBCOMMAND: &str = "quiesce-watchdog";
@@ -222,7 +222,7 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
     let may_be_paused = guard.may_be_paused;
     let resume = async {
         if may_be_paused && let Err(error) = let_go_on(&reach).await {
-            tell_syslog(&format!("a guest may be paused, let it go on with `cont`: {error}"));
+            syslog::tell(&format!("a guest may be paused, let it go on with `cont`: {error}"));
         }
     };
     let thaw = async {
@@ -230,7 +230,7 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
             guard.begin_thaw();
             if let Err(reason) = guard.thawed().await {
                 let words = "a guest may be frozen, its agent does not thaw it";
-                tell_syslog(&format!("{words}: {reason}"));
+                syslog::tell(&format!("{words}: {reason}"));
             }
         }
     };
@@ -326,7 +326,7 @@ impl Guard {
     fn end_run(&self) {
         // One that is no longer our parent is dead.
         if getppid() == self.run {
-            tell_syslog("a backup hung while it kept a guest paused: it was killed");
+            syslog::tell("a backup hung while it kept a guest paused: it was killed");
             // It may have ended by itself.
             let _ = kill(self.run, Signal::SIGKILL);
         }
@@ -401,14 +401,6 @@ impl Guard {
             Err(error) => Err(error.to_string()),
         }
     }
-}
-
-/// The run that started the watchdog may be gone, and its terminal with it: who looks for the cause of a
-/// guest that stands still looks into the system's log (RFC 3164, facility daemon, severity error).
-fn tell_syslog(what: &str) {
-    let line = format!("<27>kvmsnap[{}]: {what}", std::process::id());
-    // Without a log there is nobody left to tell.
-    let _ = UnixDatagram::unbound().and_then(|log| log.send_to(line.as_bytes(), "/dev/log"));
 }
 
 /// Lets a guest go on that the run had paused; one that runs is left alone. Somebody may hold the

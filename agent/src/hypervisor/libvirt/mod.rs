@@ -10,6 +10,7 @@ pub mod xml;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::mem;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -362,17 +363,8 @@ impl Hypervisor for LibvirtDomain {
         let folder = folder.unwrap_or_else(|| domain_folder(self.seen()));
         let scratch = folder.join(format!(".kvmsnap-{run}-{}.scratch", disk.target));
         DiskRecord {
-            disk: disk.target.clone(),
-            device: disk.device.clone(),
-            root: disk.root.clone(),
-            format: disk.format.clone(),
             scratch: scratch.to_string_lossy().into_owned(),
-            filter: String::new(),
-            snapshot: disk.target.to_string(),
-            job: None,
-            bitmap_new: None,
-            bitmap_old: None,
-            bitmap_export: None,
+            ..DiskRecord::untouched(disk)
         }
     }
 
@@ -456,6 +448,16 @@ impl Hypervisor for LibvirtDomain {
 
     async fn let_go_on(&self) -> Result<(), HypervisorError> {
         self.stands.store(false, Ordering::SeqCst);
+        if self.suspends {
+            // It was read to the end, or given up: nobody watches the scratch any more. But until the job has
+            // ended, what the guest overwrites goes there, and there was no room reserved for it.
+            let scratch =
+                mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
+            let reserved = scratch.into_iter().try_for_each(|mut scratch| scratch.guard());
+            if let Err(HypervisorError::ScratchLow { .. }) = reserved {
+                self.handle.change("end the backup job", sys::abort_job).await?;
+            }
+        }
         self.handle.let_go_on().await
     }
 

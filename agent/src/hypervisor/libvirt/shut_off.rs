@@ -288,19 +288,7 @@ impl Hypervisor for ShutOffDomain {
     }
 
     fn names(&self, _: &RunId, _index: usize, disk: &Disk) -> DiskRecord {
-        DiskRecord {
-            disk: disk.target.clone(),
-            device: disk.device.clone(),
-            root: disk.root.clone(),
-            format: disk.format.clone(),
-            scratch: String::new(),
-            filter: String::new(),
-            snapshot: disk.target.to_string(),
-            job: None,
-            bitmap_new: None,
-            bitmap_old: None,
-            bitmap_export: None,
-        }
+        DiskRecord::untouched(disk)
     }
 
     fn listens_at(&self, _: &RunId) -> Option<PathBuf> {
