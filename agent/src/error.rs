@@ -15,6 +15,7 @@ use crate::capture::image::is_lock;
 use crate::catalog::CatalogError;
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::image::boot::BootError;
+use crate::image::deploy::DeployError;
 use crate::image::update::UpdateImageError;
 use crate::journal::JournalError;
 use crate::lock::LockError;
@@ -95,6 +96,9 @@ pub enum CommandError {
         /// What it means.
         known: Vec<String>,
     },
+    /// An image cannot become a machine of this host.
+    #[error(transparent)]
+    Deploy(#[from] DeployError),
     /// An image cannot be tried, or does not come up.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -248,6 +252,7 @@ impl CommandError {
             Self::Interrupted
             | Self::Backup(BackupError::Interrupted)
             | Self::Overlay(OverlayError::Interrupted)
+            | Self::Deploy(DeployError::Write(RestoreError::Interrupted))
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
             Self::SomeFailed { .. } => SOME_FAILED,
             Self::Lock(LockError::Held { .. }) => LOCKED,
@@ -278,9 +283,15 @@ impl CommandError {
             Self::Overlay(error) => error.hint()?,
             Self::Define(error) => return error.hint(),
             Self::InPlace(error) => error.hint()?,
-            Self::Image(error) | Self::Boot(BootError::Image(error)) => image_hint(error)?,
-            Self::UpdateImage(UpdateImageError::Image(error)) => image_hint(error)?,
+            Self::Deploy(DeployError::Define(DefineError::Hypervisor(error))) => {
+                return hypervisor_hint(error);
+            }
+            Self::Image(error)
+            | Self::Boot(BootError::Image(error))
+            | Self::UpdateImage(UpdateImageError::Image(error))
+            | Self::Deploy(DeployError::Image(error)) => image_hint(error)?,
             Self::UpdateImage(error) => error.hint()?,
+            Self::Deploy(error) => return error.hint(),
             Self::Boot(error) => return error.hint(),
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));

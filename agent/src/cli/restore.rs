@@ -1,6 +1,6 @@
 //! `kvmsnap restore`
 
-mod define;
+pub(super) mod define;
 mod in_place;
 
 use std::io::Write;

@@ -2,6 +2,7 @@
 
 pub mod again;
 pub mod boot;
+pub mod deploy;
 pub mod get;
 pub mod hold;
 pub mod update;

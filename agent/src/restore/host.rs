@@ -13,7 +13,7 @@ use xmltree::{Element, XMLNode};
 use super::plan::TPM_STATES;
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::libvirt::connection::Libvirt;
-use crate::hypervisor::libvirt::xml;
+use crate::hypervisor::libvirt::{sys, xml};
 
 /// Where the kernel lists the host's network devices.
 const LINKS: &str = "/sys/class/net";
@@ -76,7 +76,12 @@ pub async fn look(libvirt: &Libvirt, domain: &Element) -> Result<Host, Hyperviso
     let list = |connection: &Connect| {
         let mut domains = Vec::new();
         for domain in connection.list_all_domains(0)? {
-            domains.push((domain.name()?, domain.uuid_string()?, domain.xml_desc(0)?));
+            let description = match domain.xml_desc(0) {
+                // Somebody has just undefined it.
+                Err(error) if sys::is_no_domain(&error) => continue,
+                description => description?,
+            };
+            domains.push((domain.name()?, domain.uuid_string()?, description));
         }
         let mut networks = BTreeMap::new();
         for network in connection.list_all_networks(0)? {

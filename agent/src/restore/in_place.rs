@@ -234,7 +234,7 @@ pub async fn look(
         check_unused(&image)?;
         let id: String = snapshot.to_string().chars().take(ID_DIGITS).collect();
         let folder = image.with_file_name(format!(".kvmsnap-{id}-{target}"));
-        let place = Place { folder, prefix: "restored-".to_owned() };
+        let place = Place::new(folder, "restored-".to_owned());
         let exchange = Exchange {
             disk: target.clone(),
             restored: place.disk(target, format),

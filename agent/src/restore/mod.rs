@@ -7,7 +7,7 @@ pub mod files;
 mod fill;
 pub mod host;
 pub mod in_place;
-mod partial;
+pub mod partial;
 pub mod plan;
 mod qcow2;
 mod raw;
@@ -139,7 +139,11 @@ impl Stop {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn check(&self) -> Result<(), RestoreError> {
+    /// Fails once it is to end.
+    ///
+    /// # Errors
+    /// [`RestoreError::Interrupted`].
+    pub fn check(&self) -> Result<(), RestoreError> {
         match self.0.load(Ordering::Relaxed) {
             true => Err(RestoreError::Interrupted),
             false => Ok(()),

@@ -20,7 +20,7 @@ const TRIES: u32 = 10;
 
 /// A file that is being written; removed when dropped.
 #[derive(Debug)]
-pub(super) struct Partial {
+pub struct Partial {
     path: PathBuf,
     file: File,
     keep: bool,
@@ -29,7 +29,10 @@ pub(super) struct Partial {
 impl Partial {
     /// Makes and locks the file that becomes `to`, or takes up what a killed restore of the same
     /// snapshot left of it.
-    pub(super) fn take_up(to: &Path, snapshot: &FileId) -> Result<Self, RestoreError> {
+    ///
+    /// # Errors
+    /// [`RestoreError::Busy`], [`RestoreError::Write`].
+    pub fn take_up(to: &Path, snapshot: &FileId) -> Result<Self, RestoreError> {
         let path = path_of(to, snapshot);
         let write = |source| RestoreError::Write { path: path.clone(), source };
         for _ in 0..TRIES {
@@ -54,13 +57,21 @@ impl Partial {
         Err(RestoreError::Busy { path: to.to_owned() })
     }
 
+    /// Where it is meanwhile.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The file.
-    pub(super) fn file(&self) -> &File {
+    pub fn file(&self) -> &File {
         &self.file
     }
 
     /// Makes the content durable and gives it its final name, unless that is taken; then it goes.
-    pub(super) fn publish(mut self, to: &Path) -> Result<(), RestoreError> {
+    ///
+    /// # Errors
+    /// [`RestoreError::Exists`], [`RestoreError::Rename`], [`RestoreError::Write`].
+    pub fn publish(mut self, to: &Path) -> Result<(), RestoreError> {
         let write = |source| RestoreError::Write { path: to.to_owned(), source };
         self.file.sync_all().map_err(write)?;
         crate::effect::about_to("restore: rename").map_err(write)?;

@@ -27,12 +27,20 @@ pub struct Place {
     pub folder: PathBuf,
     /// What the names of files begin with, in a folder that others use too.
     pub prefix: String,
+    /// Images that have places of their own.
+    pub images: BTreeMap<DiskName, PathBuf>,
 }
 
 impl Place {
+    /// A folder, and what the names of files in it begin with.
+    pub fn new(folder: PathBuf, prefix: String) -> Self {
+        Self { folder, prefix, images: BTreeMap::new() }
+    }
+
     /// The image of a disk.
     pub fn disk(&self, disk: &DiskName, format: Format) -> PathBuf {
-        self.file(&format!("{disk}.{}", format.as_str()))
+        let own = self.images.get(disk).cloned();
+        own.unwrap_or_else(|| self.file(&format!("{disk}.{}", format.as_str())))
     }
 
     /// A file of the machine.

@@ -185,7 +185,7 @@ async fn from_snapshot(
         // One at a time: it takes its room only until it is copied.
         let folder = get.folder().join(RESTORED);
         let disks = Disks {
-            place: Place { folder: folder.clone(), prefix: String::new() },
+            place: Place::new(folder.clone(), String::new()),
             folder_mode: 0o700,
             format: Format::Qcow2,
             disks: vec![disk.target.clone()],

@@ -2,6 +2,7 @@
 
 mod boot;
 mod check;
+mod deploy;
 mod get;
 mod info;
 mod list;
@@ -31,6 +32,7 @@ pub enum ImageCommand {
     Check(check::CheckArgs),
     Update(Box<update::UpdateArgs>),
     Boot(boot::BootArgs),
+    Deploy(deploy::DeployArgs),
 }
 
 /// Runs it.
@@ -43,6 +45,7 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<(), Command
         ImageCommand::List(args) => context.until_interrupted(list::run(args, context)).await,
         ImageCommand::Update(args) => update::run(*args, context).await,
         ImageCommand::Boot(args) => boot::run(args, context).await,
+        ImageCommand::Deploy(args) => deploy::run(args, context).await,
         ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
         ImageCommand::Check(args) => context.until_interrupted(check::run(args, context)).await,
     }

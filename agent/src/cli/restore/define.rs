@@ -20,7 +20,7 @@ use crate::store::blocking;
 
 /// Access rights of a folder for images alone, and of one that QEMU's user must search.
 const CLOSED: u32 = 0o700;
-const SEARCHABLE: u32 = 0o711;
+pub(in crate::cli) const SEARCHABLE: u32 = 0o711;
 
 /// Runs it.
 ///
@@ -89,13 +89,13 @@ async fn place(
         (_, Some(pool), Some(libvirt)) => {
             let folder = define::pool_folder(libvirt, pool).await?;
             let name = args.name.as_ref().unwrap_or(&source.backup.manifest.domain);
-            Ok(Place { folder, prefix: format!("{name}-") })
+            Ok(Place::new(folder, format!("{name}-")))
         }
         (to, _, _) => {
             let folder = to.clone().unwrap_or_default();
             // A domain's description has whole paths.
             let folder = std::path::absolute(&folder).unwrap_or(folder);
-            Ok(Place { folder, prefix: String::new() })
+            Ok(Place::new(folder, String::new()))
         }
     }
 }
@@ -181,7 +181,7 @@ async fn contents(source: &Source, plan: &Plan) -> Result<Vec<(PathBuf, Vec<u8>)
 }
 
 /// A uuid of version 4 (RFC 9562).
-fn random_uuid() -> String {
+pub(in crate::cli) fn random_uuid() -> String {
     let random: u128 = rand::random();
     let uuid = random & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
     let digits = format!("{uuid:032x}");
@@ -190,7 +190,11 @@ fn random_uuid() -> String {
 }
 
 /// The plan: on standard output where it is what was asked for, else told beside it.
-fn print_plan(plan: &Plan, dry_run: bool, context: &Context) -> Result<(), CommandError> {
+pub(in crate::cli) fn print_plan(
+    plan: &Plan,
+    dry_run: bool,
+    context: &Context,
+) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
     for line in &plan.lines {
         match (context.global.json, dry_run, line.kind) {
@@ -203,7 +207,11 @@ fn print_plan(plan: &Plan, dry_run: bool, context: &Context) -> Result<(), Comma
     Ok(())
 }
 
-fn print_domain(plan: &Plan, verb: &str, context: &Context) -> Result<(), CommandError> {
+pub(in crate::cli) fn print_domain(
+    plan: &Plan,
+    verb: &str,
+    context: &Context,
+) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
     match context.global.json {
         true => {

@@ -81,7 +81,7 @@ impl Scene {
              <name>web</name><uuid>{UUID}</uuid><os>{}</os>{}<devices>{}</devices></domain>",
             self.os, self.extra, self.devices
         );
-        let place = Place { folder: "/srv/new".into(), prefix: String::new() };
+        let place = Place::new("/srv/new".into(), String::new());
         let wanted = Wanted {
             name: self.name.as_ref(),
             keep_identity: self.keep_identity,
