@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 use vm_fixtures::MIB;
 
 const WAIT: Duration = Duration::from_secs(30);
+/// The effect of a purge that tells QEMU to go on with the image of the first of two disks
+/// (`r01_the_effects_of_create_and_purge_are_known`).
+const GOES_ON: usize = 6;
 
 /// Has a purge killed while an overlay is half written back.
 fn kill_purge_midway(scene: &mut Scene) {
@@ -93,7 +96,7 @@ fn r01_r23_whether_a_guest_went_back_as_its_purge_was_killed_is_not_guessed() {
     scene.contents.scribble(&scene.guest, 2);
     let mut purge = scene.command("purge", &[]);
     // QEMU has gone on with the image of the first disk, and its job is not cleared away yet.
-    purge.env("KVMSNAP_CRASH_AT", "5");
+    purge.env("KVMSNAP_CRASH_AT", (GOES_ON + 1).to_string());
     assert_eq!(finish(spawn(purge)).code, None);
     scene.guest.kill();
     scene.guest.restart();
@@ -145,8 +148,7 @@ fn r01_a_guest_that_did_not_go_on_with_its_image_is_brought_back_after_its_end()
     scene.ok("create", &[]);
     scene.contents.scribble(&scene.guest, 2);
     let mut purge = scene.command("purge", &[]);
-    // Its fourth effect tells QEMU to go on with the image.
-    purge.env("KVMSNAP_FAIL_AT", "4");
+    purge.env("KVMSNAP_FAIL_AT", GOES_ON.to_string());
     assert_says(&finish(spawn(purge)), 1, "job-complete");
     scene.contents.scribble(&scene.guest, 3);
     scene.guest.quit();

@@ -17,7 +17,7 @@ const BLOCK_LEN: usize = 4096;
 const WORKERS: u32 = 4;
 /// The file that ends a load in a guest.
 const ENOUGH: &str = "/tmp/enough";
-/// How long such a load may take to end.
+/// How long such a load may take to begin or to end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Random reads and writes of 4 KiB on a whole device, past the page cache.
@@ -116,11 +116,19 @@ pub struct RunningPaced<'a> {
 }
 
 impl Inside {
-    /// Starts `rate` reads and writes a second on a whole disk that nothing else is on.
+    /// Starts `rate` reads and writes a second on a whole disk that nothing else is on, and waits for the
+    /// first of them.
     #[track_caller]
     pub fn start_paced(&self, disk: &str, rate: u32) -> RunningPaced<'_> {
         let (device, rate) = (self.device_file(disk), rate.to_string());
+        // What the kernel counts of it (Linux, Documentation/block/stat.rst).
+        let counts = || self.sh(&format!("cat /sys/block/{}/stat", &device["/dev/".len()..]));
+        let before = counts();
         let pid = self.spawn(&["oracle", "latency", &device, &rate, ENOUGH]);
+        let deadline = Instant::now() + END_TIMEOUT;
+        while counts() == before {
+            assert!(Instant::now() < deadline, "the load has done nothing in {END_TIMEOUT:?}");
+        }
         RunningPaced { guest: self, pid }
     }
 }
