@@ -131,6 +131,26 @@ fn p5_a_second_machine_gets_its_own_identity_and_writes_over_nothing() {
     lost.assert_whole(&third);
 }
 
+/// A description that was adapted by hand is taken in place of the image's.
+#[test]
+fn a_description_can_be_given_beside_the_image() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    let lost = Lost::new(&libvirt, "52:54:00:65:43:05");
+    let folder = lost.scene.domain.folder();
+    let name = format!("{}-adapted", lost.scene.domain.name());
+    let adapted = lost.scene.domain.xml().replace("<vcpu placement='static'>1<", "<vcpu>3<");
+    let path = folder.join("adapted.xml");
+    fs::write(&path, &adapted).expect("a folder of ours");
+    let (xml, to) = (path.to_str().expect("plain"), folder.join("new"));
+
+    let to = to.to_str().expect("plain");
+    let deployed = lost.deploy(&["--name", &name, "--xml", xml, "--to", to]);
+
+    assert_eq!(deployed.code, Some(0), "{deployed:?}");
+    let other = libvirt.virsh(&["dumpxml", &name]);
+    assert!(other.contains(">3</vcpu>"), "{other}");
+}
+
 /// What was made from a template is called as it is, not as the template's machine.
 #[test]
 fn a_machine_made_from_a_template_has_its_own_name() {

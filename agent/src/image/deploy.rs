@@ -84,13 +84,13 @@ impl DeployError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::NoDescription { .. } => {
-                "put the description of such a machine there (`virsh dumpxml`), or start its disk by hand"
+                "--xml takes the description of such a machine (`virsh dumpxml`)"
             }
             Self::Damaged { .. } => "`kvmsnap image check` tells where; make the image again",
             Self::NoPlace { .. } => "--to names a folder for all disks, --pool a storage pool",
             Self::Define(DefineError::NameTaken { .. }) => "--name gives it another one",
             Self::Define(DefineError::CannotRun { .. } | DefineError::NoMachine { .. }) => {
-                "adapt the description beside the image, and its checksum in image.json"
+                "--xml takes an adapted copy of the description"
             }
             Self::Write(RestoreError::Exists { .. }) => {
                 "nothing is ever written over: --to names another folder"
@@ -122,11 +122,11 @@ pub struct Deploy {
 }
 
 impl Deploy {
-    /// Reads an image, but for its disks.
+    /// Reads an image, but for its disks. `description` is used in place of its own.
     ///
     /// # Errors
     /// [`DeployError`].
-    pub fn read(image: &Image) -> Result<Self, DeployError> {
+    pub fn read(image: &Image, description: Option<&Path>) -> Result<Self, DeployError> {
         let record = image.record();
         let (mut files, mut contents) = (Vec::new(), BTreeMap::new());
         let mut networks = BTreeMap::new();
@@ -143,6 +143,10 @@ impl Deploy {
             contents.insert(file.file.clone(), content);
         }
         let folder = image.folder().to_owned();
+        if let Some(path) = description {
+            let text = fs::read(path).map_err(ImageError::file("read", path))?;
+            contents.insert(DESCRIPTION.to_owned(), text);
+        }
         let Some(description) = contents.get(DESCRIPTION) else {
             return Err(DeployError::NoDescription { folder });
         };
@@ -329,6 +333,17 @@ fn read_checked(image: &Image, file: &OtherFile) -> Result<Vec<u8>, DeployError>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_parts_of_a_tpm_are_told_by_their_names() {
+        let tpm = Some((Role::Tpm, Some("/tpm2/tpm2-00.permall".to_owned())));
+        assert_eq!(role_of("tpm-tpm2-tpm2-00.permall"), tpm);
+        assert_eq!(role_of("network-default.xml"), Some((Role::Network, None)));
+        assert_eq!(role_of("nvram.fd"), Some((Role::Nvram, None)));
+        for other in ["pool-default.xml", "domain-live.xml", "tpm-", "notes"] {
+            assert_eq!(role_of(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn s15_a_description_from_outside_puts_nothing_among_the_hosts_own_files() {

@@ -41,6 +41,9 @@ pub struct DeployArgs {
     /// A storage pool of libvirt for its disks, of the type dir
     #[arg(long, value_name = "POOL")]
     pool: Option<String>,
+    /// Another description of the machine than the image's, as libvirt's XML
+    #[arg(long, value_name = "FILE")]
+    xml: Option<PathBuf>,
     /// Start it
     #[arg(long)]
     start: bool,
@@ -114,8 +117,8 @@ struct Prepared {
 }
 
 async fn prepare(args: &DeployArgs, context: &Context) -> Result<Prepared, DeployError> {
-    let folder = args.image.clone();
-    let deploy = blocking(move || Deploy::read(&Image::open(&folder)?)).await?;
+    let (folder, xml) = (args.image.clone(), args.xml.clone());
+    let deploy = blocking(move || Deploy::read(&Image::open(&folder)?, xml.as_deref())).await?;
     let libvirt =
         Libvirt::connect(&context.global.connect).await.map_err(define::DefineError::from)?;
     let name = args.name.clone().map_or_else(|| deploy.name(), Ok)?;
