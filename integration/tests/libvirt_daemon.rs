@@ -49,7 +49,7 @@ fn r03_a_purge_outlives_a_restart_of_libvirtd_or_the_next_one_goes_on() {
     };
     for (turn, ending) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
         scene.host.ok(["create", scene.domain.name()]);
-        scene.write("vda", 0, &noise(2 << 20, turn as u64));
+        scene.write("vda", 0, &noise(1 << 20, turn as u64));
         let running = spawn(purge(&scene, &["--limit-rate", "1MiB"]));
         wait_until(WAIT, "it writes back", || scene.domain.xml().contains("<mirror"));
 

@@ -1,6 +1,7 @@
 //! `backup --tracking overlay` on a QEMU that nothing manages: what an overlay holds is what changed since
 //! the backup at which it began. For raw disks, qcow2 of version 2, and guests that crash.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -280,6 +281,52 @@ fn r13_a_backup_that_comes_too_early_says_so_and_the_next_is_incremental() {
 
     assert_reads_little(&scene, &next);
     assert_tracked(&scene, &next);
+}
+
+/// To tell an overlay of another image beneath it rewrites its header, also where another one lies above.
+#[test]
+fn r09_p3_an_overlay_that_found_no_room_beneath_goes_there_later_and_all_are_believed() {
+    let host = Host::new();
+    let small = SmallDisk::mount(&host.folder().join("images"), 32 * MIB);
+    let overlays = host.folder().join("overlays");
+    fs::create_dir(&overlays).expect("a new folder");
+    let image = small.folder().join("vda.raw");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "raw"]).arg(&image).arg(SIZE.to_string());
+    tool(make);
+    let qmp = host.folder().join("qmp");
+    let disk = Disk::existing("vda", &image, Format::Raw);
+    let Some(guest) = plan(&qmp, [disk]).uuid(UUID).boot() else { return };
+    let mut scene = Scene { host, guest, contents: Contents::new(&["vda"], SIZE), qmp };
+    let elsewhere = ["--overlay-dir", overlays.to_str().expect("a plain path")];
+    let slowly = [&elsewhere[..], &["--limit-rate", "16MiB"]].concat();
+    back_up(&scene, &elsewhere);
+    scene.contents.write_noise(&scene.guest, "vda", 0, 6 * MIB as usize, 3);
+    small.resize(4 * MIB);
+    for turn in 4..6 {
+        assert_says(&scene.try_run("backup", &slowly), 1, "the backup is good, but");
+        scene.contents.write(&scene.guest, "vda", 7 * MIB as usize, 512, turn);
+    }
+    assert_eq!(files_in(&overlays, "kvmsnap-").len(), 2, "one found no room, one is on top");
+    let slow = [&elsewhere[..], &["--limit-read", "1MiB"]].concat();
+    let running = spawn(scene.command("backup", &slow));
+    let frozen = || files_in(&overlays, "kvmsnap-").len() == 3;
+    wait_until(WAIT, "a third one is on top", || frozen() && scene.host.undo_records() == 1);
+    small.resize(32 * MIB);
+    let roomy = finish(running);
+    assert_eq!(roomy.code, Some(0), "{roomy:?}");
+    scene.contents.write(&scene.guest, "vda", 7 * MIB as usize, 512, 6);
+
+    let next = scene.ok("backup", &elsewhere).remove(0);
+
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    assert!(
+        integration::restored::disk(&next, "vda")["bytes_read"].as_u64() <= Some(READ_MAX),
+        "{next}"
+    );
+    scene.host.assert_holds(&next, &scene.contents);
+    scene.ok("purge", &[]);
+    assert_eq!(files_in(&overlays, "kvmsnap-"), Vec::<PathBuf>::new());
 }
 
 #[test]
