@@ -123,7 +123,7 @@ fn an_image_that_does_not_start_is_told_within_its_deadline() {
 
 /// A machine on trial never outlives the program, however that ends.
 #[test]
-fn s04_a_trial_that_is_ended_leaves_no_machine() {
+fn a_trial_that_is_ended_leaves_no_machine() {
     if !qemu_available() {
         return;
     }
