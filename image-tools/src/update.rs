@@ -12,6 +12,17 @@ use crate::rsync::{Change, Compare, Item, Pass, Tree, TreeError, table_options};
 const KINDS: [&str; 6] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "vfat"];
 /// How many changed files an error names.
 const NAMED_MAX: usize = 10;
+/// What `grub-install` writes: on disks that have it already, the tree's is another's.
+const BOOT_LOADER_FILES: [&str; 6] = [
+    "/boot/grub/i386-pc/",
+    "/boot/grub/x86_64-efi/",
+    "/boot/grub/fonts/",
+    "/boot/grub/locale/",
+    "/boot/grub2/i386-pc/",
+    "/boot/efi/EFI/BOOT/",
+];
+/// Where a boot loader's package has its files.
+const BOOT_LOADER_PACKAGE: [&str; 3] = ["usr/lib/grub/", "usr/sbin/grub", "usr/lib/shim/"];
 /// rsync(1), "EXIT VALUES".
 const PARTIAL: i32 = 23;
 const VANISHED: i32 = 24;
@@ -27,6 +38,9 @@ pub struct Request {
     pub compare: Compare,
     /// What stays as the template has it.
     pub excludes: Vec<String>,
+    /// Whether these disks were brought up to date from this tree before: then their boot loader is theirs
+    /// already, and is installed again only when the tree has another.
+    pub is_own: bool,
     /// How the appliance runs.
     pub appliance: Options,
 }
@@ -182,11 +196,40 @@ pub async fn update(
     }
     prepare(&mut appliance, &plan, &mut report).await?;
 
+    let installs = copy_files(&mut appliance, request, &mut report, &mut on).await?;
+
+    on(Event::Stage("having it start from these disks"));
+    appliance.step("make the folders that a system needs", &["places"]).await?;
+    if relabels {
+        appliance.step("have SELinux label the files", &["relabel"]).await?;
+        report.boot.push("SELinux labels all files when it first starts".to_owned());
+    }
+    if installs {
+        install_boot_loader(&mut appliance, &system, &mut report).await?;
+    }
+    appliance.end().await?;
+    Ok((report, system.flavour))
+}
+
+/// Makes the mounted files equal to the tree's, and makes sure that they are. Whether the boot loader has to be
+/// installed.
+async fn copy_files(
+    appliance: &mut Appliance,
+    request: &Request,
+    report: &mut Report,
+    on: &mut impl FnMut(Event<'_>),
+) -> Result<bool, UpdateError> {
     on(Event::Stage("copying files"));
-    let mut pass =
-        Pass { compare: request.compare, dry_run: false, excludes: request.excludes.clone() };
-    run(&mut appliance, &request.tree, &pass, |event| {
+    let mut excludes = request.excludes.clone();
+    if request.is_own {
+        excludes.extend(BOOT_LOADER_FILES.map(str::to_owned));
+    }
+    let mut pass = Pass { compare: request.compare, dry_run: false, excludes };
+    let mut installs = !request.is_own;
+    run(appliance, &request.tree, &pass, |event| {
         if let Event::Item(item) = &event {
+            let is_its = BOOT_LOADER_PACKAGE.iter().any(|prefix| item.path.starts_with(prefix));
+            installs |= is_its && !item.is_folder;
             report.count(item);
         }
         on(event);
@@ -195,21 +238,17 @@ pub async fn update(
     on(Event::Stage("comparing"));
     (pass.dry_run, pass.compare) = (true, Compare::Time);
     let mut differing = Vec::new();
-    run(&mut appliance, &request.tree, &pass, |event| {
+    run(appliance, &request.tree, &pass, |event| {
         if let Event::Item(item) = event {
             differing.push(item.path.clone());
         }
     })
     .await?;
-    if !differing.is_empty() {
-        differing.truncate(NAMED_MAX);
-        return Err(UpdateError::TreeChanged(differing));
+    if differing.is_empty() {
+        return Ok(installs);
     }
-
-    on(Event::Stage("having it start from these disks"));
-    have_it_start(&mut appliance, &system, relabels, &mut report).await?;
-    appliance.end().await?;
-    Ok((report, system.flavour))
+    differing.truncate(NAMED_MAX);
+    Err(UpdateError::TreeChanged(differing))
 }
 
 /// Joins the tree's machine with the template's. Also whether SELinux is to label all files anew, and what
@@ -297,18 +336,12 @@ async fn run(
     }
 }
 
-/// What a system needs to start that is in no backup of its files.
-async fn have_it_start(
+/// Has the machine's own boot loader start from these disks.
+async fn install_boot_loader(
     appliance: &mut Appliance,
     system: &System,
-    relabels: bool,
     report: &mut Report,
 ) -> Result<(), UpdateError> {
-    appliance.step("make the folders that a system needs", &["places"]).await?;
-    if relabels {
-        appliance.step("have SELinux label the files", &["relabel"]).await?;
-        report.boot.push("SELinux labels all files when it first starts".to_owned());
-    }
     let mode = match system.flavour.boot {
         BootMode::Bios => "bios",
         BootMode::Uefi => "uefi",

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use image_tools::ImageError;
 use image_tools::appliance::Options;
@@ -16,10 +17,14 @@ use image_tools::update::{self, Event, Report, UpdateError};
 use jiff::Timestamp;
 
 use super::get::{About, Get, Source, announce};
+use crate::capture::room::room;
 use crate::progress::{Progress, human_bytes};
 
 /// What differed, file by file, in the folder of the image.
 pub const CHANGES: &str = "changes.log";
+
+/// How often is looked whether there is room left.
+const ROOM_POLL: Duration = Duration::from_millis(50);
 
 /// What is wanted.
 #[derive(Debug)]
@@ -187,6 +192,7 @@ pub(super) async fn bring_up_to_date(
         tree: wanted.tree.clone(),
         compare: wanted.compare.unwrap_or(by_default),
         excludes: wanted.excludes.clone(),
+        is_own: is_same,
         appliance: wanted.appliance.clone(),
     };
     announce("update: files", "write", log)?;
@@ -194,7 +200,7 @@ pub(super) async fn bring_up_to_date(
     let mut changes = BufWriter::new(file);
     let (mut stage, mut count, mut sent, mut shown) = ("", 0_u64, 0, 0);
     let mut failed = None;
-    let outcome = update::update(&request, |event| {
+    let work = update::update(&request, |event| {
         match event {
             Event::Stage(now) => {
                 stage = now;
@@ -211,11 +217,30 @@ pub(super) async fn bring_up_to_date(
             shown = sent;
             progress.phase(&format!("{stage}: {count} differ, {} exchanged", human_bytes(sent)));
         }
-    })
-    .await?;
+    });
+    let folder = log.parent().expect("it is in the image's folder");
+    let outcome = tokio::select! {
+        outcome = work => outcome?,
+        error = room_ends(folder) => return Err(error.into()),
+    };
     match failed.map_or_else(|| changes.flush(), Err) {
         Ok(()) => Ok(outcome),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Ready when the overlays could soon grow no more: QEMU would stop the appliance then, and wait.
+async fn room_ends(folder: &Path) -> ImageError {
+    let full = |source: io::Error| ImageError::file("write to", folder)(source);
+    let file = match File::open(folder) {
+        Ok(file) => file,
+        Err(error) => return full(error),
+    };
+    loop {
+        if room(&file).is_some_and(|(free, kept)| free < kept) {
+            return full(io::ErrorKind::StorageFull.into());
+        }
+        tokio::time::sleep(ROOM_POLL).await;
     }
 }
 

@@ -1,0 +1,237 @@
+//! A template becomes another machine of its flavour by that machine's files, in libguestfs' appliance.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use integration::faults::{Fault, SmallDisk, assert_says, signal, wait_until};
+use integration::images::names;
+use integration::{Host, Outcome, finish, spawn};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use vm_fixtures::debian::{Debian, Machine, appliance_environment};
+
+/// Emulated, an appliance and a whole system take their time, beside other tests.
+const WAIT: Duration = Duration::from_secs(900);
+/// Which effect of an update of an image is the first write to its disk: overlay, files, take, write.
+const WRITE_EFFECT: usize = 4;
+/// Bytes that a change of one small file may cost: what two file systems write when they are mounted.
+const SMALL: u64 = 24 << 20;
+
+/// A host with a template of one machine.
+struct Scene {
+    debian: Debian,
+    host: Host,
+    environment: Vec<(&'static str, std::ffi::OsString)>,
+    template: PathBuf,
+}
+
+impl Scene {
+    /// `None`, said aloud, where libguestfs or QEMU is missing.
+    fn new() -> Option<Self> {
+        let debian = Debian::get()?;
+        let environment = appliance_environment()?;
+        let host = Host::without_repository();
+        let store = host.folder().join("store");
+        let disk = debian.disk(Machine::Bios);
+        let mut get = host.command(["image", "get", "--format", "qcow2", "--name", "alder"]);
+        get.arg("--file").arg(disk).arg("--into").arg(&store);
+        let outcome = finish(spawn(get));
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        let template = store.join("alder");
+        Some(Self { debian, host, environment, template })
+    }
+
+    fn update(&self, image: &Path, tree: &str, more: &[&str]) -> Command {
+        let mut command = self.host.command(["image", "update", "--json", "--deadline", "600"]);
+        command.arg(image).args(["--tree", tree]).args(more);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        if self.environment.iter().any(|(name, _)| *name == "LIBGUESTFS_BACKEND_SETTINGS") {
+            command.env("KVMSNAP_ACCEL", "tcg");
+        }
+        command
+    }
+
+    fn output(&self) -> PathBuf {
+        self.host.folder().join("images").join("birch")
+    }
+
+    /// What is in the template's folder, and what is in its files.
+    fn template_content(&self) -> Vec<(String, Vec<u8>)> {
+        let read = |name: String| {
+            let content = fs::read(self.template.join(&name)).expect("it is listed");
+            (name, content)
+        };
+        names(&self.template).into_iter().map(read).collect()
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    let mut running = spawn(command);
+    wait_until(WAIT, "the update ends", || running.has_ended());
+    finish(running)
+}
+
+#[track_caller]
+fn line(outcome: &Outcome) -> Value {
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    serde_json::from_str(&outcome.stdout).expect("one JSON object")
+}
+
+/// The appliances that have something of a folder open.
+fn appliances_on(folder: &Path) -> usize {
+    let folder = folder.to_str().expect("a plain path");
+    let entries = fs::read_dir("/proc").expect("Linux").flatten();
+    let commands = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+    commands
+        .filter(|command| {
+            let words = String::from_utf8_lossy(command);
+            words.contains("qemu-system") && words.contains(folder)
+        })
+        .count()
+}
+
+/// An rsync daemon with one module, on a port of its own.
+struct Daemon {
+    child: Child,
+    port: u16,
+}
+
+impl Daemon {
+    fn of(tree: &Path, folder: &Path) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = folder.join("rsyncd.conf");
+        let text = format!(
+            "use chroot = no\nuid = root\ngid = root\n[birch]\npath = {}\nread only = yes\n",
+            tree.display(),
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = Command::new("rsync");
+        command.args(["--daemon", "--no-detach", "--address=127.0.0.1"]);
+        command.arg(format!("--port={port}")).arg(format!("--config={}", config.display()));
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let daemon = Self { child, port };
+        wait_until(Duration::from_secs(30), "the rsync daemon listens", || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        daemon
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// P1, P3, R29: the machine that a template becomes starts and is the tree's; brought up to date once more it
+/// costs what changed; killed while its disks are written it has no name, and the next run finishes.
+#[test]
+fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
+    let Some(scene) = Scene::new() else { return };
+    let before = scene.template_content();
+    let tree = scene.host.folder().join("tree");
+    scene.debian.copy_tree(Machine::BiosOther, &tree);
+    let tree_name = tree.to_str().unwrap();
+    let output = scene.output();
+
+    let more = ["--output", output.to_str().unwrap(), "--boot-test", "--wait", "agent"];
+    let made = line(&run(scene.update(&scene.template, tree_name, &more)));
+
+    assert_eq!(made["machine"], "birch");
+    assert_eq!(made["boot"]["sign"], "agent");
+    assert!(made["update"]["changed"].as_u64().unwrap() > 10, "{made}");
+    assert_eq!(scene.template_content(), before, "the template was written to");
+    let console = fs::read_to_string(output.join("boot/console.log")).unwrap();
+    assert!(console.contains("birch"), "another machine has started:\n{console}");
+
+    // One small file changes. The update is killed when it is about to write to the image's disk.
+    fs::write(tree.join("etc/motd"), "changed\n").unwrap();
+    let changed = scene.update(&output, tree_name, &["--compare", "content"]);
+    let killed = run(Fault::Crash.at(WRITE_EFFECT, changed));
+    assert_eq!(killed.code, None, "{killed:?}");
+    assert!(!output.exists(), "a half written image has its name");
+    assert_eq!(names(output.parent().unwrap()), [".birch.update"]);
+
+    // By way of a daemon this time, which has the very same files.
+    let daemon = Daemon::of(&tree, scene.host.folder());
+    let url = format!("rsync://127.0.0.1:{}/birch", daemon.port);
+    let again = line(&run(scene.update(&output, &url, &["--compare", "time"])));
+
+    let count = |field: &str| again["update"][field].as_u64().unwrap();
+    // What was interrupted was finished first: the file that had changed is there.
+    assert_eq!((count("added"), count("changed")), (0, 0), "{again}");
+    assert!(count("written_bytes") < SMALL, "{again}");
+    assert_eq!(names(output.parent().unwrap()), ["birch"]);
+    scene.host.ok(["image", "check", output.to_str().unwrap()]);
+}
+
+/// R29, S15: a machine of another flavour is refused with what differs. `ssh` gets a path with odd letters as
+/// one word.
+#[test]
+fn r29_a_tree_that_does_not_fit_is_refused_and_leaves_nothing() {
+    let Some(scene) = Scene::new() else { return };
+    let before = scene.template_content();
+    let odd = scene.host.folder().join("it's; $(odd)");
+    fs::create_dir_all(odd.join("etc")).unwrap();
+    fs::copy(scene.debian.tree(Machine::Uefi).join("etc/fstab"), odd.join("etc/fstab")).unwrap();
+    // What `ssh` would have a shell do on another host.
+    let bin = scene.host.folder().join("bin");
+    fs::create_dir(&bin).unwrap();
+    fs::write(bin.join("ssh"), "#!/bin/sh\nfor last; do :; done\nexec sh -c \"$last\"\n").unwrap();
+    fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = scene.output();
+    let source = format!("store:{}", odd.display());
+    let mut command =
+        scene.update(&scene.template, &source, &["--output", output.to_str().unwrap()]);
+    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap()));
+
+    let outcome = run(command);
+
+    assert_says(&outcome, 1, "the tree does not fit the template");
+    assert_says(&outcome, 1, "btrfs");
+    assert_says(&outcome, 1, "/boot/efi");
+    assert!(names(output.parent().unwrap()).is_empty(), "something was left");
+    assert_eq!(scene.template_content(), before);
+}
+
+/// R25, R29: where the image's file system is too small, the update ends at once and says so; the appliance is
+/// not left waiting for room.
+#[test]
+fn r29_a_full_disk_ends_it_and_leaves_nothing() {
+    let Some(scene) = Scene::new() else { return };
+    let small = SmallDisk::mount(&scene.host.folder().join("small"), 48 << 20);
+    let output = small.folder().join("birch");
+    let tree = scene.debian.tree(Machine::BiosOther);
+    let more = ["--output", output.to_str().unwrap()];
+
+    let outcome = run(scene.update(&scene.template, tree.to_str().unwrap(), &more));
+
+    assert_says(&outcome, 1, "make room there");
+    assert!(names(small.folder()).is_empty(), "something was left");
+    wait_until(WAIT, "the appliance is gone", || appliances_on(small.folder()) == 0);
+}
+
+/// R29: a run that is killed while files are copied leaves no appliance, and nothing under the image's name;
+/// the next one begins anew.
+#[test]
+fn r29_a_killed_update_leaves_no_appliance() {
+    let Some(scene) = Scene::new() else { return };
+    let before = scene.template_content();
+    let output = scene.output();
+    let tree = scene.debian.tree(Machine::BiosOther);
+    let more = ["--output", output.to_str().unwrap()];
+    let running = spawn(scene.update(&scene.template, tree.to_str().unwrap(), &more));
+    wait_until(WAIT, "the appliance runs", || appliances_on(output.parent().unwrap()) > 0);
+
+    signal(running.pid(), Signal::SIGKILL);
+
+    finish(running);
+    wait_until(WAIT, "the appliance is gone", || appliances_on(output.parent().unwrap()) == 0);
+    assert!(!output.exists());
+    assert_eq!(scene.template_content(), before);
+}
