@@ -417,6 +417,10 @@ fn image_hint(error: &ImageError) -> Option<&'static str> {
         ),
         ImageError::Exists { .. } => Some("nothing is ever written over: choose another name"),
         ImageError::Busy { .. } => Some("wait until it is done"),
+        ImageError::Interrupted { .. } => {
+            Some("`kvmsnap image update IMAGE --tree TREE` finishes it, and brings it up to date")
+        }
+        ImageError::Damaged { .. } => Some("`kvmsnap image check` tells what is damaged"),
         ImageError::Refused { source, .. } => source.hint(),
         ImageError::Tool(ToolError::Failed { words, .. }) if is_lock(words) => Some(
             "a guest uses it: name its domain instead, or copy a frozen file of `kvmsnap create`",

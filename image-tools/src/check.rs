@@ -120,6 +120,32 @@ pub async fn disk(
     Ok(problems)
 }
 
+/// Makes sure that an image is what its record says before something is made of it.
+///
+/// # Errors
+/// [`ImageError::Damaged`] with the first problem; [`ImageError`] where it cannot be told.
+pub async fn all_sound(
+    image: &Image,
+    progress: impl Fn(u64) + Clone + Send + 'static,
+) -> Result<(), ImageError> {
+    let mut problems = Vec::new();
+    for one in &image.record().disks {
+        let progress = progress.clone();
+        let found = disk(image, one, progress).await?;
+        problems.extend(found.into_iter().map(|problem| (&one.file, problem)));
+    }
+    for one in &image.record().files {
+        problems.extend(other(image, one)?.into_iter().map(|problem| (&one.file, problem)));
+    }
+    match problems.first() {
+        None => Ok(()),
+        Some((file, problem)) => {
+            let (path, problem) = (image.folder().join(file), problem.to_string());
+            Err(ImageError::Damaged { path, problem })
+        }
+    }
+}
+
 /// Checks a file that is no disk against the image's record.
 ///
 /// # Errors

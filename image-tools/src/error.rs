@@ -27,6 +27,20 @@ pub enum ImageError {
         /// The folder.
         folder: PathBuf,
     },
+    /// The image is away from its name, for its disks were being written when that was interrupted.
+    #[error("an update of the image {} was interrupted", .path.display())]
+    Interrupted {
+        /// Where it belongs.
+        path: PathBuf,
+    },
+    /// A template, or what is beside its disks, is damaged: what is made of it would be, too.
+    #[error("{} is damaged: {problem}", .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The folder's record cannot be used.
     #[error("the record {} cannot be used", .path.display())]
     Record {

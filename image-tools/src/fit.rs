@@ -34,8 +34,10 @@ pub struct Mount {
     pub kind: String,
     /// In the machine.
     pub path: String,
-    /// The btrfs subvolume.
-    pub subvolume: Option<String>,
+    /// Those of the machine's own options that decide what is seen there.
+    pub options: String,
+    /// Whether it keeps no owners, modes and exact times: vfat.
+    pub is_plain: bool,
 }
 
 /// What a file system, swap or partition is called. `None` leaves it as it is.
@@ -166,10 +168,13 @@ impl BootLoaderWants {
     /// Reads a `grub.cfg`: what `search --fs-uuid` and `root=UUID=` name.
     pub fn parse(config: &str) -> Self {
         let mut wants = Self::default();
+        // Before the first entry, GRUB looks for its font, which may lie elsewhere.
+        let mut is_in_entry = false;
         for line in config.lines().map(str::trim) {
+            is_in_entry |= line.starts_with("menuentry ") || line.starts_with("blscfg");
             let words: Vec<_> = line.split_ascii_whitespace().collect();
             let searches = words.first().is_some_and(|word| word.starts_with("search"));
-            if searches && line.contains("fs") && line.contains("uuid") {
+            if is_in_entry && searches && line.contains("fs") && line.contains("uuid") {
                 let uuid = words.iter().rev().find(|word| is_uuid(word));
                 wants.boot_uuid = wants.boot_uuid.or_else(|| uuid.map(|&word| word.to_owned()));
             }
@@ -245,11 +250,32 @@ fn join<'a>(
     if entry.kind != "auto" && !same_kind(&entry.kind, &found) {
         return Err(Misfit::Kind { path, wanted: entry.kind.clone(), found });
     }
-    let is_path = entry.spec.starts_with("/dev/") && !entry.spec.starts_with("/dev/disk/");
-    if is_path && layout.device_named(&entry.spec).is_none_or(|named| named.name != device.name) {
+    let named = layout.device_named(&entry.spec);
+    if !can_be_set(&entry.spec, device) && named.is_none_or(|named| named.name != device.name) {
         return Err(Misfit::Device { spec, path, found: device.name.clone() });
     }
     Ok(device)
+}
+
+/// What a line of a table is about, and its name there: `("uuid", "0a-1b")`.
+fn key_of(spec: &str) -> Option<(String, &str)> {
+    let by_disk = || spec.strip_prefix("/dev/disk/by-").and_then(|rest| rest.split_once('/'));
+    let (key, value) = spec.split_once('=').or_else(by_disk)?;
+    Some((key.to_ascii_lowercase(), value))
+}
+
+/// Whether the device can be given the name that a line calls it by.
+fn can_be_set(spec: &str, device: &Device) -> bool {
+    match key_of(spec) {
+        Some((key, _)) if key == "uuid" || key == "label" => true,
+        // In a table of MBR it is the disk's id and the partition's number, which stays.
+        Some((key, value)) if key == "partuuid" => {
+            let number = |id: &str| id.split_once('-').map(|(_, number)| number.to_owned());
+            let is_short = value.len() == "12345678-01".len();
+            !is_short || device.partuuid.as_deref().and_then(number) == number(value)
+        }
+        _ => false,
+    }
 }
 
 fn same_kind(wanted: &str, found: &str) -> bool {
@@ -265,14 +291,13 @@ impl Plan {
                 device: device.name.clone(),
                 kind: kind.clone(),
                 path: place.to_owned(),
-                subvolume: entry.subvolume().map(str::to_owned),
+                options: entry.deciding_options(),
+                is_plain: kind == "vfat",
             });
         }
         let identity = self.identity(&device.name, &kind);
-        let by_disk =
-            entry.spec.strip_prefix("/dev/disk/by-").and_then(|rest| rest.split_once('/'));
-        let Some((key, value)) = entry.spec.split_once('=').or(by_disk) else { return };
-        let wanted = match key.to_ascii_lowercase().as_str() {
+        let Some((key, value)) = key_of(&entry.spec) else { return };
+        let wanted = match key.as_str() {
             "uuid" => &mut identity.uuid,
             "label" => &mut identity.label,
             "partuuid" => &mut identity.partuuid,

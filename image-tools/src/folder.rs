@@ -244,7 +244,11 @@ fn read_record(folder: &Path) -> Result<ImageRecord, ImageError> {
     let path = folder.join(RECORD_NAME);
     let file = match open_regular(&path) {
         Err(ImageError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Err(ImageError::NoImage { folder: folder.to_owned() });
+            let folder = folder.to_owned();
+            return Err(match rework::Rework::is_interrupted(&folder) {
+                true => ImageError::Interrupted { path: folder },
+                false => ImageError::NoImage { folder },
+            });
         }
         file => file?,
     };
@@ -304,6 +308,9 @@ fn lock_now(folder: &File, named: &Path) -> Result<(), ImageError> {
 }
 
 fn refuse_existing(target: &Path) -> Result<(), ImageError> {
+    if rework::Rework::is_interrupted(target) {
+        return Err(ImageError::Interrupted { path: target.to_owned() });
+    }
     match fs::symlink_metadata(target) {
         Ok(_) => Err(ImageError::Exists { path: target.to_owned() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

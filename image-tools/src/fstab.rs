@@ -37,9 +37,12 @@ impl Entry {
         self.options().any(|option| option == "nofail" || option == "noauto")
     }
 
-    /// The btrfs subvolume that it names.
-    pub fn subvolume(&self) -> Option<&str> {
-        self.options().find_map(|option| option.strip_prefix("subvol="))
+    /// Those options that decide which files are seen, and as whose: a btrfs subvolume, owners on vfat.
+    pub fn deciding_options(&self) -> String {
+        const DECIDING: [&str; 7] =
+            ["subvol=", "subvolid=", "umask=", "fmask=", "dmask=", "uid=", "gid="];
+        let decides = |option: &&str| DECIDING.iter().any(|prefix| option.starts_with(prefix));
+        self.options().filter(decides).collect::<Vec<_>>().join(",")
     }
 
     fn options(&self) -> impl Iterator<Item = &str> {

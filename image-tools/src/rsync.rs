@@ -26,6 +26,8 @@ const DAEMON_PORT: u16 = 873;
 const LINE_LEN_MAX: u64 = 32 << 10;
 /// Lines of what changed; a system has a few hundred thousand files.
 const LINES_MAX: u64 = 50_000_000;
+/// Bytes of a sender's complaints that are kept.
+const SAID_LEN_MAX: usize = 4096;
 /// Tells that all has been said.
 const LAST_LINE: &str = "kvmsnap-end";
 
@@ -97,14 +99,18 @@ impl Tree {
     /// [`TreeError::Name`].
     pub fn parse(text: &str) -> Result<Self, TreeError> {
         let bad = || TreeError::Name(text.to_owned());
-        let is_odd = |host: &str| host.is_empty() || host.starts_with('-') || host.contains('/');
+        let is_odd = |host: &str| {
+            // Brackets would be an IPv6 address, which a port cannot be told from.
+            host.is_empty() || host.starts_with('-') || host.contains(['/', '['])
+        };
         if let Some(rest) = text.strip_prefix("rsync://") {
             let (host, path) = rest.split_once('/').ok_or_else(bad)?;
             let (host, port) = match host.rsplit_once(':') {
                 Some((host, port)) => (host, port.parse().map_err(|_| bad())?),
                 None => (host, DAEMON_PORT),
             };
-            if is_odd(host) || path.is_empty() || path.starts_with('/') {
+            // A user of a daemon has a password, which the appliance must not see.
+            if is_odd(host) || host.contains('@') || path.is_empty() || path.starts_with('/') {
                 return Err(bad());
             }
             return Ok(Self::Daemon { host: host.to_owned(), port, path: path.to_owned() });
@@ -147,8 +153,7 @@ impl Tree {
                 let mut words = vec!["rsync".to_owned()];
                 words.extend(server_args(options).await?);
                 words.extend([".".to_owned(), format!("{}/", path.trim_end_matches('/'))]);
-                let words: Vec<_> =
-                    words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))).collect();
+                let words: Vec<_> = words.iter().map(|word| quote_for_shell(word)).collect();
                 let mut command = Command::new("ssh");
                 command.args(["-o", "BatchMode=yes", "--", host, &words.join(" ")]);
                 Ok(Source { name, peer: Peer::Process(spawn("ssh", command)?) })
@@ -166,9 +171,14 @@ impl Tree {
     }
 }
 
+/// For `sh`: nothing in it means anything.
+pub(crate) fn quote_for_shell(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
 fn spawn(program: &'static str, mut command: Command) -> Result<Box<Child>, TreeError> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
-    command.env("LC_ALL", "C");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env("LC_ALL", "C").kill_on_drop(true);
     let spawned = command.spawn().map_err(|source| TreeError::Run { program, source })?;
     Ok(Box::new(spawned))
 }
@@ -220,10 +230,20 @@ impl Source {
             || ApplianceError::Slow { doing: "copy the tree's files".to_owned(), limit: idle };
         match self.peer {
             Peer::Process(mut child) => {
-                let piped = "both are pipes";
+                let piped = "all three are pipes";
                 let from = child.stdout.take().expect(piped);
                 let to = child.stdin.take().expect(piped);
-                relay(from, to, port, idle, work, sent).await.ok_or_else(slow)?
+                let said = tokio::spawn(last_words(child.stderr.take().expect(piped)));
+                let outcome = relay(from, to, port, idle, work, sent).await.ok_or_else(slow)?;
+                // Why the receiver got nothing is often known to the sender only.
+                match outcome {
+                    Err(ApplianceError::Step { doing, code, said: mut words }) => {
+                        drop(child);
+                        words.push_str(&said.await.unwrap_or_default());
+                        Err(ApplianceError::Step { doing, code, said: words })
+                    }
+                    outcome => outcome,
+                }
             }
             Peer::Daemon(stream) => {
                 let (from, to) = stream.into_split();
@@ -231,6 +251,17 @@ impl Source {
             }
         }
     }
+}
+
+/// The end of what a sender says, which may be the words of another host.
+async fn last_words(mut from: impl AsyncRead + Unpin) -> String {
+    let mut said = Vec::new();
+    let mut buffer = [0; 1024];
+    while let Ok(len @ 1..) = from.read(&mut buffer).await {
+        said.extend_from_slice(&buffer[..len]);
+        said.drain(..said.len().saturating_sub(SAID_LEN_MAX));
+    }
+    String::from_utf8_lossy(&said).into_owned()
 }
 
 /// `None` where nothing was exchanged for too long and the work is not done either.
@@ -452,7 +483,15 @@ mod tests {
             parse("rsync://store:8873/web/files"),
             Some(Tree::Daemon { host, port: 8873, path })
         );
-        for bad in ["", "-oProxyCommand=x:/", "rsync://store", "rsync:///x", "store:", "store::m"] {
+        for bad in [
+            "",
+            "-oProxyCommand=x:/",
+            "rsync://store",
+            "rsync:///x",
+            "rsync://me@store/x",
+            "store:",
+            "store::m",
+        ] {
             assert!(parse(bad).is_none(), "{bad}");
         }
     }

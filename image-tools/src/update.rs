@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use crate::appliance::look::Layout;
 use crate::appliance::{Appliance, ApplianceError, Drive, Options};
-use crate::fit::{self, BootLoaderWants, Misfit, Plan, Table};
-use crate::flavour::{BootMode, Flavour};
+use crate::fit::{self, BootLoaderWants, Misfit, Mount, Plan, Table};
+use crate::flavour::Flavour;
 use crate::rsync::{Change, Compare, Item, Pass, Tree, TreeError, table_options};
 
 /// File systems that may hold a machine's files.
@@ -65,8 +65,11 @@ pub enum UpdateError {
     #[error("the tree's files do not fit into the template's file systems")]
     Full(#[source] ApplianceError),
     /// The template's machine has no table of file systems.
-    #[error("none of the template's file systems has an etc/fstab")]
+    #[error("none of the template's file systems has an etc/fstab (encrypted ones are not opened)")]
     NoSystem,
+    /// Its table names another disk.
+    #[error("the template's etc/fstab has its root at {0}, which is none of its file systems")]
+    RootElsewhere(String),
 }
 
 fn list(misfits: &[Misfit]) -> String {
@@ -145,7 +148,7 @@ pub async fn look(appliance: &mut Appliance) -> Result<System, UpdateError> {
     let mut tables = Vec::new();
     for (device, kind) in &holders {
         appliance.check(device, kind).await?;
-        if let Some((_, text)) = appliance.table(device, kind).await? {
+        if let Some(text) = appliance.table(device, kind).await? {
             tables.push((device, Table::new(&text)));
         }
     }
@@ -153,7 +156,13 @@ pub async fn look(appliance: &mut Appliance) -> Result<System, UpdateError> {
     let is_own = |(device, table): &(&String, Table)| {
         table.mounts(&layout).iter().any(|(name, at)| at == "/" && name == *device)
     };
-    let own = tables.iter().position(is_own).ok_or(UpdateError::NoSystem)?;
+    let own = tables.iter().position(is_own).ok_or_else(|| {
+        let wanted = tables.iter().flat_map(|(_, table)| &table.entries);
+        let root = wanted.clone().find(|entry| entry.path == "/");
+        root.map_or(UpdateError::NoSystem, |entry| {
+            UpdateError::RootElsewhere(printable(&entry.spec))
+        })
+    })?;
     let (_, table) = tables.swap_remove(own);
     let flavour = layout.flavour(&table.mounts(&layout));
     Ok(System { layout, table, flavour })
@@ -196,7 +205,7 @@ pub async fn update(
     }
     prepare(&mut appliance, &plan, &mut report).await?;
 
-    let installs = copy_files(&mut appliance, request, &mut report, &mut on).await?;
+    let installs = copy_files(&mut appliance, request, &plan, &mut report, &mut on).await?;
 
     on(Event::Stage("having it start from these disks"));
     appliance.step("make the folders that a system needs", &["places"]).await?;
@@ -205,7 +214,11 @@ pub async fn update(
         report.boot.push("SELinux labels all files when it first starts".to_owned());
     }
     if installs {
-        install_boot_loader(&mut appliance, &system, &mut report).await?;
+        install_boot_loader(&mut appliance, &system, &plan, &mut report).await?;
+    }
+    if !request.is_own {
+        let why = "it is the tree's, made for what its machine ran on";
+        report.skipped.push(("initramfs".to_owned(), why.to_owned()));
     }
     appliance.end().await?;
     Ok((report, system.flavour))
@@ -216,6 +229,7 @@ pub async fn update(
 async fn copy_files(
     appliance: &mut Appliance,
     request: &Request,
+    plan: &Plan,
     report: &mut Report,
     on: &mut impl FnMut(Event<'_>),
 ) -> Result<bool, UpdateError> {
@@ -239,7 +253,17 @@ async fn copy_files(
     (pass.dry_run, pass.compare) = (true, Compare::Time);
     let mut differing = Vec::new();
     run(appliance, &request.tree, &pass, |event| {
-        if let Event::Item(item) = event {
+        // vfat keeps neither owners nor exact times: there everything always differs.
+        let is_plain = |item: &Item| {
+            let path = format!("/{}", item.path);
+            let is_below = |mount: &Mount| {
+                path.strip_prefix(&mount.path).is_some_and(|rest| rest.starts_with('/'))
+            };
+            plan.mounts.iter().any(|mount| mount.is_plain && is_below(mount))
+        };
+        if let Event::Item(item) = event
+            && !is_plain(item)
+        {
             differing.push(item.path.clone());
         }
     })
@@ -340,20 +364,29 @@ async fn run(
 async fn install_boot_loader(
     appliance: &mut Appliance,
     system: &System,
+    plan: &Plan,
     report: &mut Report,
 ) -> Result<(), UpdateError> {
-    let mode = match system.flavour.boot {
-        BootMode::Bios => "bios",
-        BootMode::Uefi => "uefi",
-    };
-    let disk = system.layout.disks.first().map_or("", |disk| &disk.name);
-    let installer = appliance.step("install the boot loader", &["boot-loader", mode, disk]).await?;
-    match installer.trim() {
-        "absent" => {
-            let why = "the tree has no grub-install: the template's boot loader stays";
-            report.skipped.push(("boot loader".to_owned(), why.to_owned()));
+    let layout = &system.layout;
+    let disk = layout.disks.first().map_or("", |disk| &disk.name);
+    let esp = plan.mounts.iter().find(|mount| layout.is_efi_system(&mount.device));
+    let mut modes = Vec::new();
+    if layout.starts_by_bios() {
+        modes.push(("bios", ""));
+    }
+    if let Some(esp) = esp {
+        modes.push(("uefi", esp.path.as_str()));
+    }
+    for (mode, esp) in modes {
+        let words = ["boot-loader", mode, disk, esp];
+        let done = appliance.step("install the boot loader", &words).await?;
+        match done.trim() {
+            "absent" => {
+                let why = "the tree has no GRUB for it: the template's boot loader stays";
+                report.skipped.push((format!("boot loader for {mode}"), why.to_owned()));
+            }
+            done => report.boot.push(format!("boot loader for {mode}: {}", printable(done))),
         }
-        installer => report.boot.push(format!("the machine's {} was run", printable(installer))),
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! An image that was made from a template is brought up to date again: only what changed is written.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 
 use image_tools::folder::Image;
@@ -11,8 +12,8 @@ use jiff::Timestamp;
 
 use super::get::announce;
 use super::update::{
-    CHANGES, Layer, UpdateImageError, Updated, Wanted, allocated, bring_up_to_date, lay_over,
-    machine, origin,
+    CHANGES, Layer, UpdateImageError, Updated, Wanted, allocated, bring_up_to_date, check_sound,
+    lay_over, machine, origin,
 };
 use crate::progress::Progress;
 use crate::store::blocking;
@@ -28,23 +29,13 @@ pub async fn again(
     progress: &Progress,
 ) -> Result<Updated, UpdateImageError> {
     // Links and `..` would lead to another folder beside it.
-    let folder = match Rework::is_interrupted(folder) {
-        true => folder.to_owned(),
-        false => folder.canonicalize().map_err(ImageError::file("find", folder))?,
-    };
-    let mut rework = Rework::begin(&folder)?;
-    if rework.is_under_way() {
-        tracing::warn!(
-            "{}: an earlier update was interrupted and is finished first",
-            folder.display()
-        );
-        write_back(rework, progress).await?;
-        rework = Rework::begin(&folder)?;
-    }
+    let folder = folder.canonicalize().map_err(ImageError::file("find", folder))?;
+    let rework = Rework::begin(&folder)?;
     let image = Image::open(&folder)?;
     if !matches!(image.record().origin, Origin::Update { .. }) {
         return Err(UpdateImageError::Template { folder });
     }
+    check_sound(&image, progress).await?;
     let ready = rework.prepare()?;
     let layers = lay_over(&image, &ready).await?;
     let log = ready.join(CHANGES);
@@ -62,6 +53,23 @@ pub async fn again(
     rework.take(&next)?;
     let image = write_back(rework, progress).await?;
     Ok(Updated { image, report, written })
+}
+
+/// Finishes the update of the image at `folder` that was interrupted, where there is one.
+///
+/// # Errors
+/// [`UpdateImageError`]; it can be tried again.
+pub async fn finish(folder: &Path, progress: &Progress) -> Result<(), UpdateImageError> {
+    if !Rework::is_interrupted(folder) {
+        return Ok(());
+    }
+    let rework = Rework::begin(folder)?;
+    if rework.is_under_way() {
+        let name = folder.display();
+        tracing::warn!("{name}: an earlier update was interrupted, and is finished first");
+        write_back(rework, progress).await?;
+    }
+    Ok(())
 }
 
 /// Writes what was made ready into the image, and gives it its name. May be done again.
@@ -82,8 +90,18 @@ async fn write_back(rework: Rework, progress: &Progress) -> Result<Image, Update
         let seal = move || copy::seal(&base, &target, |bytes| progress.read(bytes));
         *disk = blocking(seal).await?;
     }
+    // By a new name: what is there may be a link.
     let (from, to) = (ready.join(CHANGES), image.folder().join(CHANGES));
-    fs::copy(&from, &to).map_err(ImageError::file("write", to))?;
+    let new = image.folder().join(".changes.partial");
+    let put = || -> io::Result<()> {
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        io::copy(&mut File::open(&from)?, &mut File::create_new(&new)?)?;
+        fs::rename(&new, &to)
+    };
+    put().map_err(ImageError::file("write", to.clone()))?;
     announce("update: give back", "give its name to", image.folder())?;
     Ok(rework.give_back(next)?)
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use image_tools::ImageError;
 use image_tools::appliance::Options;
+use image_tools::check;
 use image_tools::copy::{self, Bounds};
 use image_tools::flavour::Flavour;
 use image_tools::folder::Image;
@@ -114,6 +115,7 @@ pub async fn make(
     let overlays = get.folder().join("overlays");
     fs::create_dir(&overlays).map_err(ImageError::file("make", &overlays))?;
     let log = get.folder().join(CHANGES);
+    check_sound(template, progress).await?;
     let layers = lay_over(template, &overlays).await?;
     let (report, flavour) = bring_up_to_date(&layers, template, wanted, &log, progress).await?;
     let written = allocated(&layers)?;
@@ -144,6 +146,14 @@ pub async fn make(
 pub(super) struct Layer {
     pub(super) base: PathBuf,
     pub(super) overlay: PathBuf,
+}
+
+/// Reads all of an image: what is damaged in it would get checksums that say it is not.
+pub(super) async fn check_sound(image: &Image, progress: &Progress) -> Result<(), ImageError> {
+    let len = image.record().disks.iter().map(|disk| disk.file_len).sum();
+    progress.bytes("checking the image", len);
+    let progress = progress.clone();
+    check::all_sound(image, move |bytes| progress.read(bytes)).await
 }
 
 /// Makes an overlay in `folder` on each disk.

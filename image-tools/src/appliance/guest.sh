@@ -21,7 +21,7 @@ layout)
         NAME,TYPE,SIZE,HCTL,START,PTTYPE,PARTTYPE,PARTUUID,PARTLABEL,FSTYPE,UUID,LABEL
     ;;
 volumes)
-    lvm lvs --reportformat json --units b --nosuffix --options vg_name,lv_name,lv_size,lv_dm_path 2> /dev/null
+    lvm lvs --reportformat json --units b --nosuffix --options vg_name,lv_name,lv_size,lv_dm_path,vg_uuid,lv_uuid 2> /dev/null
     ;;
 check) # DEVICE KIND: a file system that was in use is made whole
     case $2 in
@@ -45,20 +45,24 @@ check) # DEVICE KIND: a file system that was in use is made whole
         ;;
     esac
     ;;
-table) # DEVICE KIND: the fstab on it, after the name of the subvolume that has it
+table) # DEVICE KIND: the fstab on it
     at=/tmp/look
-    options=ro
-    [ "$2" != btrfs ] || options=ro,subvolid=5
-    mount_of "$1" "$2" "$options" "$at"
-    for subvolume in "" @ @rootfs root; do
-        [ -z "$subvolume" ] || [ "$2" = btrfs ] || continue
-        if [ -f "$at/$subvolume/etc/fstab" ]; then
-            echo "$subvolume"
-            head -c 65536 "$at/$subvolume/etc/fstab"
-            break
-        fi
+    # A btrfs has its system in the subvolume that is mounted unless another is asked for, or in one of a
+    # well-known name.
+    roots=ro
+    [ "$2" != btrfs ] || roots="ro ro,subvolid=5"
+    for options in $roots; do
+        mount_of "$1" "$2" "$options" "$at"
+        for folder in . @ @rootfs root; do
+            if [ -f "$at/$folder/etc/fstab" ]; then
+                head -c 65536 "$at/$folder/etc/fstab"
+                umount "$at"
+                exit 0
+            fi
+            [ "$2" = btrfs ] || break
+        done
+        umount "$at"
     done
-    umount "$at"
     ;;
 identify) # DEVICE KIND uuid|label|partuuid VALUE
     case $3/$2 in
@@ -87,9 +91,8 @@ identify) # DEVICE KIND uuid|label|partuuid VALUE
     esac > /dev/null
     udevadm settle
     ;;
-mount) # DEVICE KIND SUBVOLUME PATH
-    options=defaults
-    [ -z "$3" ] || options=subvol=$3
+mount) # DEVICE KIND OPTIONS PATH
+    options=${3:-defaults}
     mount_of "$1" "$2" "$options" "/sysroot$4"
     ;;
 tree-files) # SOURCE OPTIONS: fetches the few files that say how the tree's machine is laid out
@@ -97,6 +100,11 @@ tree-files) # SOURCE OPTIONS: fetches the few files that say how the tree's mach
     shift
     mkdir -p /tmp/tree
     rsync "$@" --blocking-io --rsh=/tmp/kvmsnap-port "$source" /tmp/tree/ > /dev/null
+    owner=$(stat -c %u /tmp/tree/etc /tmp/tree/etc/fstab 2> /dev/null | sort -u | tr '\n' ' ')
+    if [ -n "$owner" ] && [ "$owner" != "0 " ]; then
+        echo "the tree's etc belongs to user $owner: its files have lost their owners" >&2
+        exit 1
+    fi
     ;;
 tree-file) # FILE: one of them
     [ ! -f "/tmp/tree/$1" ] || head -c 1048576 "/tmp/tree/$1"
@@ -120,33 +128,48 @@ places) # what a system needs to start, where the tree has left it out
 relabel)
     : > /sysroot/.autorelabel
     ;;
-boot-loader) # bios|uefi DISK: has it start from these disks
+boot-loader) # bios|uefi DISK ESP: has it start from these disks; tells what was done
     for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
     mkdir -p /sysroot/run
     mount -t tmpfs tmpfs /sysroot/run
     in_guest() { chroot /sysroot /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
-    status=0
-    found() { in_guest sh -c "command -v $1" > /dev/null 2>&1; }
-    for installer in grub-install grub2-install; do
-        found $installer || continue
-        case $1 in
-        bios) in_guest $installer --target=i386-pc --recheck "$2" > /tmp/out 2>&1 || status=$? ;;
-        uefi)
-            esp=/boot/efi
-            in_guest $installer --target=x86_64-efi --efi-directory=$esp --no-nvram --removable \
-                > /tmp/out 2>&1 || status=$?
-            ;;
-        esac
-        break
+    installer=
+    for name in grub-install grub2-install; do
+        [ -n "$installer" ] || ! in_guest sh -c "command -v $name" > /dev/null 2>&1 || installer=$name
     done
+    rm -f /tmp/out
+    status=0
+    done=absent
+    case $1 in
+    bios)
+        if [ -n "$installer" ] && [ -d /sysroot/usr/lib/grub/i386-pc ]; then
+            in_guest $installer --target=i386-pc --recheck "$2" > /tmp/out 2>&1 || status=$?
+            done="$installer was run"
+        fi
+        ;;
+    uefi)
+        # Red Hat's refuses to be used for UEFI: the programs that its packages have put there do.
+        if [ -n "$installer" ] && [ -d /sysroot/usr/lib/grub/x86_64-efi ] &&
+            in_guest $installer --target=x86_64-efi --efi-directory="$3" --no-nvram --removable > /tmp/out 2>&1; then
+            done="$installer was run"
+        elif [ -e "/sysroot$3/EFI/BOOT/BOOTX64.EFI" ] || [ -e "/sysroot$3/EFI/BOOT/bootx64.efi" ]; then
+            done="the EFI system partition has a boot loader"
+        else
+            for program in "/sysroot$3"/EFI/*/shimx64.efi "/sysroot$3"/EFI/*/grubx64.efi; do
+                [ -e "$program" ] || continue
+                mkdir -p "/sysroot$3/EFI/BOOT"
+                cp "${program%/*}"/*.efi "/sysroot$3/EFI/BOOT/"
+                cp "$program" "/sysroot$3/EFI/BOOT/BOOTX64.EFI"
+                done="its boot loader was copied to EFI/BOOT"
+                break
+            done
+        fi
+        ;;
+    esac
     umount /sysroot/run
     for folder in sys proc dev; do umount -R "/sysroot/$folder"; done
-    if [ ! -e /tmp/out ]; then echo absent; exit 0; fi
     [ $status -eq 0 ] || { tail -n 20 /tmp/out >&2; exit 1; }
-    echo "$installer"
-    ;;
-used) # bytes that the file systems hold
-    df --block-size=1 --output=used,target | awk '$2 ~ "^/sysroot" { sum += $1 } END { print sum + 0 }'
+    echo "$done"
     ;;
 finish)
     sync

@@ -9,6 +9,8 @@ use crate::flavour::{BootMode, DiskLayout, FileSystem, Flavour, Partition, Volum
 
 /// The type of an EFI system partition in a GPT (UEFI specification, 5.3.3).
 const EFI_SYSTEM: &str = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b";
+/// The type of a partition for GRUB's core image in a GPT (GRUB's manual, "BIOS installation").
+const BIOS_BOOT: &str = "21686148-6449-6e6f-744e-656564454649";
 /// Bytes of a sector: `lsblk` counts the start of a partition in units of 512, whatever the disk's are.
 const SECTOR: u64 = 512;
 
@@ -75,6 +77,10 @@ pub struct Volume {
     pub lv_size: u64,
     /// Its path below `/dev/mapper`, where `lsblk` lists it.
     pub lv_dm_path: String,
+    /// The UUID of its group, with dashes.
+    pub vg_uuid: String,
+    /// Its own UUID, with dashes.
+    pub lv_uuid: String,
 }
 
 #[derive(Deserialize)]
@@ -167,8 +173,10 @@ impl Layout {
         let mapped = || spec.starts_with("/dev/mapper/").then(|| by_path(spec)).flatten();
         self.device_of(spec).or_else(mapped).or_else(|| {
             let volume = self.volumes.iter().find(|volume| {
+                let by_id = format!("{}{}", volume.vg_uuid, volume.lv_uuid).replace('-', "");
                 spec.strip_prefix("/dev/").and_then(|rest| rest.split_once('/'))
                     == Some((&volume.vg_name, &volume.lv_name))
+                    || spec.strip_prefix("/dev/disk/by-id/dm-uuid-LVM-") == Some(&by_id)
             });
             match volume {
                 Some(volume) => by_path(&volume.lv_dm_path),
@@ -194,6 +202,24 @@ impl Layout {
             is_number.then(|| format!("/dev/sd{}{rest}", char::from(b'a' + letter)))
         };
         self.disks.iter().enumerate().find_map(disk).unwrap_or_else(|| device.to_owned())
+    }
+
+    /// Whether the first disk has room for a boot loader that a BIOS starts: behind the table of MBR, or in a
+    /// partition for it. A machine may have that and an EFI system partition.
+    pub fn starts_by_bios(&self) -> bool {
+        let Some(first) = self.disks.first() else { return false };
+        let is_for_bios = |part: &Device| part.parttype.as_deref() == Some(BIOS_BOOT);
+        first.pttype.as_deref() == Some("dos") || first.children.iter().any(is_for_bios)
+    }
+
+    /// Whether a device is an EFI system partition.
+    pub fn is_efi_system(&self, name: &str) -> bool {
+        let kinds = [EFI_SYSTEM, "0xef"];
+        let is_it = |device: &&Device| device.name == name;
+        let found = self.devices().into_iter().find(is_it);
+        found
+            .and_then(|device| device.parttype.as_deref())
+            .is_some_and(|kind| kinds.contains(&kind))
     }
 
     /// The fingerprint, with `mounts` saying where the machine's own table puts each device.
@@ -239,10 +265,9 @@ impl Layout {
             })
             .collect();
         file_systems.sort_by(|a, b| a.device.cmp(&b.device));
-        let is_efi = |device: &&Device| device.parttype.as_deref() == Some(EFI_SYSTEM);
-        let boot = match self.devices().iter().any(is_efi) {
-            true => BootMode::Uefi,
-            false => BootMode::Bios,
+        let boot = match self.starts_by_bios() {
+            true => BootMode::Bios,
+            false => BootMode::Uefi,
         };
         Flavour { boot, disks: disks.collect(), volume_groups: groups, file_systems }
     }

@@ -21,12 +21,16 @@ const GUEST: &str = include_str!("guest.sh");
 const PORT: &str = include_str!("port.sh");
 /// An emulated appliance may need minutes to start on a loaded host.
 const START_TIMEOUT: Duration = Duration::from_secs(600);
+/// What is done until it can be used.
+const START: &str = "start";
 /// A step that reads or writes little.
 const STEP_TIMEOUT: Duration = Duration::from_secs(300);
 /// A step that goes through a whole file system or installs a boot loader.
 const LONG_STEP_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
-/// How long files may be compared without a byte being sent.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How long files may be compared without a byte being sent: one may be as large as a disk.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(6 * 3600);
+/// How long copying may take in all; it is watched by what is sent.
+const COPY_TIMEOUT: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// Why the appliance did not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +86,7 @@ impl ApplianceError {
             Self::Ended { .. } => {
                 Some("`libguestfs-test-tool` tells what is wrong with libguestfs")
             }
-            Self::Slow { .. } => {
+            Self::Slow { doing, .. } if doing == START => {
                 Some("where KVM does not work, KVMSNAP_ACCEL=tcg has the processor emulated")
             }
             _ => None,
@@ -138,7 +142,7 @@ impl Appliance {
             std::fs::write(at(name), text).map_err(ApplianceError::Prepare)?;
         }
         let mut session = Session::start(options.emulate)?;
-        let doing = "start";
+        let doing = START;
         for drive in drives {
             let path = drive.path.display().to_string();
             // What is written is made durable by whoever makes an image of it.
@@ -185,7 +189,7 @@ impl Appliance {
         self.session.step(&doing, &words, LONG_STEP_TIMEOUT).await.map(drop)
     }
 
-    /// The table of file systems on a device, where it has one, and the btrfs subvolume with it.
+    /// The table of file systems on a device, where it has one.
     ///
     /// # Errors
     /// [`ApplianceError`].
@@ -193,10 +197,10 @@ impl Appliance {
         &mut self,
         device: &str,
         kind: &str,
-    ) -> Result<Option<(String, String)>, ApplianceError> {
+    ) -> Result<Option<String>, ApplianceError> {
         let doing = format!("look at the files on {device}");
         let found = self.session.step(&doing, &["table", device, kind], STEP_TIMEOUT).await?;
-        Ok(found.split_once('\n').map(|(volume, text)| (volume.to_owned(), text.to_owned())))
+        Ok(Some(found).filter(|text| !text.is_empty()))
     }
 
     /// Gives a file system or partition another UUID, label or partition UUID (`what`).
@@ -221,8 +225,7 @@ impl Appliance {
     /// [`ApplianceError`].
     pub async fn mount(&mut self, mount: &crate::fit::Mount) -> Result<(), ApplianceError> {
         let doing = format!("mount {} at {}", mount.device, mount.path);
-        let subvolume = mount.subvolume.as_deref().unwrap_or_default();
-        let words = ["mount", &mount.device, &mount.kind, subvolume, &mount.path];
+        let words = ["mount", &mount.device, &mount.kind, &mount.options, &mount.path];
         self.session.step(&doing, &words, STEP_TIMEOUT).await.map(drop)
     }
 
@@ -273,16 +276,15 @@ impl Appliance {
         words.extend(options.iter().map(String::as_str));
         let port = self.connect().await?;
         let Self { session, log, .. } = self;
-        let step = session.step("copy the tree's files", &words, LONG_STEP_TIMEOUT);
-        let copied = async {
-            let (outcome, items) =
-                tokio::join!(step, crate::rsync::read_items(log, LONG_STEP_TIMEOUT, item));
-            outcome.and_then(|_| items.map_err(|error| ApplianceError::Nonsense(Box::new(error))))
-        };
+        let step = session.step("copy the tree's files", &words, COPY_TIMEOUT);
+        let items = crate::rsync::read_items(log, COPY_TIMEOUT, item);
+        let items =
+            async { items.await.map_err(|error| ApplianceError::Nonsense(Box::new(error))) };
+        let copied = async { tokio::try_join!(step, items).map(drop) };
         source.relay_while(port, IDLE_TIMEOUT, copied, sent).await
     }
 
-    /// Runs a step that takes few words: `places`, `relabel`, `boot-loader`, `used`, `finish`.
+    /// Runs a step that takes few words: `places`, `relabel`, `boot-loader`, `finish`.
     ///
     /// # Errors
     /// [`ApplianceError`].

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{ApplianceError, STEP_TIMEOUT};
+use crate::rsync::quote_for_shell;
 
 /// `guestfish` reads lines of up to 8 KiB where no terminal is behind them.
 const LINE_LEN_MAX: usize = 8000;
@@ -172,11 +173,6 @@ async fn keep_end(mut from: ChildStderr, said: Arc<Mutex<Vec<u8>>>) {
         let excess = said.len().saturating_sub(SAID_LEN_MAX);
         said.drain(..excess);
     }
-}
-
-/// For `sh`: nothing in it means anything.
-fn quote_for_shell(word: &str) -> String {
-    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// As `guestfish` reads what is between double quotes: guestfish(1), "Quoting".

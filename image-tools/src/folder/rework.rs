@@ -156,8 +156,11 @@ impl Rework {
 impl Drop for Rework {
     fn drop(&mut self) {
         if !self.is_under_way() && is_at(&self.lock, &self.work) {
-            // Under the lock. What cannot be removed goes with the next try.
-            let _ = fs::remove_dir_all(&self.work);
+            // Under the lock. What cannot be removed goes with the next try. Never all that is there: should
+            // the image be in it after all, it stays.
+            let _ = fs::remove_dir_all(self.ready());
+            let _ = fs::remove_file(self.work.join(NEXT));
+            let _ = fs::remove_dir(&self.work);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `kvmsnap image update`
 
+use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -12,7 +13,7 @@ use serde_json::json;
 use super::boot::{BootOptions, try_image};
 use super::{Context, ImageLine};
 use crate::error::CommandError;
-use crate::image::again::again;
+use crate::image::again::{again, finish};
 use crate::image::boot::Accel;
 use crate::image::update::{self, CHANGES, Updated, Wanted};
 use crate::names::printable;
@@ -74,11 +75,18 @@ enum Compare {
 /// # Errors
 /// Whatever keeps the image from being made, or from starting.
 pub async fn run(args: UpdateArgs, context: &Context) -> Result<(), CommandError> {
+    let finish = async { Ok(finish(&args.template, &context.progress).await?) };
+    context.until_interrupted(finish).await?;
     let tree = Tree::parse(&args.tree)?;
     tree.probe()?;
+    // The next update asks whether it is of the same tree.
+    let tree_name = match &tree {
+        Tree::Folder(folder) => fs::canonicalize(folder)?.to_string_lossy().into_owned(),
+        _ => args.tree.clone(),
+    };
     let wanted = Wanted {
         tree,
-        tree_name: args.tree.clone(),
+        tree_name,
         compare: args.compare.map(|by| match by {
             Compare::Content => rsync::Compare::Content,
             Compare::Time => rsync::Compare::Time,
