@@ -139,15 +139,15 @@ fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
     let tree_name = tree.to_str().unwrap();
     let output = scene.output();
 
-    let more = ["--output", output.to_str().unwrap(), "--boot-test", "--wait", "agent"];
+    let more = ["--output", output.to_str().unwrap(), "--boot-test", "--wait", "login"];
     let made = line(&run(scene.update(&scene.template, tree_name, &more)));
 
     assert_eq!(made["machine"], "birch");
-    assert_eq!(made["boot"]["sign"], "agent");
+    assert_eq!(made["boot"]["sign"], "login");
     assert!(made["update"]["changed"].as_u64().unwrap() > 10, "{made}");
     assert_eq!(scene.template_content(), before, "the template was written to");
     let console = fs::read_to_string(output.join("boot/console.log")).unwrap();
-    assert!(console.contains("birch"), "another machine has started:\n{console}");
+    assert!(console.contains("birch login:"), "another machine has started:\n{console}");
 
     // One small file changes. The update is killed when it is about to write to the image's disk.
     fs::write(tree.join("etc/motd"), "changed\n").unwrap();
