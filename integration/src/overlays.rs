@@ -129,16 +129,27 @@ impl Scene {
 pub fn assert_tells_stall(
     guest: &Inside,
     (disk, qemu): (&str, u32),
-    purge: Command,
+    (purge, records): (Command, &Path),
     has_job: impl Fn() -> bool,
 ) {
     // So many that some are always under way.
     let load = guest.start_paced(disk, 1000);
     let running = spawn(purge);
-    wait_until(WAIT, "an overlay is written back", &has_job);
-    signal(qemu, Signal::SIGSTOP);
-    std::thread::sleep(STILL);
-    signal(qemu, Signal::SIGCONT);
+    loop {
+        wait_until(WAIT, "an overlay is written back", &has_job);
+        signal(qemu, Signal::SIGSTOP);
+        // Else that job has just ended, and another one begins.
+        let is_in_time = files_in(records, ".json").iter().any(|record| {
+            fs::read_to_string(record).is_ok_and(|text| text.contains(r#""committing""#))
+        });
+        if is_in_time {
+            std::thread::sleep(STILL);
+        }
+        signal(qemu, Signal::SIGCONT);
+        if is_in_time {
+            break;
+        }
+    }
     let outcome = finish(running);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     let felt = load.longest();

@@ -106,7 +106,9 @@ fn p1_ten_rounds_of_create_copy_and_purge_show_instants_of_a_working_guest() {
     scene.ok("create", &agent);
     let has_job = || scene.guest.qmp_command("query-jobs", &json!({})) != json!([]);
     let qemu = ("vdc", scene.guest.pid());
-    assert_tells_stall(&scene.guest, qemu, scene.command("purge", &[]), has_job);
+    let records = scene.host.state().join("overlays");
+    let purge = (scene.command("purge", &[]), &*records);
+    assert_tells_stall(&scene.guest, qemu, purge, has_job);
     scene.assert_back();
     scene.guest.quit();
     let vda = convert(&scene.guest.disk_path("vda"), "qcow2", scene.host.folder());

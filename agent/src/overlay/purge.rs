@@ -204,10 +204,13 @@ impl<L: Layers> Purge<'_, L> {
                 self.to_write(held.record(), disk).await?;
             }
         }
-        let (mut brought, mut stays) = (Vec::new(), None);
+        let (mut brought, mut stays, mut watch) = (Vec::new(), None, Watch::default());
         for index in 0..held.record().disks.len() {
             if !matches!(held.record().disks[index].stage, Stage::Back(_)) {
-                brought.push(self.bring_back(held, index, interrupt.as_mut()).await?);
+                let back = self.bring_back(held, index, watch, interrupt.as_mut()).await?;
+                brought.push(back.0);
+                // Nothing of what the guest feels between two disks is missed.
+                watch = back.1.next();
             }
             // At once: a guest that was started on it again would run on what is older than its image.
             match self.delete(&held.record().disks[index]).await {
@@ -252,15 +255,16 @@ impl<L: Layers> Purge<'_, L> {
         &self,
         held: &mut Held,
         index: usize,
+        watch: Watch,
         interrupt: Pin<&mut impl Future<Output = ()>>,
-    ) -> Result<Brought, OverlayError> {
+    ) -> Result<(Brought, Watch), OverlayError> {
         let mut course = Course {
             started: Instant::now(),
             slowed: false,
             paused: None,
             last: Written { done: 0, total: 0, is_ready: false },
             base: None,
-            watch: Watch::default(),
+            watch,
         };
         let disk = &held.record().disks[index];
         match self.layers.chains().await? {
@@ -289,14 +293,15 @@ impl<L: Layers> Purge<'_, L> {
         self.set_stage(held, index, Stage::Back(spent))?;
         // What waited for the pivot has ended by now.
         self.observe(&mut course).await;
-        Ok(Brought {
+        let brought = Brought {
             disk: held.record().disks[index].clone(),
             bytes: course.last.done,
             took: course.started.elapsed(),
             slowed: course.slowed,
             paused: course.paused,
             stall: course.watch.stall(),
-        })
+        };
+        Ok((brought, course.watch))
     }
 
     /// Whether the very QEMU that was told to go on with the base has done so.

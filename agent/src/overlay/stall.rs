@@ -77,6 +77,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// What goes on from here, without what was seen so far.
+    pub fn next(self) -> Self {
+        Self { looks: u32::from(self.last.is_some()), last: self.last, ..Self::default() }
+    }
+
     /// Takes note of what the guest did up to now; `None` where that cannot be told.
     pub fn observe(&mut self, now: Option<Vec<Series>>) {
         self.looks += 1;
