@@ -349,3 +349,79 @@ impl Plan {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LSBLK: &str = r#"{"blockdevices": [{"name": "/dev/sda", "type": "disk", "size": 9, "children": [
+        {"name": "/dev/sda1", "type": "part", "size": 1, "fstype": "ext4", "uuid": "a1", "partuuid": "0000000a-01"},
+        {"name": "/dev/sda2", "type": "part", "size": 1, "fstype": "xfs", "uuid": "a2", "partuuid": "0000000a-02"},
+        {"name": "/dev/sda3", "type": "part", "size": 1, "fstype": "swap", "uuid": "a3"}]}]}"#;
+    const LVS: &str = r#"{"report": [{"lv": []}]}"#;
+    const TEMPLATE: &str = "UUID=a1 / ext4\nUUID=a2 /var/ xfs\nUUID=a3 none swap\n";
+
+    fn plan_for(tree: &str, wants: &BootLoaderWants) -> Result<Plan, Vec<Misfit>> {
+        let layout = Layout::parse(LSBLK, LVS, 1).unwrap();
+        plan(&Table::new(TEMPLATE), &layout, &Table::new(tree), wants)
+    }
+
+    fn misfits(tree: &str) -> String {
+        let misfits = plan_for(tree, &BootLoaderWants::default()).unwrap_err();
+        misfits.iter().map(Misfit::to_string).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn devices_get_the_names_that_the_trees_machine_knows_them_by() {
+        let tree =
+            "UUID=b2 /var xfs\nLABEL=root / ext4\nUUID=A3 none swap\nUUID=b9 /mnt ext4 nofail\n";
+        let wants = BootLoaderWants { boot_uuid: Some("b1".into()), root_uuid: None };
+
+        let plan = plan_for(tree, &wants).unwrap();
+
+        let mounts: Vec<_> = plan.mounts.iter().map(|m| (&*m.path, &*m.device)).collect();
+        assert_eq!(mounts, [("/", "/dev/sda1"), ("/var", "/dev/sda2")]);
+        let named: Vec<_> = plan
+            .identities
+            .iter()
+            .map(|one| (&*one.device, one.uuid.as_deref(), one.label.as_deref()))
+            .collect();
+        // The boot loader decides what the table leaves open; what holds already is left alone.
+        let expected = [("/dev/sda2", Some("b2"), None), ("/dev/sda1", Some("b1"), Some("root"))];
+        assert_eq!(named, expected);
+        assert_eq!(plan.skipped.len(), 1);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told_all_at_once() {
+        let told = misfits("UUID=b1 / btrfs\nUUID=b4 /srv ext4\nUUID=a3 none swap\n");
+        for words in ["/ is btrfs", "mounts UUID=b4 at /srv", "mounts UUID=a2 at /var/"] {
+            assert!(told.contains(words), "{words}:\n{told}");
+        }
+        assert!(misfits("UUID=b2 /var xfs\n").contains("no root"));
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_given_must_be_the_templates_own() {
+        let with_root = |root: &str| format!("{root} / ext4\nUUID=a2 /var xfs\n");
+        let none = BootLoaderWants::default();
+        for fits in ["/dev/vda1", "PARTUUID=0000000b-01", "/dev/disk/by-uuid/b1"] {
+            assert!(plan_for(&with_root(fits), &none).is_ok(), "{fits}");
+        }
+        for odd in ["/dev/vda2", "PARTUUID=0000000b-02", "/dev/disk/by-id/x", "PARTLABEL=root"] {
+            assert!(plan_for(&with_root(odd), &none).is_err(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn the_boot_loader_is_read_from_its_first_entry_on() {
+        let config = "search --no-floppy --fs-uuid --set=root f0000000-0f\nmenuentry 'Debian' {\n\
+            \tsearch --no-floppy --fs-uuid --set=root --hint='x' b0000000-0b\n\
+            \tlinux /vmlinuz root=UUID=c0-0c ro\n}\n";
+
+        let wants = BootLoaderWants::parse(config);
+
+        assert_eq!(wants.boot_uuid.as_deref(), Some("b0000000-0b"));
+        assert_eq!(wants.root_uuid.as_deref(), Some("c0-0c"));
+    }
+}

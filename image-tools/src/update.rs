@@ -34,13 +34,16 @@ pub struct Request {
     pub drives: Vec<PathBuf>,
     /// The files of the machine.
     pub tree: Tree,
-    /// How files are compared.
-    pub compare: Compare,
+    /// How files are compared; by content where the user leaves it open, unless these disks were made from
+    /// this tree before.
+    pub compare: Option<Compare>,
     /// What stays as the template has it.
     pub excludes: Vec<String>,
-    /// Whether these disks were brought up to date from this tree before: then their boot loader is theirs
-    /// already, and is installed again only when the tree has another.
-    pub is_own: bool,
+    /// Which machine these disks were brought up to date as before. Its boot loader is theirs already, and is
+    /// installed again only when the tree has another.
+    pub made_as: Option<String>,
+    /// Whether that was from this tree.
+    pub is_same_tree: bool,
     /// How the appliance runs.
     pub appliance: Options,
 }
@@ -205,7 +208,8 @@ pub async fn update(
     }
     prepare(&mut appliance, &plan, &mut report).await?;
 
-    let installs = copy_files(&mut appliance, request, &plan, &mut report, &mut on).await?;
+    let is_own = request.made_as.is_some() && request.made_as == report.hostname;
+    let installs = copy_files(&mut appliance, request, is_own, &plan, &mut report, &mut on).await?;
 
     on(Event::Stage("having it start from these disks"));
     appliance.step("make the folders that a system needs", &["places"]).await?;
@@ -216,7 +220,7 @@ pub async fn update(
     if installs {
         install_boot_loader(&mut appliance, &system, &plan, &mut report).await?;
     }
-    if !request.is_own {
+    if !is_own {
         let why = "it is the tree's, made for what its machine ran on";
         report.skipped.push(("initramfs".to_owned(), why.to_owned()));
     }
@@ -229,17 +233,20 @@ pub async fn update(
 async fn copy_files(
     appliance: &mut Appliance,
     request: &Request,
+    is_own: bool,
     plan: &Plan,
     report: &mut Report,
     on: &mut impl FnMut(Event<'_>),
 ) -> Result<bool, UpdateError> {
     on(Event::Stage("copying files"));
     let mut excludes = request.excludes.clone();
-    if request.is_own {
+    if is_own {
         excludes.extend(BOOT_LOADER_FILES.map(str::to_owned));
     }
-    let mut pass = Pass { compare: request.compare, dry_run: false, excludes };
-    let mut installs = !request.is_own;
+    let by_default = if is_own && request.is_same_tree { Compare::Time } else { Compare::Content };
+    let compare = request.compare.unwrap_or(by_default);
+    let mut pass = Pass { compare, dry_run: false, excludes };
+    let mut installs = !is_own;
     run(appliance, &request.tree, &pass, |event| {
         if let Event::Item(item) = &event {
             let is_its = BOOT_LOADER_PACKAGE.iter().any(|prefix| item.path.starts_with(prefix));

@@ -194,15 +194,18 @@ pub(super) async fn bring_up_to_date(
     log: &Path,
     progress: &Progress,
 ) -> Result<(Report, Flavour), UpdateImageError> {
-    let is_same = matches!(&template.record().origin,
-        Origin::Update { tree, .. } if *tree == wanted.tree_name);
-    let by_default = if is_same { Compare::Time } else { Compare::Content };
+    let record = template.record();
+    let made_from = match &record.origin {
+        Origin::Update { tree, .. } => Some(tree),
+        _ => None,
+    };
     let request = update::Request {
         drives: layers.iter().map(|layer| layer.overlay.clone()).collect(),
         tree: wanted.tree.clone(),
-        compare: wanted.compare.unwrap_or(by_default),
+        compare: wanted.compare,
         excludes: wanted.excludes.clone(),
-        is_own: is_same,
+        made_as: made_from.map(|_| record.machine.clone()),
+        is_same_tree: made_from == Some(&wanted.tree_name),
         appliance: wanted.appliance.clone(),
     };
     announce("update: files", "write", log)?;

@@ -286,3 +286,59 @@ fn number_of(name: &str) -> u32 {
     let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
     name[name.len() - digits..].parse().unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `lsblk` tells of a machine with a disk for its system and one for data, whose order the kernel
+    /// has mixed up, with the appliance's own disk among them.
+    const LSBLK: &str = r#"{"blockdevices": [
+        {"name": "/dev/sda", "type": "disk", "size": 4294967296, "hctl": "2:0:2:0", "fstype": "ext2"},
+        {"name": "/dev/sdb", "type": "disk", "size": 1073741824, "hctl": "2:0:1:0", "fstype": "xfs",
+         "uuid": "0d", "label": "data"},
+        {"name": "/dev/sdc", "type": "disk", "size": 2147483648, "hctl": "2:0:0:0", "pttype": "gpt",
+         "children": [
+            {"name": "/dev/sdc1", "type": "part", "size": 1048576, "start": 2048,
+             "parttype": "21686148-6449-6e6f-744e-656564454649"},
+            {"name": "/dev/sdc2", "type": "part", "size": 536870912, "start": 4096, "fstype": "vfat",
+             "uuid": "0C0D-0E0F", "parttype": "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"},
+            {"name": "/dev/sdc3", "type": "part", "size": 1073741824, "start": 1052672,
+             "fstype": "LVM2_member", "children": [
+                {"name": "/dev/mapper/vg--0-root", "type": "lvm", "size": 805306368, "fstype": "ext4",
+                 "uuid": "0a"}]}]}]}"#;
+    const LVS: &str = r#"{"report": [{"lv": [{"vg_name": "vg-0", "lv_name": "root", "lv_size": "805306368",
+        "lv_dm_path": "/dev/mapper/vg--0-root", "vg_uuid": "aB-1", "lv_uuid": "cD-2"}]}]}"#;
+
+    #[test]
+    fn disks_are_known_by_where_they_are_plugged_in() {
+        let layout = Layout::parse(LSBLK, LVS, 2).unwrap();
+
+        let sizes: Vec<_> = layout.disks.iter().map(|disk| disk.size >> 30).collect();
+        assert_eq!(sizes, [2, 1]);
+        let named = |spec: &str| layout.device_named(spec).map(|device| device.name.as_str());
+        for spec in ["/dev/mapper/vg--0-root", "/dev/vg-0/root", "UUID=0A", "/dev/disk/by-uuid/0a"]
+        {
+            assert_eq!(named(spec), Some("/dev/mapper/vg--0-root"), "{spec}");
+        }
+        assert_eq!(named("/dev/disk/by-id/dm-uuid-LVM-aB1cD2"), Some("/dev/mapper/vg--0-root"));
+        assert_eq!(named("/dev/vda2"), Some("/dev/sdc2"));
+        assert_eq!(named("LABEL=data"), Some("/dev/sdb"));
+        assert_eq!((named("/dev/vdc"), named("UUID=0b"), named("")), (None, None, None));
+        assert_eq!(layout.stable_name("/dev/sdc2"), "/dev/sda2");
+        assert!(Layout::parse(LSBLK, LVS, 4).is_err(), "too few disks were enough");
+    }
+
+    #[test]
+    fn a_machine_may_start_by_bios_and_by_uefi() {
+        let layout = Layout::parse(LSBLK, LVS, 2).unwrap();
+
+        assert!(layout.starts_by_bios() && layout.is_efi_system("/dev/sdc2"));
+        let mounts = [("/dev/mapper/vg--0-root".to_owned(), "/".to_owned())];
+        let flavour = layout.flavour(&mounts);
+        assert_eq!(flavour.disks[0].partitions[1].start, 4096 * 512);
+        assert_eq!(flavour.volume_groups[0].volumes, [("root".to_owned(), 805_306_368)]);
+        let root = &flavour.file_systems[0];
+        assert_eq!((&*root.device, root.mount.as_deref()), ("/dev/mapper/vg--0-root", Some("/")));
+    }
+}
