@@ -1,10 +1,12 @@
 //! A template becomes another machine of its flavour by that machine's files, in libguestfs' appliance.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use integration::faults::{Fault, SmallDisk, assert_says, signal, wait_until};
@@ -234,4 +236,50 @@ fn r29_a_killed_update_leaves_no_appliance() {
     wait_until(WAIT, "the appliance is gone", || appliances_on(output.parent().unwrap()) == 0);
     assert!(!output.exists());
     assert_eq!(scene.template_content(), before);
+}
+
+/// R29: a tree that somebody writes to is none of one instant: no image is made of it.
+#[test]
+fn r29_a_tree_that_changes_meanwhile_is_refused() {
+    let Some(scene) = Scene::new() else { return };
+    let before = scene.template_content();
+    let tree = scene.host.folder().join("tree");
+    scene.debian.copy_tree(Machine::BiosOther, &tree);
+    let output = scene.output();
+    let more = ["--output", output.to_str().unwrap()];
+    let mut running = spawn(scene.update(&scene.template, tree.to_str().unwrap(), &more));
+    let mut written = 0;
+
+    wait_until(WAIT, "the update ends", || {
+        written += 1;
+        fs::write(tree.join("etc/motd"), format!("{written}\n")).unwrap();
+        running.has_ended()
+    });
+
+    let outcome = finish(running);
+    assert_says(&outcome, 1, "the tree changed while it was copied");
+    assert_says(&outcome, 1, "etc/motd");
+    assert!(names(output.parent().unwrap()).is_empty(), "something was left");
+    assert_eq!(scene.template_content(), before);
+}
+
+/// S06, S07: what a daemon says when it refuses is told, without what it would do to a terminal.
+#[test]
+fn s06_an_rsync_daemon_that_misbehaves_ends_the_update() {
+    let Some(scene) = Scene::new() else { return };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let daemon = thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        peer.write_all(b"@RSYNCD: 31.0\n@ERROR: \x1b[2Jgo away\n").unwrap();
+    });
+    let output = scene.output();
+    let url = format!("rsync://127.0.0.1:{port}/birch");
+
+    let outcome = run(scene.update(&scene.template, &url, &["--output", output.to_str().unwrap()]));
+
+    daemon.join().unwrap();
+    assert_says(&outcome, 1, "go away");
+    assert!(!outcome.stderr.contains('\x1b'), "{outcome:?}");
+    assert!(names(output.parent().unwrap()).is_empty(), "something was left");
 }
