@@ -65,6 +65,8 @@ fn build(cache: &Path, folder: &Path) {
     let version = modules.file_name().expect("it is named by its version").to_owned();
     let base = modules.ancestors().nth(3).expect("it is BASE/lib/modules/VERSION");
     run("depmod", &["-b".as_ref(), base.as_os_str(), version.as_os_str()]);
+    // supermin takes the owner and mode of this folder from the host, which has none without a kernel.
+    fs::create_dir_all("/lib/modules").expect("whole machines are made by root");
     // As `libguestfs-make-fixed-appliance` does, but that one also starts it.
     let parts = PARTS.into_iter().find(|parts| Path::new(parts).is_dir());
     let output = Command::new(find("supermin").expect("it was looked for"))
