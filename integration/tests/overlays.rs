@@ -61,6 +61,60 @@ fn images_hold_still_for_foreign_tools_while_the_guest_goes_on() {
     scene.assert_holds();
 }
 
+/// A loop device, which is to QEMU what a logical volume is; gone with this value.
+struct BlockDevice(PathBuf);
+
+impl BlockDevice {
+    fn on(file: &Path) -> Self {
+        let mut losetup = Command::new("losetup");
+        losetup.args(["--find", "--show"]).arg(file);
+        let name = String::from_utf8(tool(losetup).stdout).expect("a path");
+        Self(PathBuf::from(name.trim()))
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_holds_still_and_takes_back_what_the_guest_wrote() {
+    let host = Host::without_repository();
+    let image = host.folder().join("volume");
+    fs::write(&image, vec![0x11; SIZE as usize]).expect("room for a small disk");
+    let device = BlockDevice::on(&image);
+    let node = json!({"driver": "raw", "node-name": "volume",
+        "file": {"driver": "host_device", "filename": device.0}});
+    let plan = Guest::without_os().args(["-blockdev".to_owned(), node.to_string()]);
+    let plan = plan.args(["-device", "virtio-blk-pci,drive=volume,id=vda"]);
+    let Some(guest) = plan.boot() else { return };
+    let overlays = host.folder().join("overlays");
+    fs::create_dir(&overlays).expect("a new folder");
+    let scene = Scene::of(guest, host);
+    let guest_does = |what: &str| {
+        let line = format!("qemu-io -d /machine/peripheral/vda/virtio-backend \"{what}\"");
+        scene.guest.qmp_command("human-monitor-command", &json!({"command-line": line}));
+    };
+    let first = || fs::read(&device.0).expect("root reads it")[..MIB as usize].to_vec();
+
+    let created = scene.ok("create", &["--overlay-dir", overlays.to_str().expect("plain")]);
+
+    guest_does("write -P 0x22 0 64k");
+    assert_eq!(
+        (text(&created[0], "frozen"), text(&created[0], "format")),
+        (device.0.to_str().unwrap(), "raw")
+    );
+    assert_eq!(first(), vec![0x11; MIB as usize], "the device did not hold still");
+    scene.ok("purge", &[]);
+    guest_does("flush");
+    assert_eq!(first()[..65536], vec![0x22; 65536], "what the guest wrote is not there");
+    assert_eq!(first()[65536..], vec![0x11; MIB as usize - 65536]);
+    assert!(files_in(&overlays, "").is_empty());
+    scene.guest.quit();
+}
+
 #[test]
 fn p1_ten_rounds_of_create_copy_and_purge_show_instants_of_a_working_guest() {
     let plan = Guest::builder().disk(Disk::new("vda", SIZE)).disk(Disk::new("vdb", SIZE).raw());
