@@ -4,11 +4,15 @@
 //! UUIDs. So the places join them: what the tree's table wants at `/var` belongs on the device that the
 //! template's table mounts there.
 
+pub mod template;
+pub mod tree;
+
 use crate::appliance::look::{Device, Layout};
+use crate::flavour::BootMode;
 use crate::fstab::Entry;
 
 /// One table of file systems, and where it was found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Table {
     /// The entries that name disks.
     pub entries: Vec<Entry>,
@@ -108,6 +112,26 @@ pub enum Misfit {
         path: String,
         /// The template's device.
         found: String,
+    },
+    /// They start differently.
+    #[error("the tree's machine starts by {wanted}, the template by {found}")]
+    Boot {
+        /// By the tree's table.
+        wanted: BootMode,
+        /// The template's.
+        found: BootMode,
+    },
+    /// A file system of the template is too small.
+    #[error(
+        "the files at {path} have {files} bytes or more, the template's file system has {room}"
+    )]
+    TooLarge {
+        /// Where, in the machine.
+        path: String,
+        /// Bytes that they need at least.
+        files: u64,
+        /// Bytes of the template's device.
+        room: u64,
     },
 }
 

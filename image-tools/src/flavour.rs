@@ -1,5 +1,7 @@
 //! The fingerprint of a machine's disks: which machines can be put on which template.
 
+use std::fmt::{self, Display, Formatter};
+
 use serde::{Deserialize, Serialize};
 
 /// How a machine starts.
@@ -12,6 +14,15 @@ pub enum BootMode {
     Uefi,
 }
 
+impl Display for BootMode {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bios => "BIOS",
+            Self::Uefi => "UEFI",
+        })
+    }
+}
+
 /// The layout of a machine's disks. Equal flavours take each other's files; names and UUIDs that differ
 /// from machine to machine are no part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +33,7 @@ pub struct Flavour {
     pub disks: Vec<DiskLayout>,
     /// LVM volume groups, by name.
     pub volume_groups: Vec<VolumeGroup>,
-    /// File systems and swap, by the device that holds them.
+    /// File systems and swap, by the device that holds them: once for each place where it is mounted.
     pub file_systems: Vec<FileSystem>,
 }
 

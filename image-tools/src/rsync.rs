@@ -69,6 +69,14 @@ pub enum TreeError {
         /// Why.
         source: io::Error,
     },
+    /// Something in the folder cannot be read.
+    #[error("cannot read {}", .path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A program cannot be run.
     #[error("cannot run `{program}`")]
     Run {

@@ -253,17 +253,21 @@ impl Layout {
             group.volumes.sort();
         }
         groups.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut file_systems: Vec<FileSystem> = self
-            .holders()
-            .map(|(device, kind)| FileSystem {
+        let mut file_systems = Vec::new();
+        for (device, kind) in self.holders() {
+            let file_system = |mount| FileSystem {
                 device: self.stable_name(&device.name),
                 kind: kind.to_owned(),
-                mount: mounts
-                    .iter()
-                    .find(|(name, _)| *name == device.name)
-                    .map(|(_, at)| at.clone()),
-            })
-            .collect();
+                mount,
+            };
+            // btrfs may be mounted at several places, by its subvolumes.
+            let places = mounts.iter().filter(|(name, _)| *name == device.name);
+            let before = file_systems.len();
+            file_systems.extend(places.map(|(_, at)| file_system(Some(at.clone()))));
+            if file_systems.len() == before {
+                file_systems.push(file_system(None));
+            }
+        }
         file_systems.sort_by(|a, b| a.device.cmp(&b.device));
         let boot = match self.starts_by_bios() {
             true => BootMode::Bios,
