@@ -108,6 +108,20 @@ pub enum CommandError {
         /// How many; each was printed.
         count: usize,
     },
+    /// None of a store's templates fits a tree.
+    #[error("no template in {} fits the tree", .store.display())]
+    NoTemplateFits {
+        /// The store.
+        store: PathBuf,
+        /// Templates that nobody has looked at.
+        unlooked: usize,
+    },
+    /// A tree that is not on this host is not compared without an appliance.
+    #[error("`{tree}` is no folder of this host")]
+    RemoteTree {
+        /// As it was named.
+        tree: String,
+    },
     /// The repository cannot be used.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
@@ -240,6 +254,7 @@ impl CommandError {
             Self::Name(_)
             | Self::Image(ImageError::Name { .. })
             | Self::Tree(TreeError::Name(_))
+            | Self::RemoteTree { .. }
             | Self::TooManyFiles { .. }
             | Self::ManyDomains { .. }
             | Self::NoName { .. }
@@ -295,6 +310,15 @@ impl CommandError {
             Self::Boot(error) => return error.hint(),
             Self::Plan(PlanError::UnknownDisk { known, .. } | PlanError::LeftOut { known, .. }) => {
                 return Some(format!("it has {}", known.join(", ")));
+            }
+            Self::NoTemplateFits { unlooked: 1.., .. } => {
+                "`kvmsnap image info TEMPLATE --look` notes what is on a template's disks"
+            }
+            Self::NoTemplateFits { .. } => {
+                "`kvmsnap image get` keeps one of a machine with the same disks"
+            }
+            Self::RemoteTree { .. } => {
+                "`kvmsnap image update` takes such trees, and says what does not fit before it writes"
             }
             Self::ManyDomains { known, .. } => {
                 return Some(format!("name one of {}", known.join(", ")));

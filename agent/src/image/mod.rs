@@ -5,4 +5,5 @@ pub mod boot;
 pub mod deploy;
 pub mod get;
 pub mod hold;
+pub mod look;
 pub mod update;

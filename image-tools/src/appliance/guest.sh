@@ -173,7 +173,7 @@ boot-loader) # bios|uefi DISK ESP: has it start from these disks; tells what was
     ;;
 finish)
     sync
-    umount -R /sysroot
+    ! grep -q ' /sysroot ' /proc/mounts || umount -R /sysroot
     lvm vgchange -an > /dev/null 2>&1 || true
     sync
     ;;

@@ -157,10 +157,7 @@ fn measure(folder: &Path, places: &mut [(String, u64)]) -> Result<(), TreeError>
     let mut linked = HashSet::new();
     let mut next = vec![(folder.to_owned(), "/".to_owned(), root_of(places))];
     while let Some((folder, within, place)) = next.pop() {
-        let entries = match present(fs::read_dir(&folder), &folder)? {
-            Some(entries) => entries,
-            None => continue,
-        };
+        let Some(entries) = present(fs::read_dir(&folder), &folder)? else { continue };
         for entry in entries {
             let entry = entry.map_err(|source| TreeError::File { path: folder.clone(), source })?;
             let path = entry.path();
@@ -218,7 +215,7 @@ mod tests {
 
     #[test]
     fn lvms_note_of_a_group_gives_its_visible_volumes() {
-        let volumes = vec![("root".to_owned(), 128 * 4 << 20)];
+        let volumes = vec![("root".to_owned(), 128 * (4 << 20))];
         let group = VolumeGroup { name: "vg0".into(), volumes };
         assert_eq!(parse_group(BACKUP), Some(group));
         assert_eq!(parse_group(""), None);

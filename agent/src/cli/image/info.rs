@@ -4,13 +4,14 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
-use image_tools::flavour::{BootMode, Flavour};
+use image_tools::flavour::Flavour;
 use image_tools::folder::Image;
 use image_tools::record::BootSign;
 
-use super::{Context, ImageLine, origin};
+use super::{ApplianceArgs, Context, ImageLine, origin};
 use crate::cli::list::local_time;
 use crate::error::CommandError;
+use crate::image::look;
 use crate::names::printable;
 use crate::progress::human_bytes;
 use crate::store::blocking;
@@ -20,18 +21,30 @@ use crate::store::blocking;
 #[command(after_help = "\
 Examples:
   kvmsnap image info /srv/templates/web
-  kvmsnap image info /srv/templates/web --json")]
+  kvmsnap image info /srv/templates/web --json
+  kvmsnap image info /srv/templates/web --look")]
 pub struct InfoArgs {
     /// The image's folder
     image: PathBuf,
+    /// Look at its disks in an appliance of libguestfs first, and note what is on them: its flavour
+    #[arg(long)]
+    look: bool,
+    #[command(flatten)]
+    appliance: ApplianceArgs,
 }
 
 /// Runs it.
 ///
 /// # Errors
-/// When the folder is no image.
+/// When the folder is no image, or its disks cannot be looked at.
 pub async fn run(args: InfoArgs, context: &Context) -> Result<(), CommandError> {
-    let image = blocking(move || Image::open(&args.image)).await?;
+    let mut image = blocking(move || Image::open(&args.image)).await?;
+    if args.look {
+        context.progress.phase(&format!("looking at the disks of {}", image.name()));
+        let flavour = look::flavour(&image, &args.appliance.options()).await?;
+        context.progress.finish();
+        image.change(|record| record.flavour = Some(flavour))?;
+    }
     let mut out = io::stdout().lock();
     if context.global.json {
         return context.print_json(&mut out, &ImageLine::new(&image));
@@ -52,7 +65,7 @@ pub async fn run(args: InfoArgs, context: &Context) -> Result<(), CommandError> 
         writeln!(out, "  sha256     {}", printable(&file.sha256))?;
     }
     match &record.flavour {
-        None => writeln!(out, "flavour      nobody has looked yet")?,
+        None => writeln!(out, "flavour      nobody has looked yet (`--look`)")?,
         Some(flavour) => write_flavour(&mut out, flavour)?,
     }
     match &record.boot {
@@ -71,11 +84,7 @@ pub async fn run(args: InfoArgs, context: &Context) -> Result<(), CommandError> 
 }
 
 fn write_flavour(out: &mut impl Write, flavour: &Flavour) -> io::Result<()> {
-    let boot = match flavour.boot {
-        BootMode::Bios => "BIOS",
-        BootMode::Uefi => "UEFI",
-    };
-    writeln!(out, "flavour      {boot}")?;
+    writeln!(out, "flavour      {}", flavour.boot)?;
     for (number, disk) in flavour.disks.iter().enumerate() {
         let table = disk.table.as_deref().unwrap_or("no partition table");
         let size = human_bytes(disk.size);
@@ -93,7 +102,12 @@ fn write_flavour(out: &mut impl Write, flavour: &Flavour) -> io::Result<()> {
         }
     }
     for fs in &flavour.file_systems {
-        writeln!(out, "  on         {}: {}", printable(&fs.device), printable(&fs.kind))?;
+        let place = match &fs.mount {
+            Some(mount) if *mount != fs.kind => format!(" at {}", printable(mount)),
+            _ => String::new(),
+        };
+        let (device, kind) = (printable(&fs.device), printable(&fs.kind));
+        writeln!(out, "  on         {device}: {kind}{place}")?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use comfy_table::{Table, presets};
-use image_tools::flavour::{BootMode, Flavour};
+use image_tools::flavour::Flavour;
 use image_tools::folder;
 use image_tools::record::{BootSign, BootTrial, DiskFile};
 
@@ -78,10 +78,7 @@ fn in_short(flavour: &Flavour) -> String {
     kinds.retain(|kind| kind != "swap");
     kinds.sort();
     kinds.dedup();
-    let mut words = vec![match flavour.boot {
-        BootMode::Bios => "bios".to_owned(),
-        BootMode::Uefi => "uefi".to_owned(),
-    }];
+    let mut words = vec![flavour.boot.to_string().to_lowercase()];
     words.extend((!flavour.volume_groups.is_empty()).then(|| "lvm".to_owned()));
     words.push(kinds.join("+"));
     words.join(" ")

@@ -6,9 +6,11 @@ mod deploy;
 mod get;
 mod info;
 mod list;
+mod match_;
 mod update;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
+use image_tools::appliance::Options;
 use image_tools::folder::Image;
 use image_tools::record::{DiskFile, Origin};
 use serde::Serialize;
@@ -16,6 +18,7 @@ use serde_json::json;
 
 use super::Context;
 use crate::error::CommandError;
+use crate::image::boot::Accel;
 use crate::names::printable;
 
 /// Images for disaster recovery: templates, and machines made from them
@@ -30,9 +33,24 @@ pub enum ImageCommand {
     List(list::ListArgs),
     Info(info::InfoArgs),
     Check(check::CheckArgs),
+    Match(match_::MatchArgs),
     Update(Box<update::UpdateArgs>),
     Boot(boot::BootArgs),
     Deploy(deploy::DeployArgs),
+}
+
+/// How the appliance runs that looks at file systems.
+#[derive(Debug, Args)]
+pub struct ApplianceArgs {
+    /// What the appliance is run by; kvm is quicker where it works
+    #[arg(long, value_name = "ACCEL", env = "KVMSNAP_ACCEL", default_value = "tcg")]
+    accel: Accel,
+}
+
+impl ApplianceArgs {
+    fn options(&self) -> Options {
+        Options { emulate: self.accel == Accel::Tcg }
+    }
 }
 
 /// Runs it.
@@ -47,6 +65,7 @@ pub async fn run(command: ImageCommand, context: &Context) -> Result<(), Command
         ImageCommand::Boot(args) => boot::run(args, context).await,
         ImageCommand::Deploy(args) => deploy::run(args, context).await,
         ImageCommand::Info(args) => context.until_interrupted(info::run(args, context)).await,
+        ImageCommand::Match(args) => context.until_interrupted(match_::run(args, context)).await,
         ImageCommand::Check(args) => context.until_interrupted(check::run(args, context)).await,
     }
 }

@@ -1,0 +1,33 @@
+//! An image's file systems are looked at in an appliance, on overlays that go with it.
+
+use std::path::PathBuf;
+
+use image_tools::ImageError;
+use image_tools::appliance::Options;
+use image_tools::flavour::Flavour;
+use image_tools::folder::Image;
+use tempfile::TempDir;
+
+use super::update::{Layer, UpdateImageError, lay_over};
+
+/// What is on an image's disks.
+///
+/// # Errors
+/// [`UpdateImageError`].
+pub async fn flavour(image: &Image, options: &Options) -> Result<Flavour, UpdateImageError> {
+    let (_folder, layers) = throw_away(image).await?;
+    Ok(image_tools::update::flavour(&overlays(&layers), options).await?)
+}
+
+/// Overlays on an image's disks, in a folder that goes when it is dropped. They take little: the journals
+/// of file systems that were in use.
+async fn throw_away(image: &Image) -> Result<(TempDir, Vec<Layer>), UpdateImageError> {
+    let folder = tempfile::Builder::new().prefix("kvmsnap-look-").tempdir();
+    let folder = folder.map_err(ImageError::file("make", "a temporary folder"))?;
+    let layers = lay_over(image, folder.path()).await?;
+    Ok((folder, layers))
+}
+
+fn overlays(layers: &[Layer]) -> Vec<PathBuf> {
+    layers.iter().map(|layer| layer.overlay.clone()).collect()
+}
