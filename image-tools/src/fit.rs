@@ -234,7 +234,9 @@ pub fn plan(
     for (place, entry) in &theirs {
         match join(entry, place, &ours, layout) {
             Ok(device) => plan.add(entry, place, device),
-            Err(Misfit::NotInTemplate { .. }) if entry.may_be_absent() => {
+            Err(Misfit::NotInTemplate { .. } | Misfit::Unresolved { .. })
+                if entry.may_be_absent() =>
+            {
                 let why = "the template has no file system for it, and the machine starts without";
                 plan.skipped.push((format!("{} at {}", entry.spec, entry.path), why));
             }
@@ -242,7 +244,9 @@ pub fn plan(
         }
     }
     for (place, entry) in &ours {
-        if !entry.is_swap() && theirs.iter().all(|(other, _)| other != place) {
+        // An earlier update has left out what the template has no file system for.
+        let is_absent = entry.may_be_absent() && layout.device_named(&entry.spec).is_none();
+        if !is_absent && !entry.is_swap() && theirs.iter().all(|(other, _)| other != place) {
             let (spec, path) = (entry.spec.clone(), entry.path.clone());
             misfits.push(Misfit::NotInTree { spec, path });
         }

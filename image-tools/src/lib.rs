@@ -6,6 +6,7 @@
 
 pub mod appliance;
 pub mod check;
+pub mod compare;
 pub mod copy;
 pub mod error;
 pub mod fit;

@@ -417,6 +417,8 @@ pub struct Item {
     pub change: Change,
     /// Whether it is a folder.
     pub is_folder: bool,
+    /// Whether nothing but its time differs.
+    pub is_time_only: bool,
     /// Bytes of a regular file.
     pub len: u64,
     /// Below the machine's `/`, odd bytes escaped as `\#ooo`.
@@ -431,7 +433,8 @@ impl Item {
         let (len, path) = (len.trim().parse().ok()?, path.to_owned());
         if flags.starts_with("*deleting") {
             let is_folder = path.ends_with('/');
-            return Some(Self { change: Change::Deleted, is_folder, len: 0, path });
+            let change = Change::Deleted;
+            return Some(Self { change, is_folder, is_time_only: false, len: 0, path });
         }
         let mut letters = flags.bytes();
         let (action, kind, third) = (letters.next()?, letters.next()?, letters.next()?);
@@ -442,7 +445,10 @@ impl Item {
             _ => return None,
         };
         let len = if kind == b'f' { len } else { 0 };
-        Some(Self { change, is_folder: kind == b'd', len, path })
+        let mut attributes = flags.bytes().skip(2);
+        let is_time_only =
+            change == Change::Metadata && attributes.all(|letter| b".tT".contains(&letter));
+        Some(Self { change, is_folder: kind == b'd', is_time_only, len, path })
     }
 }
 

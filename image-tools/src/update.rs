@@ -9,7 +9,7 @@ use crate::flavour::Flavour;
 use crate::rsync::{Change, Compare, Item, Pass, Tree, TreeError, table_options};
 
 /// File systems that may hold a machine's files.
-const KINDS: [&str; 6] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "vfat"];
+pub(crate) const KINDS: [&str; 6] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "vfat"];
 /// How many changed files an error names.
 const NAMED_MAX: usize = 10;
 /// What `grub-install` writes: on disks that have it already, the tree's is another's.
@@ -131,8 +131,8 @@ impl Report {
 /// What an appliance found on a machine's disks.
 #[derive(Debug)]
 pub struct System {
-    layout: Layout,
-    table: Table,
+    pub(crate) layout: Layout,
+    pub(crate) table: Table,
     /// The fingerprint of it.
     pub flavour: Flavour,
 }
@@ -182,7 +182,7 @@ pub async fn flavour(drives: &[PathBuf], options: &Options) -> Result<Flavour, U
     Ok(flavour)
 }
 
-fn as_drives(drives: &[PathBuf]) -> Vec<Drive> {
+pub(crate) fn as_drives(drives: &[PathBuf]) -> Vec<Drive> {
     drives.iter().map(|path| Drive { path: path.clone() }).collect()
 }
 
@@ -335,7 +335,7 @@ async fn prepare(
 }
 
 /// One run of rsync.
-async fn run(
+pub(crate) async fn run(
     appliance: &mut Appliance,
     tree: &Tree,
     pass: &Pass,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use image_tools::ImageError;
 use image_tools::appliance::Options;
+use image_tools::compare::{self, Event, Request};
 use image_tools::flavour::Flavour;
 use image_tools::folder::Image;
 use tempfile::TempDir;
@@ -17,6 +18,21 @@ use super::update::{Layer, UpdateImageError, lay_over};
 pub async fn flavour(image: &Image, options: &Options) -> Result<Flavour, UpdateImageError> {
     let (_folder, layers) = throw_away(image).await?;
     Ok(image_tools::update::flavour(&overlays(&layers), options).await?)
+}
+
+/// Checks an image's file systems, or compares its files with a tree, as `request` says; what is found goes
+/// to `on`.
+///
+/// # Errors
+/// [`UpdateImageError`], where it cannot be told.
+pub async fn examine(
+    image: &Image,
+    mut request: Request,
+    on: impl FnMut(Event<'_>),
+) -> Result<(), UpdateImageError> {
+    let (_folder, layers) = throw_away(image).await?;
+    request.drives = overlays(&layers);
+    Ok(compare::compare(&request, on).await?)
 }
 
 /// Overlays on an image's disks, in a folder that goes when it is dropped. They take little: the journals
