@@ -153,7 +153,8 @@ boot-loader) # bios|uefi DISK ESP: has it start from these disks; tells what was
     for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
     mkdir -p /sysroot/run
     mount -t tmpfs tmpfs /sysroot/run
-    in_guest() { chroot /sysroot /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
+    # With nothing of the appliance's environment: its LVM keeps its notes in /tmp/lvm.
+    in_guest() { chroot /sysroot /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
     installer=
     for name in grub-install grub2-install; do
         [ -n "$installer" ] || ! in_guest sh -c "command -v $name" > /dev/null 2>&1 || installer=$name
