@@ -120,8 +120,8 @@ impl Scene {
     }
 }
 
-/// Brings a guest back that works on `disk`, and stops its QEMU for a moment meanwhile: what `purge` reports
-/// is what the guest felt.
+/// Brings a guest back that works on `disk`, and stops its QEMU for a moment meanwhile: `purge` reports no more
+/// than the guest felt.
 ///
 /// # Panics
 /// When it is not so.
@@ -160,7 +160,9 @@ pub fn assert_tells_stall(
     };
     let (least, most) = (bound("longest_stall_at_least_ms"), bound("longest_stall_ms"));
     let told = format!("told: {least:?} to {most:?}, felt: {felt:?}");
-    assert!(felt >= STILL && most >= STILL && least <= felt, "{told}");
+    // QEMU counts an operation from when it gets it. One that the guest was only about to ask for is felt there
+    // and not seen here; so the upper bound is none for what the guest felt.
+    assert!(felt >= STILL && least <= felt && least <= most, "{told}");
     // A command that changes the graph may have waited as long, and counts too.
     assert!(most <= 4 * felt, "{told}");
     #[expect(clippy::print_stdout, reason = "a figure for whoever runs it")]
