@@ -11,7 +11,7 @@ use crate::appliance::look::{Device, Layout};
 use crate::flavour::BootMode;
 use crate::fstab::Entry;
 
-/// One table of file systems, and where it was found.
+/// A machine's table of file systems, as far as it names disks.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Table {
     /// The entries that name disks.

@@ -384,6 +384,10 @@ async fn install_boot_loader(
     if let Some(esp) = esp {
         modes.push(("uefi", esp.path.as_str()));
     }
+    if modes.is_empty() {
+        let why = "the disks have room for none that is known: no EFI system partition is mounted";
+        report.skipped.push(("boot loader".to_owned(), why.to_owned()));
+    }
     for (mode, esp) in modes {
         let words = ["boot-loader", mode, disk, esp];
         let done = appliance.step("install the boot loader", &words).await?;

@@ -51,7 +51,7 @@ pub async fn again(
     };
     announce("update: take", "take away", &folder)?;
     rework.take(&next)?;
-    let image = write_back(rework, progress).await?;
+    let image = write_back(&folder, rework, progress).await?;
     Ok(Updated { image, report, written })
 }
 
@@ -67,13 +67,22 @@ pub async fn finish(folder: &Path, progress: &Progress) -> Result<(), UpdateImag
     if rework.is_under_way() {
         let name = folder.display();
         tracing::warn!("{name}: an earlier update was interrupted, and is finished first");
-        write_back(rework, progress).await?;
+        write_back(folder, rework, progress).await?;
     }
     Ok(())
 }
 
 /// Writes what was made ready into the image, and gives it its name. May be done again.
-async fn write_back(rework: Rework, progress: &Progress) -> Result<Image, UpdateImageError> {
+async fn write_back(
+    folder: &Path,
+    rework: Rework,
+    progress: &Progress,
+) -> Result<Image, UpdateImageError> {
+    let unfinished = |source| UpdateImageError::Unfinished { folder: folder.to_owned(), source };
+    write_all(rework, progress).await.map_err(unfinished)
+}
+
+async fn write_all(rework: Rework, progress: &Progress) -> Result<Image, ImageError> {
     let (image, mut next, ready) = (rework.image()?, rework.next()?, rework.ready());
     for disk in &mut next.disks {
         let layer = Layer {
@@ -103,5 +112,5 @@ async fn write_back(rework: Rework, progress: &Progress) -> Result<Image, Update
     };
     put().map_err(ImageError::file("write", to.clone()))?;
     announce("update: give back", "give its name to", image.folder())?;
-    Ok(rework.give_back(next)?)
+    rework.give_back(next)
 }

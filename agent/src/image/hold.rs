@@ -1,6 +1,6 @@
 //! A guest whose images hold still while they are read, as by `create` and `purge`.
 
-use std::future::{Future, pending};
+use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
 
@@ -49,17 +49,19 @@ pub struct Hold<'a, L> {
 impl<L: Layers> Hold<'_, L> {
     /// Reads the images while they hold still; `look` is called in the instant that they show. The guest is
     /// brought back whatever comes of it, and by its guard if this process is killed. When `end` is ready
-    /// the reading ends.
+    /// the reading ends. Where bringing it back takes long, that is waited for until what `again` returns is
+    /// ready.
     ///
     /// Also returns whether the guest was brought back: what was read is good even if not.
     ///
     /// # Errors
     /// Whatever keeps the images from holding still, that of `read`, or what `end` says.
-    pub async fn read<T>(
+    pub async fn read<T, A: Future<Output = ()>>(
         &self,
         look: impl FnOnce(),
         read: impl AsyncFnOnce(&Held, &[Chain]) -> Result<T, CommandError>,
         end: impl Future<Output = CommandError>,
+        again: impl FnOnce() -> A,
     ) -> Result<(T, Result<(), OverlayError>), CommandError> {
         let recorded = self.journal.begin(self.undo_record())?;
         let start = Guard::start(self.journal, self.run_dir, &recorded.record().run);
@@ -71,18 +73,19 @@ impl<L: Layers> Hold<'_, L> {
                 return Err(HypervisorError::Host { step, source }.into());
             }
         };
-        let outcome = self.guarded(look, read, end).await;
+        let outcome = self.guarded(look, read, end, again).await;
         // What is left of the overlays has a record of its own.
         self.journal.clear(&recorded)?;
         guard.dismiss();
         outcome
     }
 
-    async fn guarded<T>(
+    async fn guarded<T, A: Future<Output = ()>>(
         &self,
         look: impl FnOnce(),
         read: impl AsyncFnOnce(&Held, &[Chain]) -> Result<T, CommandError>,
         end: impl Future<Output = CommandError>,
+        again: impl FnOnce() -> A,
     ) -> Result<(T, Result<(), OverlayError>), CommandError> {
         let Self { layers, records, machine, request, .. } = *self;
         let (domain, reach) = (self.domain.clone(), self.reach.clone());
@@ -104,7 +107,7 @@ impl<L: Layers> Hold<'_, L> {
         self.progress.phase("bringing the guest back");
         let (budget, progress) = (self.budget, self.progress);
         let purge = Purge { layers, records, budget, progress };
-        let brought = purge.run(held, pin!(pending())).await.map(drop);
+        let brought = purge.run(held, pin!(again())).await.map(drop);
         if let (Err(_), Err(error)) = (&outcome, &brought) {
             let error: &dyn std::error::Error = error;
             tracing::error!(error, "the guest still writes to overlays; `kvmsnap purge` ends that");

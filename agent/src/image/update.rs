@@ -57,6 +57,14 @@ pub enum UpdateImageError {
         /// Its folder.
         folder: PathBuf,
     },
+    /// Its disks are being written, and that was not finished: it has no name meanwhile.
+    #[error("the image {} is half written", .folder.display())]
+    Unfinished {
+        /// Where it belongs.
+        folder: PathBuf,
+        /// Why.
+        source: ImageError,
+    },
     /// Their file systems.
     #[error(transparent)]
     Update(#[from] UpdateError),
@@ -66,6 +74,9 @@ impl UpdateImageError {
     /// What the operator can do next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::Unfinished { .. } => {
+                Some("nothing is lost: mend the cause, and the same command finishes it first")
+            }
             Self::Template { .. } => Some("--output says which folder becomes the image"),
             Self::Update(UpdateError::Misfit(_)) => {
                 Some("`kvmsnap image match --tree TREE STORE` finds the templates that fit")

@@ -308,7 +308,7 @@ async fn from_running(
                     () = context.interrupted() => CommandError::Interrupted,
                 }
             };
-            hold.read(look, copy, end).await?
+            hold.read(look, copy, end, || context.interrupted_anew()).await?
         }
     };
     let (firmware, unread) = firmware.take().unwrap_or_default();

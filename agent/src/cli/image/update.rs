@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use image_tools::appliance::Options;
 use image_tools::folder::Image;
-use image_tools::rsync::{self, Tree};
+use image_tools::folder::rework::Rework;
+use image_tools::rsync::{self, Tree, TreeError};
 use serde_json::json;
 
 use super::boot::{BootOptions, try_image};
@@ -81,7 +82,10 @@ pub async fn run(args: UpdateArgs, context: &Context) -> Result<(), CommandError
     tree.probe()?;
     // The next update asks whether it is of the same tree.
     let tree_name = match &tree {
-        Tree::Folder(folder) => fs::canonicalize(folder)?.to_string_lossy().into_owned(),
+        Tree::Folder(path) => {
+            let unreadable = |source| TreeError::Folder { path: path.clone(), source };
+            fs::canonicalize(path).map_err(unreadable)?.to_string_lossy().into_owned()
+        }
         _ => args.tree.clone(),
     };
     let wanted = Wanted {
@@ -107,6 +111,10 @@ pub async fn run(args: UpdateArgs, context: &Context) -> Result<(), CommandError
     };
     let outcome = context.until_interrupted(work).await;
     context.progress.finish();
+    if matches!(outcome, Err(CommandError::Interrupted)) && Rework::is_interrupted(&args.template) {
+        let name = args.template.display();
+        tracing::warn!("{name} is half written and has no name: the same command finishes it");
+    }
     let mut updated = outcome?;
     let trial = match args.boot_test {
         true => Some(try_image(&mut updated.image, &args.boot, context).await),
