@@ -1,13 +1,14 @@
 # The entries of this project. Each installs the Debian packages that it needs, and says so.
 CARGO ?= cargo
 
-.PHONY: help demo test test-libvirt test-others test-next check bench
+.PHONY: help demo test test-libvirt test-others test-next check bench deb
 
 help:
 	@echo "make demo    boot a guest, back it up twice while it writes, restore it, boot what was restored"
 	@echo "make test    everything: formatting, lints, docs, layers, unit tests, guests"
 	@echo "make test-next  the guest tests with the QEMU and libvirt of the next Debian release"
 	@echo "make check   the quick part of it, without QEMU"
+	@echo "make deb     build the Debian package, and try to install and remove it"
 	@echo "make bench   compare with nbdcopy, qemu-img, zstd, restic; writes docs/benchmarks.md"
 
 demo:
@@ -22,6 +23,7 @@ test:
 	$(CARGO) test --workspace --test '*' --no-run
 	$(MAKE) -j2 --output-sync=line test-libvirt test-others
 	$(CARGO) test --workspace --doc
+	DPKG_DEB_COMPRESSOR_TYPE=none scripts/deb $${CARGO_TARGET_DIR:-target}/debug/kvmsnap $${CARGO_TARGET_DIR:-target}/debug/debian
 
 # Side by side, for much of their time is waiting. All of libvirt in one: they share a daemon.
 tests := $(sort $(basename $(notdir $(wildcard */tests/*.rs))))
@@ -45,3 +47,8 @@ bench:
 	scripts/packages bench
 	$(CARGO) build --release --workspace
 	scripts/bench
+
+deb:
+	scripts/packages deb
+	$(CARGO) build --release -p kvmsnap
+	scripts/deb
