@@ -13,6 +13,7 @@ use repository::{BackendError, RepositoryError};
 use crate::backup::BackupError;
 use crate::capture::image::is_lock;
 use crate::catalog::CatalogError;
+use crate::config::{ConfigError, PasswordError};
 use crate::hypervisor::{HypervisorError, Reach};
 use crate::image::boot::BootError;
 use crate::image::deploy::DeployError;
@@ -173,26 +174,21 @@ pub enum CommandError {
         /// How many there are.
         count: usize,
     },
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// No repository was named.
     #[error("no repository was given")]
-    NoRepositoryGiven,
+    NoRepositoryGiven {
+        /// Those that are configured.
+        known: Vec<String>,
+    },
     /// No password was given.
     #[error("no password file was given")]
     NoPasswordGiven,
-    /// The password cannot be read.
-    #[error("cannot read the password from {}", .path.display())]
-    Password {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The password file holds no password.
-    #[error("the password file {} is empty", .path.display())]
-    EmptyPassword {
-        /// The file.
-        path: PathBuf,
-    },
+    /// The password cannot be had.
+    #[error(transparent)]
+    Password(#[from] PasswordError),
     /// The process may not open the files it needs.
     #[error("only {limit} open files are allowed, at least {needed} are needed")]
     TooFewFiles {
@@ -259,7 +255,8 @@ impl CommandError {
             | Self::ManyDomains { .. }
             | Self::NoName { .. }
             | Self::NoDomain { .. }
-            | Self::NoRepositoryGiven
+            | Self::Config(_)
+            | Self::NoRepositoryGiven { .. }
             | Self::NoPasswordGiven
             | Self::Method(MethodError::Unmanaged { .. })
             | Self::Stop(StopError::Transient { .. })
@@ -336,8 +333,18 @@ impl CommandError {
             Self::Method(error) => error.hint(),
             Self::Lock(LockError::Held { .. }) => "wait until it is done",
             Self::NoName { .. } => "name it with --name",
-            Self::NoRepositoryGiven => "give --repository or set KVMSNAP_REPOSITORY",
+            Self::Config(ConfigError::Invalid { problem, .. }) => return problem.hint(),
+            Self::Config(ConfigError::Read { .. }) => "`kvmsnap config example` prints one",
+            Self::NoRepositoryGiven { known } if !known.is_empty() => {
+                return Some(format!("--repository names one of {}", known.join(", ")));
+            }
+            Self::NoRepositoryGiven { .. } => {
+                "give --repository or set KVMSNAP_REPOSITORY, or configure one: `kvmsnap config example`"
+            }
             Self::NoPasswordGiven => "give --password-file or set KVMSNAP_PASSWORD_FILE",
+            Self::Password(PasswordError::NoCredential { .. }) => {
+                "systemd hands it to a unit with LoadCredential=; by hand give --password-file"
+            }
             Self::TooFewFiles { .. } => "`ulimit -n`, or LimitNOFILE= of the unit, allows more",
             Self::TooLittleMemory { .. } => {
                 "`ulimit -v` allows more; MemoryMax= of the unit limits what is really used"

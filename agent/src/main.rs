@@ -9,6 +9,7 @@ mod bound;
 mod capture;
 mod catalog;
 mod cli;
+mod config;
 mod effect;
 mod error;
 mod guard;
@@ -31,6 +32,7 @@ mod share;
 mod stop;
 mod store;
 mod syslog;
+mod units;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

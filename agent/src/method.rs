@@ -4,7 +4,8 @@ use crate::hypervisor::{Disk, Machine, Tracking};
 use crate::manifest::Method;
 
 /// What a user asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Wanted {
     /// Whatever harms the guest least and reads least: what is chosen and why is shown.
     Auto,

@@ -10,7 +10,8 @@ pub mod restored;
 pub mod sequences;
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -49,7 +50,10 @@ impl Host {
     /// A host whose repository has not been made.
     pub fn without_repository() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        fs::write(folder.path().join("password"), "correct horse\n").expect("a password file");
+        let password = folder.path().join("password");
+        fs::write(&password, "correct horse\n").expect("a password file");
+        fs::set_permissions(&password, Permissions::from_mode(0o600)).expect("a file of ours");
+        fs::write(folder.path().join("kvmsnap.toml"), "").expect("a configuration");
         let repository = folder.path().join("repository");
         Self { folder, repository }
     }
@@ -84,6 +88,11 @@ impl Host {
         self.folder().join("password")
     }
 
+    /// The configuration, empty unless the test writes it.
+    pub fn config(&self) -> PathBuf {
+        self.folder().join("kvmsnap.toml")
+    }
+
     /// The state folder.
     pub fn state(&self) -> PathBuf {
         self.folder().join("state")
@@ -94,6 +103,8 @@ impl Host {
         let mut command = Command::new(program());
         command
             .args(arguments)
+            // Whatever this machine has configured.
+            .env("KVMSNAP_CONFIG", self.config())
             .env("KVMSNAP_REPOSITORY", &self.repository)
             .env("KVMSNAP_PASSWORD_FILE", self.password_file())
             .env("KVMSNAP_STATE_DIR", self.state())

@@ -16,6 +16,7 @@ use super::list::BackupLine;
 use super::overlays::{self, StallLine, WayBack};
 use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::capture::overlay::{Overlaid, Settings};
+use crate::config::{self, Size, TrackHow};
 use crate::error::{CommandError, INTERRUPTED};
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
@@ -42,13 +43,14 @@ use crate::read::{Audit, Limits};
 use crate::recover;
 use crate::share::Share;
 use crate::stop::{self, Stop};
+use crate::units::parse_bytes;
 
 /// How long to wait for a guard that undoes an earlier run.
 const GUARD_TIMEOUT: Duration = Duration::from_secs(60);
 const GUARD_POLL: Duration = Duration::from_millis(50);
 
 /// Back up guests, running or shut off: all of each the first time, then what changed
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Examples:
   kvmsnap backup web db
@@ -77,9 +79,9 @@ pub struct BackupArgs {
     /// Read everything, whatever the dirty bitmaps say
     #[arg(long)]
     full: bool,
-    /// How the point in time is taken
-    #[arg(long, value_name = "METHOD", default_value = "auto", env = "KVMSNAP_METHOD")]
-    method: Wanted,
+    /// How the point in time is taken; auto unless given
+    #[arg(long, value_name = "METHOD", env = "KVMSNAP_METHOD")]
+    method: Option<Wanted>,
     /// How long a guest may take to shut down for --method stop, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "300",
           value_parser = clap::value_parser!(u64).range(1..=1200))]
@@ -94,9 +96,9 @@ pub struct BackupArgs {
     /// How changes are tracked from one backup to the next instead of by dirty bitmaps; kept until `purge`
     #[arg(long, value_name = "HOW", env = "KVMSNAP_TRACKING")]
     tracking: Option<TrackBy>,
-    /// Whether file systems are frozen
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    quiesce: Mode,
+    /// Whether file systems are frozen; auto unless given
+    #[arg(long, value_name = "MODE")]
+    quiesce: Option<Mode>,
     /// Only this disk (can be repeated)
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskName>,
@@ -138,7 +140,7 @@ pub struct BackupArgs {
 const WRITE_BACK_RATE: u64 = 200 << 20;
 
 /// What the overlay method may do.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct OverlayArgs {
     /// Where overlays go; beside each image unless given
     #[arg(long, value_name = "FOLDER", env = "KVMSNAP_OVERLAY_DIR")]
@@ -163,13 +165,44 @@ impl OverlayArgs {
     }
 }
 
+impl BackupArgs {
+    fn method(&self) -> Wanted {
+        self.method.unwrap_or(Wanted::Auto)
+    }
+
+    /// These, with what is configured of a domain where nothing was given.
+    fn with(&self, configured: &config::Domain) -> Self {
+        let config::Domain { disks, exclude_disks, method, .. } = configured.clone();
+        let config::Domain { tracking, quiesce, limit_read, .. } = configured;
+        let config::Domain { scratch_dir, overlay_dir, .. } = configured;
+        let mut args = self.clone();
+        if args.disk.is_empty() {
+            args.disk = disks.unwrap_or_default();
+        }
+        let excluded = exclude_disks.into_iter().flatten();
+        args.exclude_disk.extend(excluded.map(|disk| Exclusion { domain: None, disk }));
+        args.method = args.method.or(method);
+        if tracking == &Some(TrackHow::Overlay) {
+            args.tracking = args.tracking.or(Some(TrackBy::Overlay));
+        }
+        args.quiesce = args.quiesce.or(*quiesce);
+        args.limit_read = args.limit_read.or(limit_read.map(Size::bytes));
+        args.scratch_dir = args.scratch_dir.or_else(|| scratch_dir.clone());
+        args.overlays.overlay_dir = args.overlays.overlay_dir.or_else(|| overlay_dir.clone());
+        args
+    }
+}
+
 /// Runs it.
 ///
 /// # Errors
 /// Whatever the backup says; of several domains, how many failed.
 pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError> {
+    let configured = context.config()?;
     if let Some(socket) = &args.qmp {
-        args.method.check_unmanaged()?;
+        let name = args.name.as_ref().map(DomainName::as_str);
+        let args = args.with(&name.map_or_else(Default::default, |name| configured.domain(name)));
+        args.method().check_unmanaged()?;
         // One socket has one undo record and one lock, under whatever name it is given.
         let monitor = fs::canonicalize(socket).unwrap_or_else(|_| socket.clone());
         let answer = ANSWER_TIMEOUT.min(Duration::from_secs(args.timeout));
@@ -178,12 +211,12 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         let connect = BareQemu::connect(&monitor, run_dir, scratch_dir, implicit, answer);
         let connect = async {
             let qemu = connect.await?;
-            Ok(if args.method == Wanted::Suspend { qemu.suspended() } else { qemu })
+            Ok(if args.method() == Wanted::Suspend { qemu.suspended() } else { qemu })
         };
         let agent = args.qga.clone().map(AgentAddress::Socket);
         let (reach, opening) = (Reach::Monitor(monitor.clone()), context.open());
         let _lock = context.until_interrupted(lock(run_dir, &reach)).await?;
-        if args.method == Wanted::Lvm {
+        if args.method() == Wanted::Lvm {
             let connect = async { Ok(OnVolumes::new(connect.await?, run_dir, args.lvm_size)) };
             return back_up(reach, connect, opening, |_| agent, None, &args, context).await;
         }
@@ -200,6 +233,7 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     let ((libvirt, chosen), repository) = context.until_interrupted(both).await?;
     let (mut failed, count) = (0, chosen.len());
     for known in chosen {
+        let args = args.with(&configured.domain(&known.name));
         match back_up_domain(&libvirt, &known, &repository, &args, context).await {
             Ok(()) => {}
             // Its guest is for the other host to back up.
@@ -240,7 +274,7 @@ async fn back_up_domain(
             stop::undo_earlier(&journal, &reach).await?;
         }
         let is_active = handle.is_active().await?;
-        if is_active && args.method == Wanted::Stop && !args.dry_run {
+        if is_active && args.method() == Wanted::Stop && !args.dry_run {
             // What is in a QEMU that runs is undone there, before it is shut down.
             let domain = LibvirtDomain::new(libvirt, &known.uuid, Places::default(), false);
             recover_earlier(&domain, &journal, run_dir).await?;
@@ -248,13 +282,13 @@ async fn back_up_domain(
         Ok(is_active)
     };
     let is_active = context.until_interrupted(is_active).await?;
-    let stops = args.method == Wanted::Stop && !args.dry_run;
+    let stops = args.method() == Wanted::Stop && !args.dry_run;
     if is_active && !stops {
         let (scratch, sockets) = (args.scratch_dir.clone(), args.socket_dir.clone());
         let places = Places { scratch, sockets };
         let domain = LibvirtDomain::new(libvirt, &known.uuid, places, args.with_secrets);
-        let domain = if args.method == Wanted::Suspend { domain.suspended() } else { domain };
-        if args.method == Wanted::Lvm {
+        let domain = if args.method() == Wanted::Suspend { domain.suspended() } else { domain };
+        if args.method() == Wanted::Lvm {
             let connect = async { Ok(OnVolumes::new(domain, run_dir, args.lvm_size)) };
             let agent = |domain: &OnVolumes<LibvirtDomain>| domain.machine().agent();
             return back_up(reach, connect, opening, agent, None, args, context).await;
@@ -386,14 +420,14 @@ async fn back_up<H: Hypervisor>(
     let mut able = Able::of(&machine, hypervisor.no_job());
     able.is_off &= !stop.is_some_and(Stop::is_down);
     (able.is_held, able.tracks) = (is_held && tracker.is_none(), tracker.is_some());
-    let method = method::choose(args.method, &able)?;
+    let method = method::choose(args.method(), &able)?;
     let tracker = tracker.filter(|_| method.method == Method::Overlay);
     match &tracker {
         Some(tracker) => tracker.describe(&mut machine),
         None => method.leave_bitmaps(&mut machine),
     }
     let request = Request {
-        quiesce: args.quiesce,
+        quiesce: args.quiesce.unwrap_or(Mode::Auto),
         agent: agent(&hypervisor),
         limits: Limits { bytes_per_second: args.limit_read },
         audit: args.audit.map_or(Audit::Usual, Audit::Share),
@@ -679,24 +713,6 @@ fn print_result(finished: &Finished, context: &Context) -> Result<(), CommandErr
     Ok(())
 }
 
-/// Bytes with an optional binary suffix: `1048576`, `512KiB`, `100MiB`, `2G`.
-pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor: u64 = match unit.trim().to_ascii_lowercase().trim_end_matches("ib") {
-        "" | "b" => 1,
-        "k" => 1 << 10,
-        "m" => 1 << 20,
-        "g" => 1 << 30,
-        _ => return Err("use a number with KiB, MiB or GiB".into()),
-    };
-    let number: u64 = number.parse().map_err(|_| "use a number with KiB, MiB or GiB")?;
-    match number.checked_mul(factor) {
-        Some(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err("it must be above zero and fit 64 bits".into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -710,18 +726,6 @@ mod tests {
         assert_eq!(excludes("web-1/vdb"), Ok(false));
         for text in ["", "web/", "/vdb", "a/b/c"] {
             assert!(text.parse::<Exclusion>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn rates_are_read_with_binary_suffixes() {
-        for (text, bytes) in
-            [("7", 7), ("512KiB", 512 << 10), ("100MiB", 100 << 20), ("2G", 2 << 30)]
-        {
-            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "0", "fast", "-1", "1e9", "99999999999999999999", "99999999999GiB"] {
-            assert!(parse_bytes(text).is_err(), "{text}");
         }
     }
 }

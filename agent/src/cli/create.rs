@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::backup::{lock, parse_bytes, recover_earlier};
+use super::backup::{lock, recover_earlier};
 use super::overlays::{self, Machines};
 use super::{Context, list::local_time};
 use crate::error::CommandError;
@@ -22,6 +22,7 @@ use crate::overlay::record::{Held, Purpose, Records};
 use crate::overlay::{Layers, OverlayError, files};
 use crate::quiesce::Mode;
 use crate::quiesce::guest_agent::AgentAddress;
+use crate::units::parse_bytes;
 
 /// Have the images of running guests hold still, for any tool to copy; `purge` ends it
 #[derive(Debug, Args)]

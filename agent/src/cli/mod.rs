@@ -15,10 +15,9 @@ mod status;
 mod verify;
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ::repository::{AnnouncedLock, Index, Lock, LockMode, Repository, RepositoryError};
 use clap::{Args, Parser, Subcommand};
@@ -27,6 +26,7 @@ use tokio::sync::watch;
 
 use crate::bound;
 use crate::catalog::Catalog;
+use crate::config::{self, Config};
 use crate::error::CommandError;
 use crate::guard;
 use crate::hypervisor::Reach;
@@ -66,8 +66,11 @@ Exit codes:
 /// Options of every command.
 #[derive(Debug, Args)]
 pub struct GlobalArgs {
-    /// The repository: a local folder
-    #[arg(long, short, global = true, value_name = "FOLDER", env = "KVMSNAP_REPOSITORY")]
+    /// The configuration; /etc/kvmsnap/kvmsnap.toml unless given
+    #[arg(long, global = true, value_name = "FILE", env = "KVMSNAP_CONFIG")]
+    config: Option<PathBuf>,
+    /// The repository: a name from the configuration, or a local folder
+    #[arg(long, short, global = true, value_name = "REPOSITORY", env = "KVMSNAP_REPOSITORY")]
     repository: Option<String>,
     /// A file whose first line is the repository's password
     #[arg(long, short, global = true, value_name = "FILE", env = "KVMSNAP_PASSWORD_FILE")]
@@ -166,6 +169,8 @@ pub struct Context {
     progress: Progress,
     /// How often the user or the system has asked to stop.
     interrupts: watch::Receiver<u32>,
+    /// Read when it is first asked for.
+    config: OnceLock<Config>,
 }
 
 impl Cli {
@@ -186,7 +191,8 @@ impl Cli {
     pub async fn run(self) -> Result<(), CommandError> {
         let progress = Progress::new(self.global.progress, self.global.quiet || self.global.json);
         let interrupts = watch_interrupts();
-        let context = Context { global: self.global, progress, interrupts };
+        let config = OnceLock::new();
+        let context = Context { global: self.global, progress, interrupts, config };
         let outcome = match self.command {
             Command::Repository(command) => {
                 context.until_interrupted(repository::run(command, &context)).await
@@ -268,20 +274,46 @@ impl Context {
         }
     }
 
+    /// The configuration.
+    ///
+    /// # Errors
+    /// When it cannot be read, or makes no sense.
+    fn config(&self) -> Result<&Config, CommandError> {
+        if let Some(config) = self.config.get() {
+            return Ok(config);
+        }
+        let config = Config::load(self.global.config.as_deref())?;
+        Ok(self.config.get_or_init(|| config))
+    }
+
+    /// The configured repository that is meant, if it is one. A path with a slash needs no configuration: so
+    /// backups can be restored where that is broken.
+    fn repository(&self) -> Result<Option<&config::Repository>, CommandError> {
+        match self.global.repository.as_deref() {
+            Some(path) if path.contains('/') => Ok(None),
+            Some(name) => Ok(self.config()?.repository(name)),
+            None => Ok(self.config()?.usual_repository()),
+        }
+    }
+
     fn location(&self) -> Result<String, CommandError> {
-        self.global.repository.clone().ok_or(CommandError::NoRepositoryGiven)
+        if let Some(repository) = self.repository()? {
+            return Ok(repository.location.clone());
+        }
+        let no_repository = || {
+            let known = self.config.get().map(|config| &config.repository);
+            let known = known.into_iter().flatten().map(|(name, _)| name.to_string()).collect();
+            CommandError::NoRepositoryGiven { known }
+        };
+        self.global.repository.clone().ok_or_else(no_repository)
     }
 
     fn password(&self) -> Result<Vec<u8>, CommandError> {
-        let path = self.global.password_file.clone().ok_or(CommandError::NoPasswordGiven)?;
-        let text = fs::read(&path)
-            .map_err(|source| CommandError::Password { path: path.clone(), source })?;
-        // As restic reads it: white space around it does not count.
-        let password = text.trim_ascii();
-        match password.is_empty() {
-            true => Err(CommandError::EmptyPassword { path }),
-            false => Ok(password.to_vec()),
+        if let Some(path) = &self.global.password_file {
+            return Ok(config::read_password(path)?);
         }
+        let configured = self.repository()?.map(config::Repository::password).transpose()?;
+        configured.flatten().ok_or(CommandError::NoPasswordGiven)
     }
 
     fn journal(&self) -> Result<Journal, CommandError> {

@@ -18,6 +18,7 @@ use crate::overlay::libvirt::LibvirtLayers;
 use crate::overlay::record::{Held, Purpose, Records};
 use crate::overlay::stall::Stall;
 use crate::overlay::track::{self, Tracker};
+use crate::units::parse_bytes;
 
 /// The machines that are meant.
 #[derive(Debug, Args)]
@@ -121,7 +122,7 @@ pub async fn tracker(
 }
 
 /// How a guest is brought back onto its own images.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct WayBack {
     /// How long a guest may write as fast as it likes; then it is slowed down, half as long again
     #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_seconds)]
@@ -130,7 +131,7 @@ pub struct WayBack {
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = parse_seconds)]
     max_pause: Duration,
     /// Write back at most so many bytes a second, like 100MiB
-    #[arg(long, value_name = "BYTES", value_parser = backup::parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     limit_rate: Option<u64>,
 }
 

@@ -20,7 +20,8 @@ use watchdog::{Freeze, HOLD_INTERVAL, Thaw, Watchdog, WatchdogError};
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whether the guest's file systems are frozen for the point in time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Where an agent answers; else the backup is crash-consistent, with a warning.
     Auto,

@@ -9,10 +9,10 @@ use image_tools::folder::Image;
 use image_tools::record::{BootSign, BootTrial};
 
 use super::Context;
-use crate::cli::backup::parse_bytes;
 use crate::error::CommandError;
 use crate::image::boot::{Accel, Outcome, Trial, Wait};
 use crate::store::blocking;
+use crate::units::parse_bytes;
 
 /// Start an image in a throw-away machine without a network, and wait until it is up
 ///

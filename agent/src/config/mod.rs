@@ -1,0 +1,177 @@
+//! The configuration, `/etc/kvmsnap/kvmsnap.toml`: read once into checked types. A key that is not known or
+//! a value that is not possible is an error with its place and, where one is near, what may be meant.
+
+mod domain;
+mod problem;
+mod repository;
+mod value;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+pub use domain::{Domain, TrackHow};
+pub use problem::Problem;
+pub use repository::{PasswordError, Repository, read_file as read_password};
+pub use value::{Name, Pattern, Size};
+
+/// Where the configuration is unless another file is named.
+pub const PATH: &str = "/etc/kvmsnap/kvmsnap.toml";
+/// The repository that is meant where several are configured and none is named.
+const MAIN: &str = "main";
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What is written in it makes no sense.
+    #[error("{}:{problem}", .path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        problem: Box<Problem>,
+    },
+}
+
+/// All that can be configured.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Config {
+    /// Repositories by the names that `--repository` takes.
+    pub repository: BTreeMap<Name, Repository>,
+    /// Settings of domains by name or pattern.
+    pub domain: BTreeMap<Pattern, Domain>,
+}
+
+impl Config {
+    /// Reads a file. `None` is the usual one, which need not be there.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(PATH));
+        let text = match fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(source) => return Err(ConfigError::Read { path: file.to_owned(), source }),
+        };
+        Self::parse(&text).map_err(|problem| ConfigError::Invalid {
+            path: file.to_owned(),
+            problem: Box::new(problem),
+        })
+    }
+
+    /// Reads a text.
+    ///
+    /// # Errors
+    /// The first [`Problem`].
+    pub fn parse(text: &str) -> Result<Self, Problem> {
+        toml::from_str::<Self>(text).map_err(|error| Problem::of(&error, text))
+    }
+
+    /// The repository that a name means: a configured one, else none of them.
+    pub fn repository(&self, name: &str) -> Option<&Repository> {
+        self.repository.get(name)
+    }
+
+    /// The repository that is meant where none is named: the only one, or the one called `main`.
+    pub fn usual_repository(&self) -> Option<&Repository> {
+        match self.repository.len() {
+            1 => self.repository.values().next(),
+            _ => self.repository.get(MAIN),
+        }
+    }
+
+    /// The settings of a domain: for each the most exact pattern that has it wins.
+    pub fn domain(&self, name: &str) -> Domain {
+        let mut of_it: Vec<_> =
+            self.domain.iter().filter(|(pattern, _)| pattern.matches(name)).collect();
+        of_it.sort_by_key(|(pattern, _)| pattern.vagueness(name));
+        of_it.into_iter().fold(Domain::default(), |exact, (_, vague)| exact.or(vague))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> String {
+        let problem = Config::parse(text).expect_err(text);
+        format!("{problem} / {}", problem.hint().unwrap_or_default())
+    }
+
+    #[test]
+    fn an_unknown_key_is_told_with_its_place_and_the_one_that_is_near() {
+        let told = problem("[repository.main]\nlocation = \"/srv\"\npasword-file = \"/p\"\n");
+        assert!(told.starts_with("3:1: unknown field `pasword-file`"), "{told}");
+        assert!(told.ends_with("/ did you mean `password-file`?"), "{told}");
+
+        let told = problem("[domian.web]\nquiesce = \"no\"\n");
+        assert!(told.starts_with("1:2: unknown field `domian`"), "{told}");
+        assert!(told.ends_with("did you mean `domain`?"), "{told}");
+
+        let told = problem("\n[domain.web]\nquiesce = \"requires\"\n");
+        assert!(told.starts_with("3:11: unknown variant `requires`"), "{told}");
+        assert!(told.ends_with("did you mean `require`?"), "{told}");
+    }
+
+    #[test]
+    fn values_that_are_not_possible_are_told_with_their_place() {
+        for (text, place) in [
+            ("[repository.a]\nlocation = 5\n", "2:12: "),
+            ("[repository.a]\n", "1:1: missing field `location`"),
+            ("[domain.a]\nlimit-read = \"fast\"\n", "2:14: use a number with KiB"),
+            ("[domain.a]\ndisks = [\"../x\"]\n", "2:9: "),
+            ("[domain.\"[\"]\n", "1:9: "),
+            ("[domain.a\n", "1:10: "),
+            ("[repository.\"a/b\"]\nlocation = \"/x\"\n", "1:13: "),
+        ] {
+            let told = problem(text);
+            assert!(told.starts_with(place), "{text}: {told}");
+        }
+    }
+
+    #[test]
+    fn the_most_exact_pattern_wins_for_each_setting() {
+        let config = Config::parse(
+            "[domain.\"*\"]\nlimit-read = \"1MiB\"\nquiesce = \"no\"\nmethod = \"pull\"\n\
+             [domain.\"web-*\"]\nlimit-read = \"2MiB\"\nquiesce = \"auto\"\n\
+             [domain.web-1]\nlimit-read = \"3MiB\"\n",
+        )
+        .unwrap();
+        let limit = |name: &str| config.domain(name).limit_read.map(Size::bytes);
+        assert_eq!(limit("web-1"), Some(3 << 20));
+        assert_eq!(limit("web-2"), Some(2 << 20));
+        assert_eq!(limit("db"), Some(1 << 20));
+        let web = config.domain("web-1");
+        assert_eq!(web.quiesce, Some(crate::quiesce::Mode::Auto));
+        assert_eq!(web.method, Some(crate::method::Wanted::Pull));
+    }
+
+    #[test]
+    fn the_usual_repository_is_the_only_one_or_main() {
+        let config = |names: &[&str]| {
+            let entries = names.iter().map(|n| format!("[repository.{n}]\nlocation = \"/{n}\"\n"));
+            Config::parse(&entries.collect::<String>()).unwrap()
+        };
+        let usual = |config: Config| config.usual_repository().map(|usual| usual.location.clone());
+        assert_eq!(usual(config(&[])), None);
+        assert_eq!(usual(config(&["b"])).as_deref(), Some("/b"));
+        assert_eq!(usual(config(&["a", "b"])), None);
+        assert_eq!(usual(config(&["a", "main"])).as_deref(), Some("/main"));
+    }
+}
