@@ -1,0 +1,191 @@
+//! What people have been told already: a failure that lasts is told once and then now and then, and its end
+//! is told too.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::{Event, Kind, Subject};
+
+/// Name of the file in the state folder.
+const FILE: &str = "alerts.json";
+
+/// What is known to be wrong. Losing it costs one more message.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    problems: Vec<Problem>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Problem {
+    #[serde(flatten)]
+    subject: Subject,
+    kind: Kind,
+    since: Timestamp,
+    told: Timestamp,
+}
+
+/// Why what is known cannot be kept.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot keep what people have been told in {}", .path.display())]
+pub struct KnownError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl Known {
+    /// Reads it from the state folder. What is not there, or makes no sense, is nothing.
+    pub fn load(state_dir: &Path) -> Self {
+        let text = fs::read(state_dir.join(FILE)).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Keeps it there.
+    ///
+    /// # Errors
+    /// [`KnownError`]; then the old one is still there.
+    pub fn save(&self, state_dir: &Path) -> Result<(), KnownError> {
+        let path = state_dir.join(FILE);
+        let write = || {
+            fs::create_dir_all(state_dir)?;
+            let mut file = tempfile::NamedTempFile::new_in(state_dir)?;
+            file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
+            file.persist(&path).map_err(|error| error.error)
+        };
+        write().map(drop).map_err(|source| KnownError { path, source })
+    }
+
+    /// Of what happened, what is to be told: what is new or worse, what lasts and was told `remind` ago, and
+    /// the end of what was wrong. `well` are the subjects that went well; a subject that is in neither was
+    /// not tried, and nothing is known of it.
+    pub fn sift(
+        &mut self,
+        events: Vec<Event>,
+        well: &[Subject],
+        now: Timestamp,
+        remind: SignedDuration,
+    ) -> Vec<Event> {
+        let mut told = Vec::new();
+        for event in events {
+            if matches!(event.kind, Kind::Recovery | Kind::Digest) {
+                told.push(event);
+                continue;
+            }
+            let known = self.problems.iter_mut().find(|known| known.subject == event.subject);
+            match known {
+                Some(known) => {
+                    // A clock that was set back must not silence anybody.
+                    let age = now.duration_since(known.told);
+                    let is_due = age >= remind || age < SignedDuration::ZERO;
+                    let is_worse = event.kind < known.kind;
+                    known.kind = event.kind;
+                    if is_due || is_worse {
+                        known.told = now;
+                        told.push(event);
+                    }
+                }
+                None => {
+                    let (subject, kind) = (event.subject.clone(), event.kind);
+                    self.problems.push(Problem { subject, kind, since: now, told: now });
+                    told.push(event);
+                }
+            }
+        }
+        let failed: Vec<Subject> = told.iter().map(|event| event.subject.clone()).collect();
+        let is_over =
+            |known: &mut Problem| well.contains(&known.subject) && !failed.contains(&known.subject);
+        for over in self.problems.extract_if(.., is_over) {
+            told.push(recovery(over, now));
+        }
+        told
+    }
+}
+
+fn recovery(over: Problem, now: Timestamp) -> Event {
+    let Problem { subject, kind, since, .. } = over;
+    let what = match &subject.domain {
+        Some(domain) => format!("{} of {domain}", subject.work),
+        None => subject.work.clone(),
+    };
+    let minutes = now.duration_since(since).as_mins().max(0);
+    let lasted = match minutes {
+        0..120 => format!("{minutes} min"),
+        120..2880 => format!("{} h", minutes / 60),
+        _ => format!("{} days", minutes / 1440),
+    };
+    let title = format!("{what} is well again, after {lasted} of {}", kind.as_str());
+    Event { kind: Kind::Recovery, subject, title, text: String::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::event;
+    use super::*;
+
+    const REMIND: SignedDuration = SignedDuration::from_hours(24);
+
+    fn at(hour: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + hour * 3600).unwrap()
+    }
+
+    fn kinds(told: &[Event]) -> Vec<Kind> {
+        told.iter().map(|event| event.kind).collect()
+    }
+
+    #[test]
+    fn a_failure_that_lasts_is_told_once_a_day_and_its_end_once() {
+        let (mut known, failure) = (Known::default(), event(Kind::Failure, "web"));
+        let mut told = Vec::new();
+        for hour in 0..50 {
+            let events = known.sift(vec![failure.clone()], &[], at(hour), REMIND);
+            told.extend(events.iter().map(|_| hour));
+        }
+        assert_eq!(told, [0, 24, 48]);
+        let well = [failure.subject.clone()];
+        let end = known.sift(Vec::new(), &well, at(50), REMIND);
+        assert_eq!(end[0].title, "backup of web is well again, after 2 days of failure");
+        assert_eq!(known, Known::default());
+        assert_eq!(known.sift(Vec::new(), &well, at(51), REMIND), []);
+    }
+
+    #[test]
+    fn what_gets_worse_is_told_at_once_and_what_gets_better_is_not() {
+        let mut known = Known::default();
+        let mut sift =
+            |kind, hour| kinds(&known.sift(vec![event(kind, "web")], &[], at(hour), REMIND));
+        assert_eq!(sift(Kind::Warning, 0), [Kind::Warning]);
+        assert_eq!(sift(Kind::Failure, 1), [Kind::Failure]);
+        assert_eq!(sift(Kind::Warning, 2), []);
+    }
+
+    #[test]
+    fn nothing_is_known_of_what_was_not_tried() {
+        let mut known = Known::default();
+        let failure = event(Kind::Failure, "web");
+        known.sift(vec![failure], &[], at(0), REMIND);
+        let other = [event(Kind::Failure, "db").subject];
+        assert_eq!(known.sift(Vec::new(), &other, at(1), REMIND), []);
+    }
+
+    #[test]
+    fn r17_a_clock_that_was_set_back_silences_nobody() {
+        let (mut known, failure) = (Known::default(), event(Kind::Failure, "web"));
+        known.sift(vec![failure.clone()], &[], at(9000), REMIND);
+        assert_eq!(known.sift(vec![failure], &[], at(1), REMIND).len(), 1);
+    }
+
+    #[test]
+    fn what_is_known_outlives_the_run_and_its_loss_is_no_error() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(Known::load(folder.path()), Known::default());
+        let mut known = Known::default();
+        known.sift(vec![event(Kind::Warning, "web")], &[], at(0), REMIND);
+        known.save(folder.path()).unwrap();
+        assert_eq!(Known::load(folder.path()), known);
+        fs::write(folder.path().join(FILE), "{").unwrap();
+        assert_eq!(Known::load(folder.path()), Known::default());
+    }
+}
