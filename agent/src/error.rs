@@ -22,6 +22,7 @@ use crate::journal::JournalError;
 use crate::lock::LockError;
 use crate::method::MethodError;
 use crate::names::{NameError, printable};
+use crate::notify::NotifyError;
 use crate::overlay::OverlayError;
 use crate::plan::PlanError;
 use crate::quiesce::QuiesceError;
@@ -103,6 +104,20 @@ pub enum CommandError {
     /// An image cannot be tried, or does not come up.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Somebody who is to be told of failures cannot be told.
+    #[error("cannot tell {channel}")]
+    CannotTell {
+        /// Who, or by which way.
+        channel: String,
+        /// Why.
+        source: NotifyError,
+    },
+    /// Some of those who are to be told of failures cannot be told.
+    #[error("{count} of those who are to be told cannot be told")]
+    NotTold {
+        /// How many; each was named.
+        count: usize,
+    },
     /// Of several images some cannot be used.
     #[error("{count} {} cannot be used", if *.count == 1 { "image" } else { "images" })]
     UnusableImages {

@@ -20,10 +20,10 @@ mod location;
 mod lock;
 mod manifest;
 mod method;
-#[expect(dead_code, reason = "called by the unattended run, which comes next")]
+#[allow(dead_code, reason = "called by the unattended run, which comes next")]
 mod metrics;
 mod names;
-#[expect(dead_code, unused_imports, reason = "called by the unattended run, which comes next")]
+#[allow(dead_code, reason = "called by the unattended run, which comes next")]
 mod notify;
 mod overlay;
 mod plan;

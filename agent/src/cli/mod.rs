@@ -1,5 +1,6 @@
 //! The command line: one file for each command.
 
+mod alert;
 mod backup;
 mod create;
 mod doctor;
@@ -137,6 +138,7 @@ enum Command {
     Image(image::ImageCommand),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
+    Alert(alert::AlertArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
     /// The process that undoes a run that is killed
@@ -207,6 +209,7 @@ impl Cli {
             Command::Image(command) => image::run(command, &context).await,
             Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
+            Command::Alert(args) => context.until_interrupted(alert::run(args, &context)).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
             Command::Guard { run } => {

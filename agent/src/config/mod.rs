@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::metrics::Metrics;
+use crate::notify::Alerts;
+
 pub use domain::{Domain, TrackHow};
 pub use problem::Problem;
 pub use repository::{PasswordError, Repository, read_file as read_password};
@@ -53,6 +56,10 @@ pub struct Config {
     pub repository: BTreeMap<Name, Repository>,
     /// Settings of domains by name or pattern.
     pub domain: BTreeMap<Pattern, Domain>,
+    /// Who is told of what.
+    pub alerts: Alerts,
+    /// Where figures for Prometheus go.
+    pub metrics: Option<Metrics>,
 }
 
 impl Config {

@@ -59,7 +59,7 @@ impl Program {
         if output.status.success() {
             return Ok(());
         }
-        let said: String = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
         let said = crate::names::printable(&said).chars().take(SAID_MAX).collect();
         Err(NotifyError::ProgramFailed { program, status: output.status.to_string(), said })
     }

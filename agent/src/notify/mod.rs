@@ -1,9 +1,9 @@
 //! Telling people: what goes wrong, what is well again, and that there is somebody who would tell.
 //!
-//! [`Known`] decides without I/O what is worth telling; each kind of channel has a file of its own.
+//! [`known::Known`] decides without I/O what is worth telling; each kind of channel has a file of its own.
 
 mod command;
-mod known;
+pub mod known;
 mod log;
 mod mail;
 mod web;
@@ -16,7 +16,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::command::Program;
-pub use self::known::{Known, KnownError};
 pub use self::log::Log;
 pub use self::mail::Mail;
 pub use self::web::{Ping, Webhook};
@@ -25,7 +24,9 @@ pub use self::web::{Ping, Webhook};
 const CHANNEL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What an event is, the worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Something was not done.
@@ -183,34 +184,51 @@ pub enum NotifyError {
     Log(#[source] io::Error),
 }
 
+/// What came of telling one channel.
+#[derive(Debug)]
+pub struct Told {
+    /// The channel, in words that hold no secret.
+    pub channel: String,
+    /// Whether it was told.
+    pub outcome: Result<(), NotifyError>,
+}
+
 impl Alerts {
     /// Tells everybody what they want to hear. One that cannot be told keeps nobody from the others.
-    pub async fn tell(&self, host: &str, events: &[Event]) -> Vec<NotifyError> {
-        let mut failed = Vec::new();
-        let wanted = |on: &Option<Vec<Kind>>| -> Vec<Event> {
-            let on = on.as_ref().unwrap_or(&self.on);
-            events.iter().filter(|event| on.contains(&event.kind)).cloned().collect()
-        };
-        failed.extend(self.log.tell(events).err());
-        if let Some(mail) = &self.mail {
-            let events = wanted(&mail.on);
-            if !events.is_empty() {
-                failed.extend(mail.tell(host, events).await.err());
-            }
+    pub async fn tell(&self, host: &str, events: &[Event]) -> Vec<Told> {
+        let mut told = Vec::new();
+        if self.log.enabled && !events.is_empty() {
+            let outcome = self.log.tell(events);
+            told.push(Told { channel: "the system's log".to_owned(), outcome });
         }
-        for webhook in &self.webhook {
-            let events = wanted(&webhook.on);
-            if !events.is_empty() {
-                failed.extend(webhook.tell(host, events).await.err());
-            }
+        if let Some((mail, events)) = self.mail.as_ref().and_then(|it| self.of(it, &it.on, events))
+        {
+            let to: Vec<String> = mail.to.iter().map(|to| to.email.to_string()).collect();
+            let outcome = mail.tell(host, events).await;
+            told.push(Told { channel: format!("mail to {}", to.join(", ")), outcome });
         }
-        for program in &self.command {
-            let events = wanted(&program.on);
-            if !events.is_empty() {
-                failed.extend(program.tell(host, &events).await.err());
-            }
+        for (webhook, events) in self.webhook.iter().filter_map(|it| self.of(it, &it.on, events)) {
+            let outcome = webhook.tell(host, events).await;
+            told.push(Told { channel: "a webhook".to_owned(), outcome });
         }
-        failed
+        for (program, events) in self.command.iter().filter_map(|it| self.of(it, &it.on, events)) {
+            let channel = format!("the program {}", program.run.first().map_or("", String::as_str));
+            told.push(Told { channel, outcome: program.tell(host, &events).await });
+        }
+        told
+    }
+
+    /// A channel, with those of the events that it wants; `None` where it wants none.
+    fn of<'a, C>(
+        &self,
+        channel: &'a C,
+        on: &Option<Vec<Kind>>,
+        events: &[Event],
+    ) -> Option<(&'a C, Vec<Event>)> {
+        let on = on.as_ref().unwrap_or(&self.on);
+        let events: Vec<Event> =
+            events.iter().filter(|event| on.contains(&event.kind)).cloned().collect();
+        (!events.is_empty()).then_some((channel, events))
     }
 }
 
