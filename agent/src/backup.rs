@@ -194,6 +194,7 @@ struct Captured {
     quiesced: quiesce::Outcome,
     disks: Vec<Mapped>,
     bytes_read: Vec<u64>,
+    scratch_peak: Option<u64>,
     files: Vec<MachineFile>,
     store: Store,
 }
@@ -369,6 +370,7 @@ impl<H: Hypervisor> Run<'_, H> {
             seen = self.see(recorded, lock, guard, &mut warnings) => seen?,
             error = quiet.ends() => return Err(error.into()),
         };
+        let scratch_peak = self.hypervisor.scratch_peak();
         let mut quiesced = match quiet {
             Quiet::LetGo(quiesced) => quiesced,
             Quiet::Held(holding) => {
@@ -383,7 +385,7 @@ impl<H: Hypervisor> Run<'_, H> {
             }
         };
         quiesced.warnings.extend(warnings);
-        Ok(Captured { start, cut, quiesced, disks, bytes_read, files, store })
+        Ok(Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, files, store })
     }
 
     /// Reads the point in time to the end.
@@ -425,7 +427,8 @@ impl<H: Hypervisor> Run<'_, H> {
         captured: Captured,
         record: &Record,
     ) -> Result<(Durable, Manifest), BackupError> {
-        let Captured { start, cut, quiesced, disks, bytes_read, files, store } = captured;
+        let Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, files, store } =
+            captured;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
@@ -469,6 +472,7 @@ impl<H: Hypervisor> Run<'_, H> {
             freeze_ms: quiesced.frozen.map(millis),
             pause_ms: cut.pause.map(millis),
             duration_ms: millis(start.elapsed()),
+            bytes_scratch_peak: scratch_peak,
             warnings: quiesced.warnings,
             disks: manifests,
             skipped: self.plan.machine.skipped.clone(),

@@ -118,6 +118,9 @@ pub struct Manifest {
     pub pause_ms: Option<u64>,
     /// From the first command to the last chunk, in milliseconds.
     pub duration_ms: u64,
+    /// The most bytes that the scratch took, where there was one and that was seen.
+    #[serde(default)]
+    pub bytes_scratch_peak: Option<u64>,
     /// What the operator should know; the backup is good all the same.
     pub warnings: Vec<String>,
     /// The disks, by name.

@@ -334,6 +334,11 @@ impl GuardedScratch {
         }
     }
 
+    /// Bytes that it holds.
+    pub fn holds(&self) -> u64 {
+        self.scratch.file.metadata().map_or(0, |metadata| metadata.size())
+    }
+
     /// Makes sure that the scratch is there.
     ///
     /// # Errors

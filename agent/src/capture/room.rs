@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -17,6 +19,8 @@ use crate::names::DiskName;
 const KEPT_FRACTION: u64 = 20;
 const KEPT_MIN: u64 = 64 << 20;
 const KEPT_FRACTION_MAX: u64 = 4;
+/// Bytes of a block, as the system counts what a file takes (`stat(2)`).
+pub const BLOCK: u64 = 512;
 /// How often the room is looked at: a guest fills some MiB in that time, ten times less than what is kept
 /// for it. Each look is one call of the system.
 const POLL: Duration = Duration::from_millis(2);
@@ -54,6 +58,11 @@ impl Scratch {
         (free < kept).then(|| Low { disk: self.disk.clone(), free, kept })
     }
 
+    /// Bytes that it takes on its file system.
+    fn taken(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.blocks() * BLOCK)
+    }
+
     /// Gives its room back at once, before the filter is gone; reads show nothing true from here on.
     fn give_up(&self) {
         // What cannot be cut goes with the filter.
@@ -75,6 +84,7 @@ pub fn room(file: &File) -> Option<(u64, u64)> {
 pub struct Watched {
     scratch: Arc<[Scratch]>,
     low: watch::Receiver<Option<Low>>,
+    peak: Arc<AtomicU64>,
     _ends_with_us: mpsc::Sender<()>,
 }
 
@@ -86,12 +96,15 @@ impl Watched {
     pub fn begin(scratch: Vec<Scratch>) -> io::Result<Self> {
         let scratch: Arc<[Scratch]> = scratch.into();
         let watched = Arc::clone(&scratch);
+        let peak = Arc::new(AtomicU64::new(0));
+        let most = Arc::clone(&peak);
         let (tell, low) = watch::channel(None);
         let (ends_with_us, until) = mpsc::channel();
         thread::Builder::new().name("room".to_owned()).spawn(move || {
             // Who may not do so watches as others do.
             let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), PRIORITY);
             while let Err(RecvTimeoutError::Timeout) = until.recv_timeout(POLL) {
+                most.fetch_max(watched.iter().map(Scratch::taken).sum(), Ordering::Relaxed);
                 let Some(low) = watched.iter().find_map(Scratch::low) else { continue };
                 // First, so that nobody takes for true what is read from now on.
                 tell.send_replace(Some(low));
@@ -99,12 +112,17 @@ impl Watched {
                 watched.iter().for_each(Scratch::give_up);
             }
         })?;
-        Ok(Self { scratch, low, _ends_with_us: ends_with_us })
+        Ok(Self { scratch, low, peak, _ends_with_us: ends_with_us })
     }
 
     /// The scratch of the disk with this index.
     pub fn scratch(&self, index: usize) -> Option<&Scratch> {
         self.scratch.get(index)
+    }
+
+    /// The most bytes that the scratch of all disks took at one time, as far as was seen.
+    pub fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
     }
 
     /// Whether all that was read up to now is true.

@@ -45,6 +45,9 @@ pub async fn run(args: ShowArgs, context: &Context) -> Result<(), CommandError> 
     writeln!(out, "consistency  {}", manifest.consistency.as_str())?;
     writeln!(out, "frozen       {}", milliseconds(manifest.freeze_ms))?;
     writeln!(out, "paused       {}", milliseconds(manifest.pause_ms))?;
+    if let Some(bytes) = manifest.bytes_scratch_peak {
+        writeln!(out, "scratch      {} at most", human_bytes(bytes))?;
+    }
     writeln!(out, "parent       {}", manifest.parent.as_deref().unwrap_or("none"))?;
     writeln!(out, "made by      {} in {} ms", manifest.program, manifest.duration_ms)?;
     for disk in &manifest.disks {

@@ -598,6 +598,11 @@ pub trait Hypervisor {
     /// Makes sure that what was read was the point in time to the end.
     async fn confirm(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
 
+    /// The most bytes that the scratch took while the point in time was read; `None` where there was none.
+    fn scratch_peak(&self) -> Option<u64> {
+        None
+    }
+
     /// Gives the guest its disks back as they were, whatever of the record exists. Idempotent.
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError>;
 

@@ -332,6 +332,10 @@ impl Hypervisor for BareQemu {
         }
     }
 
+    fn scratch_peak(&self) -> Option<u64> {
+        self.scratch.get().map(Watched::peak)
+    }
+
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         // By the recipe that the record was made with.
         if recorded.record().suspends {

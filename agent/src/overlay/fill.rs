@@ -9,12 +9,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::record::DiskRecord;
-use crate::capture::room::room;
+use crate::capture::room::{BLOCK, room};
 use crate::names::DiskName;
 use crate::progress::human_bytes;
-
-/// Bytes of a block, as the system counts what a file takes (`stat(2)`).
-const BLOCK: u64 = 512;
 
 /// What to do about one of which too little is left.
 pub const LOW: &str =

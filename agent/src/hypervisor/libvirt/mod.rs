@@ -438,6 +438,12 @@ impl Hypervisor for LibvirtDomain {
         libvirt_job::confirm(&self.handle, recorded).await
     }
 
+    fn scratch_peak(&self) -> Option<u64> {
+        let scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        // It never shrinks.
+        (!scratch.is_empty()).then(|| scratch.iter().map(GuardedScratch::holds).sum())
+    }
+
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
         libvirt_job::release(&self.handle, recorded).await
     }
