@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use repository::{
-    BlobId, FileId, Index, Node, Reader, Repository, RepositoryError, SnapshotFile, Tree,
+    BlobId, FileId, Index, Node, Reader, Repository, RepositoryError, SnapshotFile, Snapshots, Tree,
 };
 
 use crate::manifest::Manifest;
@@ -175,6 +175,14 @@ impl Catalog {
         Self { repository: repository.clone(), reader }
     }
 
+    /// All snapshots, whoever made them.
+    ///
+    /// # Errors
+    /// [`CatalogError::Repository`] when they cannot be listed.
+    pub fn snapshots(&self) -> Result<Snapshots, CatalogError> {
+        Ok(self.repository.snapshots()?)
+    }
+
     /// All backups that `wanted` accepts by their snapshot file, oldest first, and what cannot be
     /// read: a damaged one does not hide the others.
     ///
@@ -211,8 +219,9 @@ impl Catalog {
         }
         // Tags may have been changed by another program; the manifest has the last word.
         let may_be = |file: &SnapshotFile| {
-            let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_UUID));
-            is_of(file, domain.as_str()) && is_ours(file) && tagged.is_none_or(|tag| tag == uuid)
+            is_of(file, domain.as_str())
+                && is_ours(file)
+                && uuid_of(file).is_none_or(|tag| tag == uuid)
         };
         let ours = listed.good.into_iter().filter(|(_, file)| may_be(file));
         let snapshots = ours.map(|(id, file)| (id, file, OnceCell::new())).collect();
@@ -234,8 +243,9 @@ impl Catalog {
             return Ok(claimed);
         }
         let other = |file: &SnapshotFile| {
-            let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_UUID));
-            !is_of(file, domain.as_str()) && is_ours(file) && tagged.is_none_or(|tag| tag == uuid)
+            !is_of(file, domain.as_str())
+                && is_ours(file)
+                && uuid_of(file).is_none_or(|tag| tag == uuid)
         };
         let snapshots = self.repository.snapshots()?.good;
         for (id, file) in snapshots.iter().rev().filter(|(_, file)| other(file)) {
@@ -326,7 +336,11 @@ impl Catalog {
         Ok(content)
     }
 
-    fn manifest(&self, id: FileId, file: &SnapshotFile) -> Result<Manifest, CatalogError> {
+    /// The record of the backup that a snapshot is.
+    ///
+    /// # Errors
+    /// [`CatalogError`] when it is not there or cannot be read.
+    pub fn manifest(&self, id: FileId, file: &SnapshotFile) -> Result<Manifest, CatalogError> {
         let tagged = file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_MANIFEST));
         let blob = match tagged.and_then(|blob| blob.parse().ok()) {
             Some(blob) => blob,
@@ -354,8 +368,22 @@ impl Catalog {
     }
 }
 
-fn is_ours(file: &SnapshotFile) -> bool {
+/// Whether kvmsnap made a snapshot.
+pub fn is_ours(file: &SnapshotFile) -> bool {
     file.tags.iter().any(|tag| tag == TAG)
+}
+
+/// The domain of a snapshot, by its path.
+pub fn domain_of(file: &SnapshotFile) -> Option<&str> {
+    match file.paths.as_slice() {
+        [path] => path.strip_prefix('/'),
+        _ => None,
+    }
+}
+
+/// The uuid of a snapshot's machine, by its tags.
+pub fn uuid_of(file: &SnapshotFile) -> Option<&str> {
+    file.tags.iter().find_map(|tag| tag.strip_prefix(TAG_UUID))
 }
 
 /// Whether a snapshot is one of a domain.

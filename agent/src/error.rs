@@ -228,6 +228,32 @@ pub enum CommandError {
         /// How many; each was printed.
         problems: usize,
     },
+    /// Nothing says which snapshots stay.
+    #[error("no rule says which snapshots stay")]
+    NoRule,
+    /// Most of a machine's snapshots would go at once, by other rules than last time or a clock that jumped.
+    #[error(
+        "{dropped} of {of} snapshots of `{domain}` would go at once: nothing of it was dropped{}",
+        of_the_future(.in_future)
+    )]
+    TooManyDropped {
+        /// The domain.
+        domain: String,
+        /// How many would go.
+        dropped: usize,
+        /// How many there are.
+        of: usize,
+        /// The newest snapshot whose time is yet to come, and that time.
+        in_future: Option<(String, String)>,
+    },
+    /// A snapshot that was to go is needed.
+    #[error("snapshot {snapshot} stays: {reasons}")]
+    StillNeeded {
+        /// The snapshot.
+        snapshot: String,
+        /// Why.
+        reasons: String,
+    },
     /// The backup is good, but something is left in the guest.
     #[error("the backup is good, but the guest is not as it was")]
     Leftover(#[source] BackupError),
@@ -253,6 +279,11 @@ pub enum CommandError {
     Interrupted,
 }
 
+fn of_the_future(snapshot: &Option<(String, String)>) -> String {
+    let told = snapshot.as_ref();
+    told.map_or_else(String::new, |(id, time)| format!("; snapshot {id} is of the future, {time}"))
+}
+
 impl CommandError {
     /// Whether whoever reads our output has gone, as `head` does.
     pub fn is_closed_pipe(&self) -> bool {
@@ -271,6 +302,7 @@ impl CommandError {
             | Self::NoName { .. }
             | Self::NoDomain { .. }
             | Self::Config(_)
+            | Self::NoRule
             | Self::NoRepositoryGiven { .. }
             | Self::NoPasswordGiven
             | Self::Method(MethodError::Unmanaged { .. })
@@ -355,6 +387,16 @@ impl CommandError {
             }
             Self::NoRepositoryGiven { .. } => {
                 "give --repository or set KVMSNAP_REPOSITORY, or configure one: `kvmsnap config example`"
+            }
+            Self::NoRule => "--keep-daily 14 --keep-weekly 8 --keep-monthly 12 is a good start",
+            Self::TooManyDropped { in_future: None, .. } => {
+                "--dry-run shows them; if clock and rules are right, --allow-many goes ahead"
+            }
+            Self::TooManyDropped { .. } => {
+                "mend the clock; `kvmsnap forget --snapshot` drops a snapshot that carries a wrong time"
+            }
+            Self::StillNeeded { .. } => {
+                "`kvmsnap protect --undo` unprotects; another backup makes it neither last nor anchor"
             }
             Self::NoPasswordGiven => "give --password-file or set KVMSNAP_PASSWORD_FILE",
             Self::Password(PasswordError::NoCredential { .. }) => {

@@ -32,6 +32,7 @@ mod quiesce;
 mod read;
 mod recover;
 mod restore;
+mod retention;
 mod share;
 mod stop;
 mod store;

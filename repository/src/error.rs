@@ -178,6 +178,9 @@ pub enum RepositoryError {
     /// The writer was aborted or dropped.
     #[error("the writer was stopped")]
     WriterStopped,
+    /// Somebody asked to stop.
+    #[error("stopped before it was done")]
+    Stopped,
     /// The store took nothing for too long.
     #[error("the store of the repository took nothing for {seconds} s")]
     Stalled {

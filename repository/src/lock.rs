@@ -22,6 +22,9 @@ const STALE_AFTER: Duration = Duration::from_secs(30 * 60);
 const LOST_AFTER: Duration = Duration::from_secs(25 * 60);
 /// Between writing a lock and looking for others once more; restic does the same.
 const SETTLE: Duration = Duration::from_millis(200);
+/// Who waits for a lock looks again after this and half as much more, at random: two who wait for each
+/// other do not meet again and again.
+const RETRY_EVERY: Duration = Duration::from_millis(400);
 
 /// Whether others may use the repository at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +128,29 @@ impl Repository {
         }
     }
 
+    /// As [`Repository::lock`], but waits up to `patience` for others to let go. Each time before it does,
+    /// `waiting` hears who has the lock, and fails where nobody wants to wait any more.
+    pub fn lock_within(
+        &self,
+        mode: LockMode,
+        patience: Duration,
+        waiting: &dyn Fn(&RepositoryError) -> Result<(), RepositoryError>,
+    ) -> Result<Lock, RepositoryError> {
+        retry(patience, waiting, || self.lock(mode))
+    }
+
+    /// As [`Repository::announce_lock`], but waits as [`Repository::lock_within`] does.
+    pub fn announce_lock_within(
+        &self,
+        mode: LockMode,
+        patience: Duration,
+        waiting: &dyn Fn(&RepositoryError) -> Result<(), RepositoryError>,
+    ) -> Result<AnnouncedLock, RepositoryError> {
+        retry(patience, waiting, || self.announce_lock(mode))
+    }
+
     /// Fails on the first lock of somebody else that conflicts with `mode`.
-    fn look_for_conflicts(
+    pub(crate) fn look_for_conflicts(
         &self,
         mode: LockMode,
         ours: Option<&FileId>,
@@ -294,6 +318,25 @@ impl LockFile {
             _ => false,
         };
         successor || !is_alive(pid)
+    }
+}
+
+/// Tries for so long as somebody else has the lock.
+fn retry<T>(
+    patience: Duration,
+    waiting: &dyn Fn(&RepositoryError) -> Result<(), RepositoryError>,
+    attempt: impl Fn() -> Result<T, RepositoryError>,
+) -> Result<T, RepositoryError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match attempt() {
+            Err(error @ RepositoryError::Locked { .. }) if Instant::now() < deadline => {
+                waiting(&error)?;
+                let jitter = rand::random::<u32>() % 200;
+                thread::sleep(RETRY_EVERY + Duration::from_millis(jitter.into()));
+            }
+            other => return other,
+        }
     }
 }
 

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{BlobId, FileId, FileKind, Repository, RepositoryError, host};
+use crate::{
+    BlobId, FileId, FileKind, Repository, RepositoryError, host, repository::ignore_missing,
+};
 
 /// A snapshot as restic writes it. Fields that are not known are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +129,25 @@ impl Repository {
             [] => Err(RepositoryError::SnapshotNotFound { prefix: prefix.to_owned() }),
             _ => Err(RepositoryError::SnapshotAmbiguous { prefix: prefix.to_owned(), candidates }),
         }
+    }
+
+    /// Gives a snapshot other tags, which makes it another file; returns its name. As with restic the new
+    /// one tells in `original` which one it was at first.
+    pub fn retag_snapshot(
+        &self,
+        id: &FileId,
+        change: impl FnOnce(&mut Vec<String>),
+    ) -> Result<FileId, RepositoryError> {
+        let mut snapshot = self.snapshot(id)?;
+        let before = snapshot.tags.clone();
+        change(&mut snapshot.tags);
+        if snapshot.tags == before {
+            return Ok(*id);
+        }
+        snapshot.original.get_or_insert(*id);
+        let changed = self.save_snapshot(&snapshot)?;
+        ignore_missing(self.backend().remove(FileKind::Snapshot, id))?;
+        Ok(changed)
     }
 
     /// Removes a snapshot file. What only it refers to is freed by the next prune.

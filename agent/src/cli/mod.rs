@@ -4,10 +4,12 @@ mod alert;
 mod backup;
 mod create;
 mod doctor;
+mod forget;
 mod generate;
 mod image;
 mod list;
 mod overlays;
+mod protect;
 mod purge;
 mod repository;
 mod restore;
@@ -15,10 +17,13 @@ mod show;
 mod status;
 mod verify;
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use ::repository::{AnnouncedLock, Index, Lock, LockMode, Repository, RepositoryError};
 use clap::{Args, Parser, Subcommand};
@@ -38,6 +43,9 @@ use crate::progress::{Progress, When};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::watchdog;
 use crate::store::blocking;
+
+/// So long a command that was asked to stop has to let go of what it holds.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Live backup of KVM guests into a deduplicated, encrypted repository
 ///
@@ -134,6 +142,8 @@ enum Command {
     Show(show::ShowArgs),
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
+    Forget(Box<forget::ForgetArgs>),
+    Protect(protect::ProtectArgs),
     #[command(subcommand)]
     Image(image::ImageCommand),
     Status(status::StatusArgs),
@@ -206,6 +216,8 @@ impl Cli {
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
             Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
+            Command::Forget(args) => forget::run(*args, &context).await,
+            Command::Protect(args) => protect::run(args, &context).await,
             Command::Image(command) => image::run(command, &context).await,
             Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
@@ -299,6 +311,30 @@ impl Context {
         }
     }
 
+    /// Runs what blocks, and tells it when the user or the system asks to stop: then it has a while to let go
+    /// of what it holds.
+    async fn until_stopped<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Stop) -> Result<T, CommandError> + Send + 'static,
+    ) -> Result<T, CommandError> {
+        let stop = Stop::default();
+        let heard = stop.clone();
+        let mut working = tokio::spawn(blocking(move || work(&heard)));
+        tokio::select! {
+            outcome = &mut working => joined(outcome),
+            () = self.interrupted() => {
+                stop.0.store(true, Ordering::Relaxed);
+                match tokio::time::timeout(STOP_PATIENCE, working).await.map(joined) {
+                    Ok(Ok(done)) => Ok(done),
+                    Ok(Err(CommandError::Repository(RepositoryError::Stopped))) | Err(_) => {
+                        Err(CommandError::Interrupted)
+                    }
+                    Ok(Err(error)) => Err(error),
+                }
+            }
+        }
+    }
+
     fn location(&self) -> Result<String, CommandError> {
         if let Some(repository) = self.repository()? {
             return Ok(repository.location.clone());
@@ -381,6 +417,42 @@ impl Context {
 
 fn parse_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, serde_json::Error> {
     serde_json::from_str(text)
+}
+
+/// Whether somebody has asked to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Fails once somebody has.
+    fn check(&self) -> Result<(), RepositoryError> {
+        match self.0.load(Ordering::Relaxed) {
+            true => Err(RepositoryError::Stopped),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The outcome of a task, which panics as it did.
+fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
+    outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// Takes the repository for itself, and waits while others use it.
+fn lock_exclusively(
+    repository: &Repository,
+    patience: Duration,
+    progress: &Progress,
+    stop: &Stop,
+) -> Result<Lock, RepositoryError> {
+    let told = Cell::new(false);
+    repository.lock_within(LockMode::Exclusive, patience, &|error| {
+        if !told.replace(true) {
+            tracing::info!(target: "progress", "waiting up to {} s: {error}", patience.as_secs());
+            progress.phase("waiting for others to let go of the repository");
+        }
+        stop.check()
+    })
 }
 
 fn announce_lock_to_read(

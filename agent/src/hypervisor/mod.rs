@@ -339,6 +339,9 @@ impl Skipped {
     }
 }
 
+/// Why a disk is left out that the user does not want.
+pub const EXCLUDED: &str = "excluded with --exclude-disk";
+
 /// The disks of a machine that a backup is to have.
 #[derive(Debug, Clone, Default)]
 pub struct Choice {
@@ -353,7 +356,7 @@ impl Choice {
     pub fn leaves_out(&self, target: &str) -> Option<Skipped> {
         let names = |list: &[DiskName]| list.iter().any(|disk| disk.as_str() == target);
         let reason = match (names(&self.excluded), self.only.is_empty() || names(&self.only)) {
-            (true, _) => "excluded with --exclude-disk",
+            (true, _) => EXCLUDED,
             (false, false) => "only other disks were asked for with --disk",
             (false, true) => return None,
         };
