@@ -28,6 +28,7 @@ pub mod oracle;
 mod process;
 mod qemu_io;
 mod recipe;
+pub mod servers;
 mod tools;
 
 pub use crate::builder::GuestBuilder;
