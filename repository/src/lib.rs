@@ -26,7 +26,10 @@ mod tree;
 mod writer;
 
 pub use self::{
-    backend::{Backend, BackendError, Begun, FileKind, FileRef, LocalFolder},
+    backend::{
+        Access, Address, AddressError, Backend, BackendError, Begun, FileKind, FileRef,
+        LocalFolder, Pace, RestServer, S3Address, S3Bucket, SftpAddress, SftpFolder,
+    },
     check::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef},
     disk::{DiskExtent, DiskReader, ExtentKind},
     error::{Defect, RepositoryError},

@@ -14,7 +14,7 @@ use std::{
 use nix::{errno::Errno, sys::signal::kill, unistd::Pid};
 use rustix::fs::{Advice, fadvise};
 
-use super::{Backend, BackendError, FileKind, FileRef};
+use super::{Backend, BackendError, FileKind, FileRef, Pace};
 use crate::FileId;
 
 /// Temporary files younger than this may belong to a writer on another host.
@@ -27,12 +27,13 @@ const PART_LEN: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct LocalFolder {
     root: PathBuf,
+    pace: Arc<Pace>,
 }
 
 impl LocalFolder {
     /// Creates the folder with its parents and subfolders; what exists is left as it is.
     pub fn create(path: impl AsRef<Path>) -> Result<Self, BackendError> {
-        let folder = Self { root: path.as_ref().to_path_buf() };
+        let folder = Self { root: path.as_ref().to_path_buf(), pace: Arc::default() };
         for kind in FileKind::ALL.into_iter().filter(|&kind| kind != FileKind::Config) {
             create_folders(&folder.root.join(kind.folder()))?;
         }
@@ -43,10 +44,19 @@ impl LocalFolder {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, BackendError> {
         let path = path.as_ref();
         match fs::metadata(path) {
-            Ok(metadata) if metadata.is_dir() => Ok(Self { root: path.to_path_buf() }),
+            Ok(metadata) if metadata.is_dir() => {
+                Ok(Self { root: path.to_path_buf(), pace: Arc::default() })
+            }
             Ok(_) => Err(BackendError::NotFound { file: format!("folder {}", path.display()) }),
             Err(source) => Err(failed("open", path, source)),
         }
+    }
+
+    /// Writes and reads no faster than allowed: it may be a folder of another machine.
+    #[must_use]
+    pub fn paced(mut self, pace: &Arc<Pace>) -> Self {
+        self.pace = Arc::clone(pace);
+        self
     }
 
     fn path(&self, kind: FileKind, id: &FileId) -> PathBuf {
@@ -147,6 +157,7 @@ impl Backend for LocalFolder {
         }
         let mut content = vec![0; usize::try_from(len).expect("bounded by `len_max`")];
         read_exact_at(&file, &path, 0, &mut content)?;
+        self.pace.after_receiving(content.len());
         Ok(content)
     }
 
@@ -159,7 +170,9 @@ impl Backend for LocalFolder {
     ) -> Result<(), BackendError> {
         let path = self.path(kind, id);
         let file = File::open(&path).map_err(|source| failed("read", &path, source))?;
-        read_exact_at(&file, &path, offset, buffer)
+        read_exact_at(&file, &path, offset, buffer)?;
+        self.pace.after_receiving(buffer.len());
+        Ok(())
     }
 
     fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError> {
@@ -186,7 +199,8 @@ impl Backend for LocalFolder {
         let file = file.map_err(|source| failed("write", &path, source))?;
         // From here on dropping it removes the temporary file.
         let new = NewFile { kind, file, temporary, path };
-        write_out(&new.file, content).map_err(|source| failed("write", &new.path, source))?;
+        write_out(&new.file, content, &self.pace)
+            .map_err(|source| failed("write", &new.path, source))?;
         Ok(Begun(Some(new)))
     }
 
@@ -212,6 +226,10 @@ impl Backend for LocalFolder {
 
     fn location(&self) -> String {
         self.root.display().to_string()
+    }
+
+    fn upload_limit(&self) -> Option<NonZeroU64> {
+        self.pace.upload_limit()
     }
 
     fn sweep(&self) -> Result<usize, BackendError> {
@@ -292,9 +310,10 @@ fn create_new(path: &Path) -> io::Result<File> {
 
 /// Writes a file and sends it on its way to the disk part by part: when the file is made durable there
 /// is little left to wait for, and nobody else's writes queue behind it.
-fn write_out(mut file: &File, content: &[u8]) -> io::Result<()> {
+fn write_out(mut file: &File, content: &[u8], pace: &Pace) -> io::Result<()> {
     let mut offset = 0;
     for part in content.chunks(PART_LEN) {
+        pace.before_sending(part.len());
         file.write_all(part)?;
         if let Some(len) = NonZeroU64::new(PART_LEN as u64).filter(|_| part.len() == PART_LEN) {
             // On Linux this begins to write out what is dirty, and waits for nothing. A hint.

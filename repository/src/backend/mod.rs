@@ -1,11 +1,27 @@
 //! Where the files of a repository are kept. Every effect on a repository goes through [`Backend`].
 
+mod access;
+mod address;
+mod http;
 mod local;
+mod pace;
+mod rest;
+mod retry;
+mod s3;
+mod sftp;
 
-use std::{fmt, io, sync::Arc};
+use std::{fmt, io, num::NonZeroU64, sync::Arc};
 
 pub(crate) use self::local::is_alive;
-pub use self::local::{Begun, LocalFolder};
+pub use self::{
+    access::Access,
+    address::{Address, AddressError, S3Address, SftpAddress},
+    local::{Begun, LocalFolder},
+    pace::Pace,
+    rest::RestServer,
+    s3::S3Bucket,
+    sftp::SftpFolder,
+};
 use crate::FileId;
 
 /// The kinds of files a repository consists of.
@@ -107,6 +123,20 @@ pub enum BackendError {
         /// End of the range in bytes.
         end: u64,
     },
+    /// The other side does not say what it should.
+    #[error("{file}: {problem}")]
+    Protocol {
+        /// What it is about.
+        file: String,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// S3 needs a key.
+    #[error("no key was given for {location}")]
+    NoCredentials {
+        /// The repository.
+        location: String,
+    },
     /// The store failed.
     #[error("cannot {operation} {file}")]
     Io {
@@ -136,6 +166,23 @@ impl BackendError {
     pub fn is_read_only(&self) -> bool {
         self.io_kind().is_some_and(|kind| {
             matches!(kind, io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied)
+        })
+    }
+
+    /// The store cannot be reached, or does not answer.
+    pub fn is_away(&self) -> bool {
+        self.io_kind().is_some_and(|kind| {
+            use io::ErrorKind as Kind;
+            matches!(
+                kind,
+                Kind::ConnectionAborted
+                    | Kind::ConnectionRefused
+                    | Kind::ConnectionReset
+                    | Kind::HostUnreachable
+                    | Kind::NetworkUnreachable
+                    | Kind::ResourceBusy
+                    | Kind::TimedOut
+            )
         })
     }
 
@@ -183,5 +230,72 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Removes what killed writers left behind and nothing mentions; returns how many files.
     fn sweep(&self) -> Result<usize, BackendError> {
         Ok(0)
+    }
+
+    /// How many bytes a second it takes at most, where that is limited.
+    fn upload_limit(&self) -> Option<NonZeroU64> {
+        None
+    }
+}
+
+impl Address {
+    /// Opens the store. Whether it holds a repository is not looked at.
+    ///
+    /// # Errors
+    /// Why the store cannot be used, as far as that shows without asking for a file.
+    pub fn open(&self, access: &Arc<Access>) -> Result<Box<dyn Backend>, BackendError> {
+        Ok(match self {
+            Self::Folder(path) => Box::new(LocalFolder::open(path)?.paced(&access.pace)),
+            Self::Sftp(address) => Box::new(SftpFolder::new(address, access)),
+            Self::S3(address) => Box::new(S3Bucket::new(address, access)?),
+            Self::Rest(url) => Box::new(RestServer::new(url, access)?),
+        })
+    }
+
+    /// Makes what a repository needs there: folders, the bucket. What exists is left as it is.
+    ///
+    /// # Errors
+    /// Why it cannot be made.
+    pub fn create(&self, access: &Arc<Access>) -> Result<Box<dyn Backend>, BackendError> {
+        Ok(match self {
+            Self::Folder(path) => Box::new(LocalFolder::create(path)?.paced(&access.pace)),
+            Self::Sftp(address) => Box::new(SftpFolder::create(address, access)?),
+            Self::S3(address) => Box::new(S3Bucket::create(address, access)?),
+            Self::Rest(url) => Box::new(RestServer::create(url, access)?),
+        })
+    }
+}
+
+/// A part of a file, as it is asked for over HTTP.
+struct Range {
+    header: String,
+    end: u64,
+    len: u64,
+}
+
+impl Range {
+    /// `None` for no bytes at all, which HTTP cannot ask for.
+    fn of(offset: u64, buffer: &[u8]) -> Option<Self> {
+        let len = buffer.len() as u64;
+        let end = offset.saturating_add(len);
+        let header = format!("bytes={offset}-{}", end.saturating_sub(1));
+        (len > 0).then_some(Self { header, end, len })
+    }
+
+    fn fill(
+        &self,
+        buffer: &mut [u8],
+        file: &str,
+        content: Result<Vec<u8>, BackendError>,
+    ) -> Result<(), BackendError> {
+        let truncated = || BackendError::Truncated { file: file.to_owned(), end: self.end };
+        match content {
+            Ok(content) if content.len() == buffer.len() => {
+                buffer.copy_from_slice(&content);
+                Ok(())
+            }
+            Ok(_) | Err(BackendError::Truncated { .. }) => Err(truncated()),
+            Err(error) => Err(error),
+        }
     }
 }

@@ -158,9 +158,14 @@ impl Writer {
     fn start(
         repository: &Repository,
         index: Arc<Index>,
-        options: WriterOptions,
+        mut options: WriterOptions,
         lock: Option<AnnouncedLock>,
     ) -> Result<Self, RepositoryError> {
+        // A store that is told to be slow does not hang.
+        if let Some(limit) = repository.backend().upload_limit() {
+            let seconds = 2 * options.pack_len as u64 / limit.get();
+            options.stall_timeout += Duration::from_secs(seconds);
+        }
         if let Err(error) = repository.backend().sweep() {
             tracing::warn!(%error, "cannot remove leftovers of killed writers");
         }
