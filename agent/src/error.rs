@@ -8,7 +8,7 @@ use image_tools::ImageError;
 use image_tools::rsync::TreeError;
 use image_tools::tool::ToolError;
 use qmp_client::QmpError;
-use repository::{BackendError, RepositoryError};
+use repository::RepositoryError;
 
 use crate::backup::BackupError;
 use crate::capture::image::is_lock;
@@ -19,6 +19,7 @@ use crate::image::boot::BootError;
 use crate::image::deploy::DeployError;
 use crate::image::update::UpdateImageError;
 use crate::journal::JournalError;
+use crate::location::{LocationError, store_hint};
 use crate::lock::LockError;
 use crate::method::MethodError;
 use crate::names::{NameError, printable};
@@ -141,14 +142,9 @@ pub enum CommandError {
     /// The repository cannot be used.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
-    /// The repository's store cannot be used.
-    #[error("cannot use the repository {location}")]
-    Store {
-        /// Where it is.
-        location: String,
-        /// Why.
-        source: BackendError,
-    },
+    /// The repository's location cannot be used.
+    #[error(transparent)]
+    Location(#[from] LocationError),
     /// Backups cannot be found or read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
@@ -315,7 +311,8 @@ impl CommandError {
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
             Self::SomeFailed { .. } => SOME_FAILED,
             Self::Lock(LockError::Held { .. }) => LOCKED,
-            Self::Store { source, .. } if source.is_not_found() => NO_REPOSITORY,
+            Self::Location(LocationError::Address(_)) => USAGE,
+            Self::Location(error) if error.is_missing() => NO_REPOSITORY,
             error => error.repository().map_or(FAILED, repository_code),
         }
     }
@@ -374,9 +371,7 @@ impl CommandError {
                 });
             }
             Self::Restore(error) => error.hint()?,
-            Self::Store { source, .. } if source.is_not_found() => {
-                "`kvmsnap repository init` makes one"
-            }
+            Self::Location(error) => error.hint()?,
             Self::Method(error) => error.hint(),
             Self::Lock(LockError::Held { .. }) => "wait until it is done",
             Self::NoName { .. } => "name it with --name",
@@ -440,6 +435,7 @@ fn repository_code(error: &RepositoryError) -> u8 {
         RepositoryError::NotARepository { .. } | RepositoryError::ConfigMissing { .. } => {
             NO_REPOSITORY
         }
+        RepositoryError::Backend { source } if source.is_away() => NO_REPOSITORY,
         RepositoryError::Locked { .. } => LOCKED,
         RepositoryError::WrongPassword { .. } => WRONG_PASSWORD,
         _ => FAILED,
@@ -457,6 +453,7 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
         {
             "free some room: nothing was lost, and what was stored already is used again"
         }
+        RepositoryError::Backend { source } => store_hint(source)?,
         RepositoryError::SnapshotNotFound { .. } | RepositoryError::SnapshotAmbiguous { .. } => {
             "`kvmsnap list` shows what there is"
         }

@@ -13,11 +13,9 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::list::local_time;
-use super::{Context, Stop};
+use super::{Context, Stop, Wanted};
 use crate::catalog::{Catalog, SnapshotName, domain_of, short};
-use crate::config;
 use crate::error::CommandError;
-use crate::location;
 use crate::progress::Progress;
 use crate::retention::{self, Earlier, Group, NotCopied, Policy, Reason, Rule, Within};
 use crate::store::blocking;
@@ -139,25 +137,12 @@ pub async fn run(args: ForgetArgs, context: &Context) -> Result<(), CommandError
 impl ForgetArgs {
     /// What the replicas that were named have.
     async fn replicas(&self, context: &Context) -> Result<Vec<NotCopied>, CommandError> {
-        let mut replicas = Vec::new();
-        for name in &self.not_copied_to {
-            let configured = match name.contains('/') {
-                true => None,
-                false => context.config()?.repository(name),
-            };
-            let location = configured.map_or_else(|| name.clone(), |known| known.location.clone());
-            let configured = configured.map(config::Repository::password).transpose()?.flatten();
-            let password = match (&self.not_copied_password_file, configured) {
-                (Some(path), _) => config::read_password(path)?,
-                (None, Some(password)) => password,
-                (None, None) => context.password()?,
-            };
-            replicas.push((name.clone(), location, password));
-        }
-        let open = |(name, location, password): (String, String, Vec<u8>)| {
-            let backend = location::open(&location)
-                .map_err(|source| CommandError::Store { location, source })?;
-            let replica = Repository::open(backend, &password)?.snapshots()?;
+        let password_file = self.not_copied_password_file.as_deref();
+        let named = |name: &String| Ok((name.clone(), context.another(name, password_file)?));
+        let replicas: Vec<(String, Wanted)> =
+            self.not_copied_to.iter().map(named).collect::<Result<_, CommandError>>()?;
+        let open = |(name, wanted): (String, Wanted)| {
+            let replica = wanted.open()?.snapshots()?;
             Ok::<_, CommandError>(NotCopied::to(&name, &replica.good))
         };
         blocking(move || replicas.into_iter().map(open).collect()).await

@@ -20,7 +20,7 @@ mod verify;
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -37,12 +37,13 @@ use crate::error::CommandError;
 use crate::guard;
 use crate::hypervisor::Reach;
 use crate::journal::Journal;
-use crate::location;
+use crate::location::{self, Route};
 use crate::names::RunId;
 use crate::progress::{Progress, When};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::watchdog;
 use crate::store::blocking;
+use crate::units::parse_bytes;
 
 /// So long a command that was asked to stop has to let go of what it holds.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
@@ -78,12 +79,19 @@ pub struct GlobalArgs {
     /// The configuration; /etc/kvmsnap/kvmsnap.toml unless given
     #[arg(long, global = true, value_name = "FILE", env = "KVMSNAP_CONFIG")]
     config: Option<PathBuf>,
-    /// The repository: a name from the configuration, or a local folder
+    /// The repository: a name from the configuration, a local folder, sftp:USER@HOST:PATH,
+    /// s3://HOST/BUCKET/PREFIX or rest:https://HOST/PATH/
     #[arg(long, short, global = true, value_name = "REPOSITORY", env = "KVMSNAP_REPOSITORY")]
     repository: Option<String>,
     /// A file whose first line is the repository's password
     #[arg(long, short, global = true, value_name = "FILE", env = "KVMSNAP_PASSWORD_FILE")]
     password_file: Option<PathBuf>,
+    /// Send at most so many bytes a second to the repository, like 20MiB
+    #[arg(long, global = true, value_name = "BYTES", env = "KVMSNAP_LIMIT_UPLOAD", value_parser = parse_bytes)]
+    limit_upload: Option<u64>,
+    /// Receive at most so many bytes a second from it
+    #[arg(long, global = true, value_name = "BYTES", env = "KVMSNAP_LIMIT_DOWNLOAD", value_parser = parse_bytes)]
+    limit_download: Option<u64>,
     /// The libvirt whose domains are meant
     #[arg(
         long,
@@ -192,7 +200,8 @@ impl Cli {
             (true, _) => "error",
             (_, 0) => "warn,progress=info",
             (_, 1) => "kvmsnap=info,warn,progress=info",
-            (_, _) => "debug",
+            // Requests to S3 are signed by their addresses, which its libraries would log.
+            (_, _) => "debug,ureq=info,ureq_proto=info,rustls=info",
         }
     }
 
@@ -251,6 +260,20 @@ pub struct OpenRepository<L> {
     index: Arc<Index>,
 }
 
+/// A repository that is meant.
+struct Wanted {
+    location: String,
+    route: Route,
+    password: Vec<u8>,
+}
+
+impl Wanted {
+    fn open(&self) -> Result<Repository, CommandError> {
+        let backend = location::open(&self.location, &self.route)?;
+        Ok(Repository::open(backend, &self.password)?)
+    }
+}
+
 impl<L> OpenRepository<L> {
     fn catalog(&self) -> Catalog {
         Catalog::new(&self.repository, Arc::clone(&self.index))
@@ -301,14 +324,17 @@ impl Context {
         Ok(self.config.get_or_init(|| config))
     }
 
-    /// The configured repository that is meant, if it is one. A path with a slash needs no configuration: so
-    /// backups can be restored where that is broken.
-    fn repository(&self) -> Result<Option<&config::Repository>, CommandError> {
-        match self.global.repository.as_deref() {
-            Some(path) if path.contains('/') => Ok(None),
-            Some(name) => Ok(self.config()?.repository(name)),
-            None => Ok(self.config()?.usual_repository()),
-        }
+    /// The repository that all commands are about.
+    fn wanted(&self) -> Result<Wanted, CommandError> {
+        let GlobalArgs { repository, password_file, .. } = &self.global;
+        self.wanted_of(repository.as_deref(), password_file.as_deref(), || {
+            Err(CommandError::NoPasswordGiven)
+        })
+    }
+
+    /// Another repository, with the password of the first one unless it has its own.
+    fn another(&self, named: &str, password_file: Option<&Path>) -> Result<Wanted, CommandError> {
+        self.wanted_of(Some(named), password_file, || Ok(self.wanted()?.password))
     }
 
     /// Runs what blocks, and tells it when the user or the system asks to stop: then it has a while to let go
@@ -335,24 +361,37 @@ impl Context {
         }
     }
 
-    fn location(&self) -> Result<String, CommandError> {
-        if let Some(repository) = self.repository()? {
-            return Ok(repository.location.clone());
-        }
+    /// A repository by its name or location, the usual one where none is given, with its password from
+    /// this file or as it is configured.
+    fn wanted_of(
+        &self,
+        named: Option<&str>,
+        password_file: Option<&Path>,
+        or_password: impl FnOnce() -> Result<Vec<u8>, CommandError>,
+    ) -> Result<Wanted, CommandError> {
+        // A location needs no configuration: so backups can be restored where that is broken.
+        let configured = match named {
+            Some(location) if location.contains(['/', ':']) => None,
+            Some(name) => self.config()?.repository(name),
+            None => self.config()?.usual_repository(),
+        };
         let no_repository = || {
             let known = self.config.get().map(|config| &config.repository);
             let known = known.into_iter().flatten().map(|(name, _)| name.to_string()).collect();
             CommandError::NoRepositoryGiven { known }
         };
-        self.global.repository.clone().ok_or_else(no_repository)
-    }
-
-    fn password(&self) -> Result<Vec<u8>, CommandError> {
-        if let Some(path) = &self.global.password_file {
-            return Ok(config::read_password(path)?);
-        }
-        let configured = self.repository()?.map(config::Repository::password).transpose()?;
-        configured.flatten().ok_or(CommandError::NoPasswordGiven)
+        let location = configured.map(|repository| repository.location.clone());
+        let location = location.or(named.map(str::to_owned)).ok_or_else(no_repository)?;
+        let password = match password_file {
+            Some(path) => Some(config::read_password(path)?),
+            None => configured.map(config::Repository::password).transpose()?.flatten(),
+        };
+        let password = password.map_or_else(or_password, Ok)?;
+        let route = configured.map(|repository| repository.route.clone()).unwrap_or_default();
+        let mut route = route.or_environment();
+        route.limit_upload = self.global.limit_upload.or(route.limit_upload);
+        route.limit_download = self.global.limit_download.or(route.limit_download);
+        Ok(Wanted { location, route, password })
     }
 
     fn journal(&self) -> Result<Journal, CommandError> {
@@ -361,13 +400,8 @@ impl Context {
 
     /// Opens the repository without a lock or index.
     async fn open(&self) -> Result<Repository, CommandError> {
-        let (location, password) = (self.location()?, self.password()?);
-        blocking(move || {
-            let backend = location::open(&location)
-                .map_err(|source| CommandError::Store { location, source })?;
-            Ok(Repository::open(backend, &password)?)
-        })
-        .await
+        let wanted = self.wanted()?;
+        blocking(move || wanted.open()).await
     }
 
     /// Makes an open repository one to add to: announces a lock, which settles while other things are

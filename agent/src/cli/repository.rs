@@ -6,7 +6,7 @@ use ::repository::{Kdf, Repository};
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, Wanted};
 use crate::error::CommandError;
 use crate::location;
 use crate::store::blocking;
@@ -18,10 +18,13 @@ Examples:
   kvmsnap repository init -r /srv/backup -p /etc/kvmsnap/password
   kvmsnap repository info")]
 pub enum RepositoryCommand {
-    /// Make a repository in an empty or new folder
+    /// Make a repository in an empty or new folder, here or elsewhere
     #[command(after_help = "\
 Examples:
   kvmsnap repository init -r /srv/backup -p /etc/kvmsnap/password
+  kvmsnap repository init -r sftp:keeper@host:/srv/backup
+  kvmsnap repository init -r s3://s3.example.org/bucket/prefix
+  kvmsnap repository init -r rest:https://keeper@host:8000/
   restic -r /srv/backup --password-file /etc/kvmsnap/password snapshots")]
     Init,
     /// Say what a repository holds
@@ -56,10 +59,9 @@ pub async fn run(command: RepositoryCommand, context: &Context) -> Result<(), Co
 }
 
 async fn init(context: &Context) -> Result<(), CommandError> {
-    let (location, password) = (context.location()?, context.password()?);
+    let Wanted { location, route, password } = context.wanted()?;
     let repository = blocking(move || {
-        let backend = location::create(&location)
-            .map_err(|source| CommandError::Store { location, source })?;
+        let backend = location::create(&location, &route)?;
         Ok::<_, CommandError>(Repository::init(backend, &password, Kdf::default())?)
     })
     .await?;

@@ -7,7 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use repository::Address;
 use serde::Deserialize;
+
+use super::Size;
+use crate::location::Route;
 
 /// Longest password that is read, in bytes.
 const PASSWORD_LEN_MAX: u64 = 64 << 10;
@@ -23,6 +27,8 @@ const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 pub struct Repository {
     /// Where it is.
     pub location: String,
+    /// How that is reached.
+    pub route: Route,
     password: Option<Source>,
 }
 
@@ -34,6 +40,32 @@ struct Written {
     password_file: Option<PathBuf>,
     password_command: Option<Vec<String>>,
     password_credential: Option<String>,
+    region: Option<String>,
+    access_key: Option<String>,
+    secret_key_file: Option<PathBuf>,
+    user: Option<String>,
+    server_password_file: Option<PathBuf>,
+    ca_file: Option<PathBuf>,
+    ssh: Option<Vec<String>>,
+    limit_upload: Option<Size>,
+    limit_download: Option<Size>,
+}
+
+impl Written {
+    fn route(&self) -> Route {
+        let Self { region, access_key, secret_key_file, user, server_password_file, .. } = self;
+        Route {
+            region: region.clone(),
+            access_key: access_key.clone(),
+            secret_key_file: secret_key_file.clone(),
+            user: user.clone(),
+            server_password_file: server_password_file.clone(),
+            ca_file: self.ca_file.clone(),
+            ssh: self.ssh.clone(),
+            limit_upload: self.limit_upload.map(Size::bytes),
+            limit_download: self.limit_download.map(Size::bytes),
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -88,9 +120,12 @@ pub enum PasswordError {
 impl TryFrom<Written> for Repository {
     type Error = String;
     fn try_from(written: Written) -> Result<Self, String> {
-        let Written { location, password_file, password_command, password_credential } = written;
-        if location.is_empty() {
-            return Err("the location is empty".to_owned());
+        let route = written.route();
+        let Written { location, password_file, password_command, password_credential, .. } =
+            written;
+        location.parse::<Address>().map_err(|error| error.to_string())?;
+        if route.access_key.is_some() != route.secret_key_file.is_some() {
+            return Err("access-key and secret-key-file belong together".to_owned());
         }
         let command = match password_command.as_deref() {
             Some([]) => return Err("password-command is empty".to_owned()),
@@ -113,7 +148,7 @@ impl TryFrom<Written> for Repository {
                 Err("give one of password-file, password-command and password-credential"
                     .to_owned())
             }
-            None => Ok(Self { location, password }),
+            None => Ok(Self { location, route, password }),
         }
     }
 }
@@ -228,6 +263,18 @@ mod tests {
         assert!(matches!(why("password-command = [\"/no/such\"]"), PasswordError::Run { .. }));
         assert!(matches!(why("password-file = \"/no/such\""), PasswordError::File { .. }));
         assert!(matches!(why("password-file = \"/dev/null\""), PasswordError::Empty { .. }));
+    }
+
+    #[test]
+    fn a_location_is_checked_before_it_is_needed() {
+        let written = |text: &str| toml::from_str::<Repository>(text).map_err(|e| e.to_string());
+        let refused = written("location = \"sfpt://host/srv\"").unwrap_err();
+        assert!(refused.contains("`sfpt:` is no kind of location"), "{refused}");
+        let refused = written("location = \"rest:https://me:canary@host/\"").unwrap_err();
+        assert!(refused.contains("must not hold a password"), "{refused}");
+        let limited = written("location = \"s3://host/b\"\nlimit-upload = \"2MiB\"").unwrap();
+        assert_eq!(limited.route.limit_upload, Some(2 << 20));
+        assert!(written("location = \"s3://host/b\"\naccess-key = \"a\"").is_err());
     }
 
     #[test]
