@@ -22,8 +22,9 @@ use crate::names::{BitmapNames, DomainName, RunId};
 use crate::overlay::stall::Stall;
 use crate::plan::{Decision, Plan, PlannedDisk, stale_bitmaps};
 use crate::progress::Progress;
+use crate::quiesce::application::{About, Applications, Ending};
 use crate::quiesce::guest_agent::AgentAddress;
-use crate::quiesce::{self, Mode, QuiesceError, quiesce};
+use crate::quiesce::{self, Mode, QuiesceError, Wanted, quiesce};
 use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::Pace;
 use crate::read::{Audit, Limits, ReadError, Source, Stream};
@@ -33,6 +34,8 @@ use crate::store::{Durable, Store};
 /// What a backup says whose dirty bitmaps were only believed.
 const NOT_AUDITED: &str =
     "the dirty bitmaps were not audited: nothing that they call unchanged was read";
+/// How long hooks may take at the end of a backup that the user has interrupted.
+const INTERRUPTED_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the reason for the end of an export may take to show, on a busy host.
 const REASON_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -86,6 +89,8 @@ pub struct Request {
     pub quiesce: Mode,
     /// The guest agent, where one may be there.
     pub agent: Option<AgentAddress>,
+    /// Who else is told of the point in time.
+    pub applications: Applications,
     /// What the user allows.
     pub limits: Limits,
     /// How much of what dirty bitmaps call unchanged is read and compared.
@@ -224,7 +229,31 @@ impl<H: Hypervisor> Run<'_, H> {
         if !self.host.journal.has(&recorded) {
             guard.dismiss();
         }
+        self.conclude(&outcome, recorded.record()).await;
         outcome
+    }
+
+    /// Tells the hooks what came of it.
+    async fn conclude(&self, outcome: &Result<Finished, BackupError>, record: &Record) {
+        let ending = match outcome {
+            Ok(Finished { id, manifest, .. }) => {
+                Ending::of(&id.to_string(), Some(manifest.consistency))
+            }
+            Err(error) => Ending::failed(error),
+        };
+        let (agent, runs) = (self.request.agent.as_ref(), self.plan.machine.runs);
+        let about = self.about(record);
+        let hooks = self.request.applications.conclude(&about, agent, runs, &ending);
+        if !matches!(outcome, Err(BackupError::Interrupted)) {
+            hooks.await;
+        } else if tokio::time::timeout(INTERRUPTED_TIMEOUT, hooks).await.is_err() {
+            tracing::warn!("the hooks at `after` were not waited for any longer");
+        }
+    }
+
+    fn about(&self, record: &Record) -> About {
+        let (domain, uuid) = (self.plan.domain.clone(), self.plan.machine.uuid.clone());
+        About { domain, uuid, run: record.run.clone() }
     }
 
     fn guard(&self, recorded: &Recorded) -> Result<Guard, BackupError> {
@@ -473,6 +502,7 @@ impl<H: Hypervisor> Run<'_, H> {
             pause_ms: cut.pause.map(millis),
             duration_ms: millis(start.elapsed()),
             bytes_scratch_peak: scratch_peak,
+            applications: quiesced.applications,
             warnings: quiesced.warnings,
             disks: manifests,
             skipped: self.plan.machine.skipped.clone(),
@@ -486,15 +516,17 @@ impl<H: Hypervisor> Run<'_, H> {
     /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
     async fn point_in_time(&self, recorded: &mut Recorded) -> Result<Taken, BackupError> {
         self.progress.phase("preparing");
+        let (applications, about) = (&self.request.applications, self.about(recorded.record()));
+        let (agent, machine) = (self.request.agent.as_ref(), &self.plan.machine);
+        let mut warnings = applications.prepare(&about, agent, machine.runs).await?;
         let disks: Vec<Disk> = self.plan.disks.iter().map(|planned| planned.disk.clone()).collect();
         let mut files = self.hypervisor.definition().await?;
         self.hypervisor.prepare(recorded, &disks).await?;
         self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
         self.progress.phase("taking the point in time");
-        let agent = self.request.agent.as_ref();
-        let (mode, machine) = (self.request.quiesce, &self.plan.machine);
         let (reach, pauses) = (self.hypervisor.reach(), recorded.record().pauses);
-        let mut quiesced = quiesce(mode, agent, &reach, machine, pauses).await?;
+        let wanted = Wanted { mode: self.request.quiesce, agent, applications, about };
+        let mut quiesced = quiesce(wanted, &reach, machine, pauses).await?;
         let announced = match pauses {
             true => quiesced.will_pause().await,
             false => Ok(()),
@@ -503,7 +535,8 @@ impl<H: Hypervisor> Run<'_, H> {
             Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
             Err(error) => Err(error.into()),
         };
-        let (firmware, warnings) = self.hypervisor.firmware();
+        let (firmware, unread) = self.hypervisor.firmware();
+        warnings.extend(unread);
         let is_held = recorded.record().pauses && recorded.record().suspends;
         let quiet = match &cut {
             Ok(_) if is_held => quiesced.hold().await.map(Quiet::Held),

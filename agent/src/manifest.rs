@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hypervisor::{MachineFile, Role, Skipped};
 use crate::names::{DiskName, DomainName, RunId};
+use crate::quiesce::application::Report;
 
 /// How a backup, or a disk within it, came about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -121,6 +122,9 @@ pub struct Manifest {
     /// The most bytes that the scratch took, where there was one and that was seen.
     #[serde(default)]
     pub bytes_scratch_peak: Option<u64>,
+    /// The databases and hooks that were told of the point in time, and how they took it.
+    #[serde(default)]
+    pub applications: Vec<Report>,
     /// What the operator should know; the backup is good all the same.
     pub warnings: Vec<String>,
     /// The disks, by name.

@@ -29,7 +29,6 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 ///
 /// # Errors
 /// What to write instead.
-#[allow(dead_code, reason = "jobs need it")]
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let usage = || "use a time like 30s, 10min, 26h or 7d".to_owned();
     let span: Span = text.trim().parse().map_err(|_| usage())?;
@@ -41,7 +40,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A time that passes, as people read it: `26 h`, `7 d`, `90 min`. Rounded to seconds.
-#[allow(dead_code, reason = "jobs need it")]
 pub fn human_duration(length: Duration) -> String {
     let seconds = length.as_secs();
     match seconds {
@@ -53,6 +51,30 @@ pub fn human_duration(length: Duration) -> String {
         s if s % 60 == 0 => format!("{} min", s / 60),
         s if s > 120 => format!("{} min {} s", s / 60, s % 60),
         s => format!("{s} s"),
+    }
+}
+
+/// A time as a user writes it, for serde's `with`; handed on in milliseconds.
+pub mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// As [`super::parse_duration`].
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        super::parse_duration(&text).map_err(serde::de::Error::custom)
+    }
+
+    /// Writes it so that [`deserialize`] reads it.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(length: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{}ms", length.as_millis()))
     }
 }
 

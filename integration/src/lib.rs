@@ -7,7 +7,9 @@ pub mod images;
 pub mod libvirt;
 pub mod overlays;
 pub mod restored;
+pub mod scripted_agent;
 pub mod sequences;
+pub mod servers;
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};

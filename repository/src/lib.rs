@@ -19,7 +19,6 @@ mod key;
 mod lock;
 mod pack;
 mod polynomial;
-mod prune;
 mod reader;
 mod repository;
 mod snapshot;
@@ -39,7 +38,6 @@ pub use self::{
     key::Kdf,
     lock::{AnnouncedLock, Lock, LockMode},
     pack::BlobKind,
-    prune::{PruneOptions, PruneProgress, PruneReport},
     reader::Reader,
     repository::Repository,
     snapshot::{SnapshotFile, Snapshots},

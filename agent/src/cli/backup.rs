@@ -427,6 +427,7 @@ async fn back_up<H: Hypervisor>(
         None => method.leave_bitmaps(&mut machine),
     }
     let request = Request {
+        applications: context.config()?.domain(domain.as_str()).applications(),
         quiesce: args.quiesce.unwrap_or(Mode::Auto),
         agent: agent(&hypervisor),
         limits: Limits { bytes_per_second: args.limit_read },

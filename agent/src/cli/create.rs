@@ -141,6 +141,7 @@ async fn hold_still(
         tracing::info!("{}: left out, {}", skipped.device, skipped.reason);
     }
     let request = Request {
+        applications: context.config()?.domain(domain.as_str()).applications(),
         purpose: Purpose::User,
         quiesce: args.quiesce,
         agent,

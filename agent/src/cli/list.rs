@@ -15,6 +15,7 @@ use crate::error::CommandError;
 use crate::hypervisor::Skipped;
 use crate::manifest::{Consistency, DiskManifest, Kind, Manifest, Method};
 use crate::progress::human_bytes;
+use crate::quiesce::application::Report;
 use crate::store::blocking;
 
 /// List snapshots, oldest first
@@ -45,6 +46,7 @@ pub struct BackupLine<'a> {
     pause_ms: Option<u64>,
     duration_ms: u64,
     bytes_scratch_peak: Option<u64>,
+    applications: &'a [Report],
     warnings: &'a [String],
     disks: &'a [DiskManifest],
     skipped: &'a [Skipped],
@@ -67,6 +69,7 @@ impl<'a> BackupLine<'a> {
             pause_ms: manifest.pause_ms,
             duration_ms: manifest.duration_ms,
             bytes_scratch_peak: manifest.bytes_scratch_peak,
+            applications: &manifest.applications,
             warnings: &manifest.warnings,
             disks: &manifest.disks,
             skipped: &manifest.skipped,

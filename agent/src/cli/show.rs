@@ -43,6 +43,9 @@ pub async fn run(args: ShowArgs, context: &Context) -> Result<(), CommandError> 
     writeln!(out, "kind         {}", manifest.kind.as_str())?;
     writeln!(out, "method       {}", manifest.method.as_str())?;
     writeln!(out, "consistency  {}", manifest.consistency.as_str())?;
+    for application in &manifest.applications {
+        writeln!(out, "             {}", application.describe())?;
+    }
     writeln!(out, "frozen       {}", milliseconds(manifest.freeze_ms))?;
     writeln!(out, "paused       {}", milliseconds(manifest.pause_ms))?;
     if let Some(bytes) = manifest.bytes_scratch_peak {

@@ -8,6 +8,9 @@ use super::value::Size;
 use crate::method::Wanted;
 use crate::names::DiskName;
 use crate::quiesce::Mode;
+use crate::quiesce::application::Applications;
+use crate::quiesce::database::Database;
+use crate::quiesce::hook::Hook;
 
 /// Settings of the domains that a name or pattern means. What is not set is left to a vaguer pattern.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -29,6 +32,12 @@ pub struct Domain {
     pub scratch_dir: Option<PathBuf>,
     /// Where overlays go.
     pub overlay_dir: Option<PathBuf>,
+    /// Servers that are flushed and locked for the point in time.
+    pub database: Option<Vec<Database>>,
+    /// Commands and scripts around it.
+    pub hook: Option<Vec<Hook>>,
+    /// Whether the guest discards what its file systems no longer use before.
+    pub trim: Option<bool>,
 }
 
 /// How changes are tracked.
@@ -47,7 +56,7 @@ impl Domain {
         // So that none is forgotten.
         let Self { disks, exclude_disks, method, tracking, quiesce, limit_read, .. } =
             vague.clone();
-        let Self { scratch_dir, overlay_dir, .. } = vague.clone();
+        let Self { scratch_dir, overlay_dir, database, hook, trim, .. } = vague.clone();
         Self {
             disks: self.disks.or(disks),
             exclude_disks: self.exclude_disks.or(exclude_disks),
@@ -57,6 +66,18 @@ impl Domain {
             limit_read: self.limit_read.or(limit_read),
             scratch_dir: self.scratch_dir.or(scratch_dir),
             overlay_dir: self.overlay_dir.or(overlay_dir),
+            database: self.database.or(database),
+            hook: self.hook.or(hook),
+            trim: self.trim.or(trim),
+        }
+    }
+
+    /// Who is told of a point in time.
+    pub fn applications(self) -> Applications {
+        Applications {
+            hooks: self.hook.unwrap_or_default(),
+            databases: self.database.unwrap_or_default(),
+            trim: self.trim.unwrap_or_default(),
         }
     }
 }

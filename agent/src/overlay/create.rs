@@ -14,8 +14,9 @@ use super::{Chain, Layers, OverlayError, files};
 use crate::hypervisor::{Disk, Machine, Reach};
 use crate::manifest::Consistency;
 use crate::names::{DiskName, DomainName, RunId};
+use crate::quiesce::application::{About, Applications, Ending};
 use crate::quiesce::guest_agent::AgentAddress;
-use crate::quiesce::{self, Mode};
+use crate::quiesce::{self, Mode, Wanted};
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct Request {
     pub quiesce: Mode,
     /// The guest agent, where one may be there.
     pub agent: Option<AgentAddress>,
+    /// Who else is told of the instant.
+    pub applications: Applications,
     /// Where overlays go; beside each image where not given.
     pub folder: Option<PathBuf>,
     /// Room in bytes to reserve for each disk.
@@ -72,6 +75,28 @@ pub async fn create(
         stays: false,
     };
     let record = plan(layers, &machine.disks, owner, request.folder.as_deref()).await?;
+    let (id, about) = (record.id.to_string(), About::of(&record));
+    let (applications, agent) = (&request.applications, request.agent.as_ref());
+    let mut warnings = applications.prepare(&about, agent, machine.runs).await?;
+    let created = begin(layers, records, machine, record, request, look).await;
+    let ending = match &created {
+        Ok((held, _)) => Ending::of(&id, held.record().held.map(|since| since.consistency)),
+        Err(error) => Ending::failed(error),
+    };
+    applications.conclude(&about, agent, machine.runs, &ending).await;
+    let (held, more) = created?;
+    warnings.extend(more);
+    Ok((held, warnings))
+}
+
+async fn begin(
+    layers: &impl Layers,
+    records: &Records,
+    machine: &Machine,
+    record: Record,
+    request: &Request,
+    look: impl FnOnce(),
+) -> Result<(Held, Vec<String>), OverlayError> {
     let mut held = records.begin(record)?;
     match take_effect(layers, records, &mut held, machine, request, look).await {
         Ok(warnings) => Ok((held, warnings)),
@@ -230,9 +255,13 @@ async fn take_effect(
     look: impl FnOnce(),
 ) -> Result<Vec<String>, OverlayError> {
     make(layers, records, held, request.reserve).await?;
-    let agent = request.agent.as_ref();
-    let quiesced =
-        quiesce::quiesce(request.quiesce, agent, &held.record().reach, machine, false).await?;
+    let wanted = Wanted {
+        mode: request.quiesce,
+        agent: request.agent.as_ref(),
+        applications: &request.applications,
+        about: About::of(held.record()),
+    };
+    let quiesced = quiesce::quiesce(wanted, &held.record().reach, machine, false).await?;
     let time = Timestamp::now();
     look();
     let put = layers.put(held).await;

@@ -1,5 +1,6 @@
 //! The guest agent's part in quiescing: freeze and thaw file systems.
 
+use std::ffi::c_int;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use qmp_client::{Options, Qga, QgaError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use virt::domain::Domain;
 
 use super::FREEZE_TIMEOUT;
 use crate::effect;
@@ -18,6 +20,10 @@ use crate::hypervisor::{DomainAddress, HypervisorError};
 const PRESENCE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one attempt to thaw may take.
 const THAW_TIMEOUT: Duration = Duration::from_secs(5);
+/// What libvirt may take beyond the time that the agent has for a command.
+const LIBVIRT_GRACE: Duration = Duration::from_secs(2);
+/// Longest answer that is looked at, as by our own client of the agent's socket.
+const ANSWER_LEN_MAX: usize = 1 << 20;
 const THAW_PAUSE: Duration = Duration::from_millis(200);
 
 /// How a guest agent is reached.
@@ -40,6 +46,15 @@ pub enum AgentError {
     /// libvirt cannot be reached, or the agent refuses. libvirt's words are the ones that tell.
     #[error("{}", innermost(.0))]
     Libvirt(#[from] HypervisorError),
+    /// Its answer is longer than any that makes sense.
+    #[error("the guest agent's answer is longer than {limit} bytes")]
+    TooLong {
+        /// What is taken.
+        limit: usize,
+    },
+    /// Its answer is no JSON.
+    #[error("the guest agent's answer makes no sense")]
+    Malformed,
     /// No answer came.
     #[error("the guest agent did not answer within {} s", .waited.as_secs())]
     Silent {
@@ -94,6 +109,39 @@ impl Agent {
                 let limit = move |domain: &_| sys::agent_timeout(domain, seconds);
                 domain.ask("limit its wait for the guest agent", limit).await?;
                 within(timeout, domain.change("freeze the guest", sys::fs_freeze)).await
+            }
+        }
+    }
+
+    /// Passes any other command on, and returns what it returns: the guest may say anything.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn command(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<Value, AgentError> {
+        match self {
+            Self::Socket(agent) => Ok(agent.execute(name, arguments, timeout).await?),
+            Self::Domain(domain) => {
+                let text = json!({"execute": name, "arguments": arguments}).to_string();
+                let seconds = timeout.as_secs().max(1).try_into().unwrap_or(c_int::MAX);
+                let pass = move |domain: &Domain| domain.qemu_agent_command(&text, seconds, 0);
+                let answer = domain.ask("pass a command to the guest agent", pass);
+                // libvirt counts from when it has sent it.
+                let waited = timeout + LIBVIRT_GRACE;
+                let answer = match tokio::time::timeout(waited, answer).await {
+                    Ok(answer) => answer?,
+                    Err(_) => return Err(AgentError::Silent { waited }),
+                };
+                if answer.len() > ANSWER_LEN_MAX {
+                    return Err(AgentError::TooLong { limit: ANSWER_LEN_MAX });
+                }
+                let answer: Value =
+                    serde_json::from_str(&answer).map_err(|_| AgentError::Malformed)?;
+                Ok(answer["return"].clone())
             }
         }
     }

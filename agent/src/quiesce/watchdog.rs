@@ -1,9 +1,9 @@
-//! The watchdog: a process of its own that freezes, and thaws on its own deadline whatever happens to
-//! the run that asked for it.
+//! The watchdog: a process of its own that locks databases, tells hooks, and freezes, and lets go on its own
+//! deadline whatever happens to the run that asked for it.
 //!
 //! The two talk in lines over the watchdog's standard input and output. When its input ends, because
-//! the run is done or dead, the watchdog thaws what it froze, lets a guest go on that the run had
-//! paused, and ends. A run that keeps a guest paused while it reads says again and again that it is at
+//! the run is done or dead, the watchdog thaws what it froze, lets go of what it locked, tells the hooks, lets a
+//! guest go on that the run had paused, and ends. A run that keeps a guest paused while it reads says again and again that it is at
 //! work; one that hangs is killed.
 
 use std::process::Stdio;
@@ -16,7 +16,9 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinHandle;
 
+use super::application::{About, Applications, Report, State};
 use super::guest_agent::{Agent, AgentAddress, AgentError};
+use super::still::Still;
 use super::{FREEZE_TIMEOUT, guest_agent};
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::monitor::{ANSWER_TIMEOUT, Monitor};
@@ -53,14 +55,45 @@ pub enum WatchdogError {
     },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Request {
-    Freeze,
-    Thaw,
+    HoldStill(Box<HoldStill>),
+    LetGo,
     WillPause,
     Hold,
     Done,
+}
+
+/// What shall hold still.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HoldStill {
+    /// Databases and hooks.
+    pub applications: Applications,
+    /// What these are told.
+    pub about: About,
+    /// Whether file systems are frozen after them.
+    pub freezes: bool,
+}
+
+/// What holds still.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HeldStill {
+    /// Databases and hooks.
+    pub reports: Vec<Report>,
+    /// File systems; `None` where they were not to be frozen, or an application failed that is required.
+    pub freeze: Option<Freeze>,
+}
+
+/// How all went on.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LetGo {
+    /// How applications held still up to then.
+    pub reports: Vec<Report>,
+    /// Hooks that could not be told.
+    pub failures: Vec<String>,
+    /// File systems; `None` where they were not frozen.
+    pub thaw: Option<Thaw>,
 }
 
 /// What came of a freeze.
@@ -100,8 +133,8 @@ pub enum Thaw {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Reply {
-    Freeze(Freeze),
-    Thaw(Thaw),
+    HeldStill(HeldStill),
+    LetGo(LetGo),
     Noted,
 }
 
@@ -112,6 +145,8 @@ pub struct Watchdog {
     _process: Child,
     requests: ChildStdin,
     replies: Lines<BufReader<ChildStdout>>,
+    /// How long hooks may take to hear that it is over.
+    let_go_time_max: Duration,
 }
 
 impl Watchdog {
@@ -139,27 +174,31 @@ impl Watchdog {
         let mut process = command.spawn().map_err(WatchdogError::Start)?;
         let requests = process.stdin.take().ok_or(WatchdogError::Ended)?;
         let replies = process.stdout.take().ok_or(WatchdogError::Ended)?;
-        Ok(Self { _process: process, requests, replies: BufReader::new(replies).lines() })
+        let replies = BufReader::new(replies).lines();
+        Ok(Self { _process: process, requests, replies, let_go_time_max: Duration::ZERO })
     }
 
-    /// Freezes the guest.
+    /// Has applications hold still, and freezes the guest after them.
     ///
     /// # Errors
-    /// [`WatchdogError`] when the watchdog itself fails; what the agent says is in the reply.
-    pub async fn freeze(&mut self) -> Result<Freeze, WatchdogError> {
-        match self.ask(Request::Freeze).await? {
-            Reply::Freeze(freeze) => Ok(freeze),
+    /// [`WatchdogError`] when the watchdog itself fails; what servers, hooks and the agent say is in the reply.
+    pub async fn hold_still(&mut self, wanted: HoldStill) -> Result<HeldStill, WatchdogError> {
+        self.let_go_time_max = wanted.applications.let_go_time_max();
+        let time_max = wanted.applications.hold_time_max() + FREEZE_TIMEOUT + self.let_go_time_max;
+        match self.ask(Request::HoldStill(Box::new(wanted)), time_max).await? {
+            Reply::HeldStill(held) => Ok(held),
             _ => Err(WatchdogError::Ended),
         }
     }
 
-    /// Thaws the guest.
+    /// Thaws the guest, and lets applications go on.
     ///
     /// # Errors
-    /// [`WatchdogError`] when the watchdog itself fails; what the agent says is in the reply.
-    pub async fn thaw(&mut self) -> Result<Thaw, WatchdogError> {
-        match self.ask(Request::Thaw).await? {
-            Reply::Thaw(thaw) => Ok(thaw),
+    /// As [`Self::hold_still`].
+    pub async fn let_go(&mut self) -> Result<LetGo, WatchdogError> {
+        let time_max = FREEZE_TIMEOUT + self.let_go_time_max;
+        match self.ask(Request::LetGo, time_max).await? {
+            Reply::LetGo(went) => Ok(went),
             _ => Err(WatchdogError::Ended),
         }
     }
@@ -169,7 +208,7 @@ impl Watchdog {
     /// # Errors
     /// [`WatchdogError`]: then nothing may be paused.
     pub async fn will_pause(&mut self) -> Result<(), WatchdogError> {
-        self.ask(Request::WillPause).await.map(drop)
+        self.ask(Request::WillPause, FREEZE_TIMEOUT).await.map(drop)
     }
 
     /// Says that the guest is paused, and that this process is at work on what that is for. Until the next
@@ -178,24 +217,24 @@ impl Watchdog {
     /// # Errors
     /// [`WatchdogError`].
     pub async fn hold(&mut self) -> Result<(), WatchdogError> {
-        self.ask(Request::Hold).await.map(drop)
+        self.ask(Request::Hold, FREEZE_TIMEOUT).await.map(drop)
     }
 
     /// Tells the watchdog that nothing is left to guard but what it is thawing already.
     pub async fn done(mut self) {
         // A watchdog that is gone already has nothing to guard either.
-        let _ = self.say(Request::Done).await;
+        let _ = self.say(&Request::Done).await;
     }
 
-    async fn say(&mut self, request: Request) -> Result<(), WatchdogError> {
-        let mut line = serde_json::to_vec(&request).expect("a plain enumeration");
+    async fn say(&mut self, request: &Request) -> Result<(), WatchdogError> {
+        let mut line = serde_json::to_vec(request).expect("requests have only string keys");
         line.push(b'\n');
         self.requests.write_all(&line).await.map_err(|_| WatchdogError::Ended)
     }
 
-    async fn ask(&mut self, request: Request) -> Result<Reply, WatchdogError> {
-        self.say(request).await?;
-        let waited = FREEZE_TIMEOUT + GRACE;
+    async fn ask(&mut self, request: Request, limit: Duration) -> Result<Reply, WatchdogError> {
+        self.say(&request).await?;
+        let waited = limit + GRACE;
         match tokio::time::timeout(waited, self.replies.next_line()).await {
             Err(_) => Err(WatchdogError::Silent { waited }),
             Ok(Ok(Some(line))) => serde_json::from_str(&line).map_err(|_| WatchdogError::Ended),
@@ -208,11 +247,14 @@ impl Watchdog {
 pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
     let mut guard = Guard {
         agent,
+        still: None,
         frozen: None,
         frozen_at: None,
+        was_frozen: false,
         deadline: None,
         let_go_early: false,
         thawing: None,
+        thawed: None,
         may_be_paused: false,
         run: getppid(),
         hold_until: None,
@@ -225,29 +267,38 @@ pub async fn run(agent: Option<AgentAddress>, reach: Reach) {
             syslog::tell(&format!("a guest may be paused, let it go on with `cont`: {error}"));
         }
     };
-    let thaw = async {
-        if guard.frozen.is_some() || guard.deadline.is_some() || guard.thawing.is_some() {
-            guard.begin_thaw();
-            if let Err(reason) = guard.thawed().await {
-                let words = "a guest may be frozen, its agent does not thaw it";
-                syslog::tell(&format!("{words}: {reason}"));
+    let let_go = async {
+        guard.let_go_of_all().await;
+        if let Some(still) = &guard.still {
+            for failure in still.outcome().1 {
+                syslog::tell(&format!("after a point in time: {failure}"));
             }
+        }
+        if let Err(reason) = guard.wait_until_thawed().await {
+            let words = "a guest may be frozen, its agent does not thaw it";
+            syslog::tell(&format!("{words}: {reason}"));
         }
     };
     // At once: the run may let the guest go on while it keeps everybody else from its monitor.
-    tokio::join!(resume, thaw);
+    tokio::join!(resume, let_go);
 }
 
 struct Guard {
     agent: Option<AgentAddress>,
+    /// The databases and hooks that were told to hold still.
+    still: Option<Still>,
     /// The connection over which the guest was frozen, and how many file systems were.
     frozen: Option<(Agent, u64)>,
     frozen_at: Option<Instant>,
-    /// When the guest must be thawed at the latest; set from the freeze command on.
+    /// Whether the agent was told to freeze.
+    was_frozen: bool,
+    /// When all must be let go at the latest.
     deadline: Option<tokio::time::Instant>,
-    /// Whether the guest was thawed before the run asked for it.
+    /// Whether that was before the run asked for it.
     let_go_early: bool,
-    thawing: Option<JoinHandle<Result<u64, AgentError>>>,
+    thawing: Option<JoinHandle<(Result<u64, AgentError>, Instant)>>,
+    /// What came of the thaw, and when.
+    thawed: Option<(Result<u64, String>, Instant)>,
     may_be_paused: bool,
     /// The process that asks.
     run: Pid,
@@ -270,7 +321,7 @@ impl Guard {
                 Woken::Ended => return,
                 Woken::Deadline => {
                     self.let_go_early = true;
-                    self.begin_thaw();
+                    self.let_go_of_all().await;
                     continue;
                 }
                 Woken::Hangs => {
@@ -278,13 +329,19 @@ impl Guard {
                     self.end_run();
                     continue;
                 }
-                Woken::Request(Request::Freeze) => Reply::Freeze(self.freeze().await),
-                Woken::Request(Request::Thaw) => Reply::Thaw(self.thaw().await),
+                Woken::Request(Request::HoldStill(wanted)) => {
+                    Reply::HeldStill(self.hold_still(*wanted).await)
+                }
+                Woken::Request(Request::LetGo) => Reply::LetGo(self.let_go().await),
                 Woken::Request(Request::WillPause) => {
                     self.may_be_paused = true;
                     Reply::Noted
                 }
                 Woken::Request(Request::Hold) => {
+                    // The point in time is there; a server in a guest that is paused answers to nothing.
+                    if let Some(still) = &mut self.still {
+                        still.abandon();
+                    }
                     self.deadline = None;
                     self.hold_until = Some(tokio::time::Instant::now() + HOLD_TIMEOUT);
                     Reply::Noted
@@ -332,6 +389,34 @@ impl Guard {
         }
     }
 
+    /// Unless the run ends first; then what was begun is undone by what follows its end.
+    async fn hold_still(&mut self, wanted: HoldStill) -> HeldStill {
+        let HoldStill { applications, about, freezes } = wanted;
+        let still = self.still.insert(Still::new(applications, about, self.agent.clone()));
+        let all_hold = tokio::select! {
+            all_hold = still.hold() => all_hold,
+            // The run says nothing before it has this answer: this is its end.
+            _ = self.requests.next_line() => false,
+        };
+        if !all_hold {
+            self.let_go_of_all().await;
+            return HeldStill { reports: self.outcome().0, freeze: None };
+        }
+        self.deadline = Some(tokio::time::Instant::now() + FREEZE_TIMEOUT);
+        let freeze = match freezes {
+            true => Some(self.freeze().await),
+            false => None,
+        };
+        if let Some(still) = &mut self.still {
+            still.confirm().await;
+        }
+        HeldStill { reports: self.outcome().0, freeze }
+    }
+
+    fn outcome(&self) -> (Vec<Report>, Vec<String>) {
+        self.still.as_ref().map(Still::outcome).unwrap_or_default()
+    }
+
     /// Freezes, unless the run ends or the deadline passes first; then what the guest may still do is
     /// undone by the thaw that follows.
     async fn freeze(&mut self) -> Freeze {
@@ -343,6 +428,7 @@ impl Guard {
             Err(error) => return Freeze::Failed { reason: error.to_string() },
         };
         self.deadline = Some(tokio::time::Instant::now() + FREEZE_TIMEOUT);
+        self.was_frozen = true;
         let outcome = tokio::select! {
             outcome = agent.freeze(FREEZE_TIMEOUT) => outcome,
             // The run says nothing before it has this answer: this is its end.
@@ -365,41 +451,68 @@ impl Guard {
         }
     }
 
-    async fn thaw(&mut self) -> Thaw {
+    async fn let_go(&mut self) -> LetGo {
         self.hold_until = None;
         let in_time = !self.let_go_early;
-        let frozen = self.frozen.as_ref().map_or(0, |(_, filesystems)| *filesystems);
-        self.begin_thaw();
-        match tokio::time::timeout(FREEZE_TIMEOUT, self.thawed()).await {
-            Err(_) => Thaw::Failed { reason: "the agent does not answer to the thaw".into() },
-            Ok(Err(reason)) => Thaw::Failed { reason },
+        let frozen = self.frozen_at.map(|at| (at, self.frozen.as_ref().map_or(0, |(_, n)| *n)));
+        self.let_go_of_all().await;
+        let thaw = frozen.map(|(frozen_at, frozen)| match &self.thawed {
+            None => Thaw::Failed { reason: "the agent does not answer to the thaw".into() },
+            Some((Err(reason), _)) => Thaw::Failed { reason: reason.clone() },
             // A guest that says it had nothing to thaw had let go by itself.
-            Ok(Ok(filesystems)) => Thaw::Thawed {
-                after: self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed()),
-                in_time: in_time && (filesystems > 0 || frozen == 0),
+            Some((Ok(filesystems), at)) => Thaw::Thawed {
+                after: at.duration_since(frozen_at),
+                in_time: in_time && (*filesystems > 0 || frozen == 0),
             },
+        });
+        let (mut reports, failures) = self.outcome();
+        if !in_time {
+            let why = || "it was let go before the point in time".to_owned();
+            let held = reports.iter_mut().filter(|report| !report.has_failed());
+            held.for_each(|report| report.state = State::Failed { why: why() });
+        }
+        LetGo { reports, failures, thaw }
+    }
+
+    /// Thaws what may be frozen, lets servers go at the same time, and tells the hooks after that. An agent that
+    /// takes longer is not waited for; the thaw goes on.
+    async fn let_go_of_all(&mut self) {
+        self.begin_thaw();
+        if let Some(still) = &mut self.still {
+            still.release().await;
+        }
+        // What came of it is kept.
+        let _ = tokio::time::timeout(FREEZE_TIMEOUT, self.wait_until_thawed()).await;
+        if let Some(still) = &mut self.still {
+            still.tell().await;
         }
     }
 
-    /// Starts to thaw, in the background, unless that is under way.
+    /// Starts to thaw a guest that may be frozen, in the background, once.
     fn begin_thaw(&mut self) {
         self.deadline = None;
-        if let (Some(address), None) = (self.agent.clone(), &self.thawing) {
+        if !self.was_frozen || self.thawing.is_some() || self.thawed.is_some() {
+            return;
+        }
+        if let Some(address) = self.agent.clone() {
             let connected = self.frozen.take().map(|(agent, _)| agent);
-            let thaw = async move { guest_agent::thaw(&address, connected, PATIENCE).await };
-            self.thawing = Some(tokio::spawn(thaw));
+            self.thawing = Some(tokio::spawn(async move {
+                (guest_agent::thaw(&address, connected, PATIENCE).await, Instant::now())
+            }));
         }
     }
 
     /// Waits for the thaw that was begun. May be dropped and called again.
-    async fn thawed(&mut self) -> Result<u64, String> {
-        let Some(thawing) = &mut self.thawing else { return Ok(0) };
-        let outcome = thawing.await;
-        self.thawing = None;
-        match outcome {
-            Ok(outcome) => outcome.map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
+    async fn wait_until_thawed(&mut self) -> Result<u64, String> {
+        if let Some(thawing) = &mut self.thawing {
+            let thawed = match thawing.await {
+                Ok((outcome, at)) => (outcome.map_err(|error| error.to_string()), at),
+                Err(error) => (Err(error.to_string()), Instant::now()),
+            };
+            self.thawing = None;
+            self.thawed = Some(thawed);
         }
+        self.thawed.as_ref().map_or(Ok(0), |(outcome, _)| outcome.clone())
     }
 }
 

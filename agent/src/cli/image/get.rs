@@ -284,6 +284,7 @@ async fn from_running(
         }
         None => {
             let request = Request {
+                applications: context.config()?.domain(&known.name).applications(),
                 purpose: Purpose::Backup,
                 quiesce: args.quiesce,
                 agent: domain.agent(),
