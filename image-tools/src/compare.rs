@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::appliance::{Appliance, ApplianceError, Options};
 use crate::fit::{self, BootLoaderWants, Mount};
+use crate::initramfs;
 use crate::rsync::{Change, Compare, Item, Pass, Tree};
 use crate::update::{self, KINDS, UpdateError, as_drives, look};
 
@@ -82,6 +83,11 @@ pub async fn compare(request: &Request, mut on: impl FnMut(Event<'_>)) -> Result
     if let Some(tree) = &request.tree {
         on(Event::Stage("comparing files"));
         let mounts = mount(&mut appliance).await?;
+        // What the tree has is compared with what the tree has; that another is in its place is told.
+        for path in initramfs::put_aside(&mut appliance).await? {
+            let made_by_update = Some("an initramfs was made anew, the tree's is beside it");
+            on(Event::Difference { item: &Item::another_content(path), made_by_update });
+        }
         let excludes = request.excludes.clone();
         let pass = Pass { compare: Compare::Content, dry_run: true, excludes };
         update::run(&mut appliance, tree, &pass, |event| {

@@ -13,6 +13,7 @@ pub mod fit;
 pub mod flavour;
 pub mod folder;
 pub mod fstab;
+mod initramfs;
 pub mod inspect;
 pub mod record;
 pub mod rsync;

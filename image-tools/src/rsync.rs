@@ -361,6 +361,8 @@ impl Pass {
             options.push("--dry-run".to_owned());
         }
         options.extend(self.excludes.iter().map(|pattern| format!("--filter=- {pattern}")));
+        // An update keeps a tree's initramfs by such a name where it has made another.
+        options.push("--filter=- /boot/*.kvmsnap-*".to_owned());
         // A running system makes these; a backup has either nothing of them or too much. The folders
         // themselves must stay.
         for folder in ["proc", "sys", "dev", "run"] {
@@ -426,6 +428,11 @@ pub struct Item {
 }
 
 impl Item {
+    /// A file of which nothing is known but that its content differs.
+    pub(crate) fn another_content(path: String) -> Self {
+        Self { change: Change::Content, is_folder: false, is_time_only: false, len: 0, path }
+    }
+
     /// Reads one line of the output format of [`Pass::options`]; `None` for any other.
     pub fn parse(line: &str) -> Option<Self> {
         let mut fields = line.splitn(3, '|');

@@ -6,6 +6,7 @@ use crate::appliance::look::Layout;
 use crate::appliance::{Appliance, ApplianceError, Drive, Options};
 use crate::fit::{self, BootLoaderWants, Misfit, Mount, Plan, Table};
 use crate::flavour::Flavour;
+use crate::initramfs;
 use crate::rsync::{Change, Compare, Item, Pass, Tree, TreeError, table_options};
 
 /// File systems that may hold a machine's files.
@@ -220,10 +221,8 @@ pub async fn update(
     if installs {
         install_boot_loader(&mut appliance, &system, &plan, &mut report).await?;
     }
-    if !is_own {
-        let why = "it is the tree's, made for what its machine ran on";
-        report.skipped.push(("initramfs".to_owned(), why.to_owned()));
-    }
+    on(Event::Stage("having its kernels find these disks"));
+    initramfs::fit(&mut appliance, &system.layout, &plan, is_own, &mut report).await?;
     appliance.end().await?;
     Ok((report, system.flavour))
 }
@@ -238,6 +237,7 @@ async fn copy_files(
     report: &mut Report,
     on: &mut impl FnMut(Event<'_>),
 ) -> Result<bool, UpdateError> {
+    initramfs::put_aside(appliance).await?;
     on(Event::Stage("copying files"));
     let mut excludes = request.excludes.clone();
     if is_own {
@@ -403,6 +403,6 @@ async fn install_boot_loader(
 }
 
 /// For a terminal: it came out of the appliance.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.replace(|c: char| c.is_control(), "?")
 }

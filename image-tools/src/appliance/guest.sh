@@ -14,6 +14,90 @@ mount_of() { # DEVICE KIND OPTIONS AT
     mount -t "$2" -o "$options" "$1" "$4"
 }
 
+# The machine's own programs are run in its files, with nothing of the appliance's environment: its LVM keeps
+# its notes in /tmp/lvm.
+enter_guest() {
+    for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
+    mkdir -p /sysroot/run
+    mount -t tmpfs tmpfs /sysroot/run
+}
+in_guest() { chroot /sysroot /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
+has() { in_guest sh -c "command -v $1" > /dev/null 2>&1; }
+leave_guest() {
+    umount -R /sysroot/run
+    for folder in sys proc dev; do umount -R "/sysroot/$folder"; done
+}
+
+# What a kernel has to find its root with, and its initramfs has not: modules, and LVM's program.
+lacking() { # FOLDER-OF-ITS-MODULES LIST-OF-FILES ROOT-KIND lvm|plain
+    case $3 in
+    ext*) wanted=ext4 ;;
+    *) wanted=$3 ;;
+    esac
+    [ "$4" != lvm ] || wanted="$wanted dm_mod"
+    for module in virtio_pci virtio_blk virtio_scsi sd_mod ahci $wanted; do
+        file="/$(echo "$module" | sed 's/_/[-_]/g')\\.ko"
+        ! grep -q "$file" "$1/modules.builtin" 2> /dev/null || continue
+        grep -q "^[^:]*$file[^:]*:" "$1/modules.dep" || continue
+        grep -q "$file" "$2" || echo "$module"
+    done
+    [ "$4" != lvm ] || grep -Eq '/s?bin/lvm$' "$2" || echo lvm
+}
+
+# An initramfs for any machine of its kind, in /tmp/initramfs/made.
+make_initramfs() { # TOOL VERSION
+    rm -f /tmp/initramfs/made
+    case $1 in
+    mkinitramfs)
+        rm -rf /tmp/initramfs/conf
+        cp -a /sysroot/etc/initramfs-tools /tmp/initramfs/conf
+        mkdir -p /tmp/initramfs/conf/conf.d
+        printf "MODULES=most\nCOMPRESSLEVEL=1\n" > /tmp/initramfs/conf/conf.d/zz-kvmsnap
+        in_guest TMPDIR=/run/kvmsnap mkinitramfs -d /run/kvmsnap/conf -o /run/kvmsnap/made "$2"
+        ;;
+    dracut) in_guest dracut --force --no-hostonly --tmpdir /run/kvmsnap --kver "$2" /run/kvmsnap/made ;;
+    esac > /tmp/out 2>&1 && [ -s /tmp/initramfs/made ]
+}
+
+# Puts it in place of the one that the tree has, which stays beside it.
+replace_initramfs() { # IMAGE
+    chmod --reference="$1" /tmp/initramfs/made
+    chown --reference="$1" /tmp/initramfs/made
+    mv "$1" "$1.kvmsnap-before"
+    cp -p /tmp/initramfs/made "$1" 2> /tmp/out || { rm -f "$1"; mv "$1.kvmsnap-before" "$1"; return 1; }
+}
+
+# Tells how one initramfs is, and makes it anew where it must be: WORD and DETAIL, behind a tab.
+fit_initramfs() { # IMAGE FOLDER-OF-ITS-MODULES ROOT-KIND lvm|plain
+    made=$1.kvmsnap-made
+    if [ -e "$made" ]; then
+        mv "$1" "$1.kvmsnap-before"
+        mv "$made" "$1"
+        printf 'kept\t\n'
+        return
+    fi
+    if [ -z "$lister" ]; then
+        printf 'unknown\tthe tree has neither lsinitramfs nor lsinitrd to look into it\n'
+        return
+    fi
+    rm -f /tmp/initramfs/list
+    in_guest TMPDIR=/run/kvmsnap "$lister" "${1#/sysroot}" > /tmp/initramfs/list 2> /tmp/out || true
+    lacks=$(lacking "$2" /tmp/initramfs/list "$3" "$4" | tr '\n' ' ')
+    if [ -z "$lacks" ]; then
+        printf 'fits\t\n'
+    elif [ -z "$maker" ]; then
+        printf 'unfit\t%s; the tree has neither mkinitramfs nor dracut to make another\n' "$lacks"
+    elif ! make_initramfs "$maker" "${2##*/}"; then
+        printf 'unfit\t%s; %s failed: %s\n' "$lacks" "$maker" "$(tail -n 3 /tmp/out | tr '\n\t' '  ')"
+    elif ! replace_initramfs "$1"; then
+        printf 'unfit\t%s; there is no room for another in /boot\n' "$lacks"
+    else
+        in_guest TMPDIR=/run/kvmsnap "$lister" "${1#/sysroot}" > /tmp/initramfs/list 2> /tmp/out || true
+        still=$(lacking "$2" /tmp/initramfs/list "$3" "$4" | tr '\n' ' ')
+        printf 'made\t%s\t%s\t%s\n' "$lacks" "$maker" "$still"
+    fi
+}
+
 case $step in
 layout)
     udevadm settle
@@ -146,18 +230,53 @@ places) # what a system needs to start, where the tree has left it out
     done
     [ -d /sysroot/tmp ] || mkdir -m 1777 /sysroot/tmp
     ;;
+initramfs-aside) # puts those that a tree has back in place of those that an update has made; tells which
+    for before in /sysroot/boot/*.kvmsnap-before; do
+        [ -f "$before" ] || continue
+        image=${before%.kvmsnap-before}
+        [ ! -e "$image" ] || mv "$image" "$image.kvmsnap-made"
+        mv "$before" "$image"
+        echo "${image#/sysroot/}"
+    done
+    # Who writes to one afterwards changes this.
+    stat -c '%n %i %s %Y %Z' /sysroot/boot/init* > /tmp/initramfs-aside 2> /dev/null || true
+    ;;
+initramfs) # same|other ROOT-KIND lvm|plain: has each kernel find the disks of a virtual machine; a line for each
+    enter_guest
+    # The appliance's own disk has room: the machine's may not.
+    mkdir -p /tmp/initramfs /sysroot/run/kvmsnap
+    mount --bind /tmp/initramfs /sysroot/run/kvmsnap
+    lister= maker=
+    for name in lsinitrd lsinitramfs; do ! has $name || lister=$name; done
+    for name in mkinitramfs dracut; do ! has $name || maker=$name; done
+    for notes in /sysroot/lib/modules/*/modules.dep; do
+        [ -f "$notes" ] || continue
+        folder=${notes%/*}
+        version=${folder##*/}
+        for name in "initrd.img-$version" "initramfs-$version.img" "initrd-$version"; do
+            image=/sysroot/boot/$name
+            [ -f "$image" ] && [ ! -L "$image" ] || continue
+            is_as_before=$(grep -Fx "$(stat -c '%n %i %s %Y %Z' "$image")" /tmp/initramfs-aside || true)
+            if [ "$1" != same ] || [ -z "$is_as_before" ]; then
+                rm -f "$image.kvmsnap-made"
+            elif [ ! -e "$image.kvmsnap-made" ]; then
+                continue
+            fi
+            printf '%s\t' "$version"
+            fit_initramfs "$image" "$folder" "$2" "$3"
+        done
+    done
+    rm -rf /sysroot/boot/*.kvmsnap-made /tmp/initramfs/*
+    leave_guest
+    ;;
 relabel)
     : > /sysroot/.autorelabel
     ;;
 boot-loader) # bios|uefi DISK ESP: has it start from these disks; tells what was done
-    for folder in dev proc sys; do mount --rbind "/$folder" "/sysroot/$folder"; done
-    mkdir -p /sysroot/run
-    mount -t tmpfs tmpfs /sysroot/run
-    # With nothing of the appliance's environment: its LVM keeps its notes in /tmp/lvm.
-    in_guest() { chroot /sysroot /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@" < /dev/null; }
+    enter_guest
     installer=
     for name in grub-install grub2-install; do
-        [ -n "$installer" ] || ! in_guest sh -c "command -v $name" > /dev/null 2>&1 || installer=$name
+        [ -n "$installer" ] || ! has $name || installer=$name
     done
     rm -f /tmp/out
     status=0
@@ -188,8 +307,7 @@ boot-loader) # bios|uefi DISK ESP: has it start from these disks; tells what was
         fi
         ;;
     esac
-    umount /sysroot/run
-    for folder in sys proc dev; do umount -R "/sysroot/$folder"; done
+    leave_guest
     [ $status -eq 0 ] || { tail -n 20 /tmp/out >&2; exit 1; }
     echo "$done"
     ;;

@@ -144,6 +144,11 @@ impl Layout {
         })
     }
 
+    /// Whether a device is a volume of LVM.
+    pub fn is_volume(&self, device: &str) -> bool {
+        self.volumes.iter().any(|volume| volume.lv_dm_path == device)
+    }
+
     /// The device that a line of `fstab` names in this machine.
     pub fn device_of(&self, spec: &str) -> Option<&Device> {
         let is = |of: Option<&String>, wanted: &str| {

@@ -1,5 +1,6 @@
 //! `kvmsnap image check`
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -20,8 +21,8 @@ use crate::store::blocking;
 ///
 /// On request also what is inside: its file systems, and whether its files are those of a tree. That is done in
 /// an appliance of libguestfs, and the image stays as it is. Differences that `image update` makes itself are
-/// named as such and are no problem: what grub-install writes, /.autorelabel, a missing /tmp, and the times of
-/// the folders above.
+/// counted as such and are no problem: what grub-install writes, an initramfs that was made anew, /.autorelabel,
+/// a missing /tmp, and the times of the folders above. --json names each of them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -96,14 +97,21 @@ async fn check_inside(
     context: &Context,
 ) -> Result<usize, CommandError> {
     let compares = request.tree.is_some();
-    let (mut problems, mut different, mut excused) = (0, 0, 0);
+    let (mut problems, mut different) = (0, 0);
+    // Why an update makes a difference, and how many there are.
+    let mut excused: BTreeMap<&str, usize> = BTreeMap::new();
     let mut failed = None;
     let outcome = look::examine(image, request, |event| {
         match &event {
             Event::Stage(stage) => return context.progress.phase(stage),
             Event::FileSystem { problem, .. } => problems += usize::from(problem.is_some()),
             Event::Difference { made_by_update: None, .. } => different += 1,
-            Event::Difference { .. } => excused += 1,
+            Event::Difference { made_by_update: Some(why), .. } => {
+                *excused.entry(why).or_default() += 1;
+                if !context.global.json {
+                    return;
+                }
+            }
         }
         failed = failed.take().or_else(|| print_inside(&event, context).err());
     })
@@ -116,11 +124,10 @@ async fn check_inside(
             0 => "those of the tree".to_owned(),
             different => format!("{different} differ from the tree"),
         };
-        let beside = match excused {
-            0 => String::new(),
-            excused => format!(", beside {excused} that an update makes itself"),
-        };
-        writeln!(std::io::stdout(), "files: {verdict}{beside}")?;
+        writeln!(std::io::stdout(), "files: {verdict}")?;
+        for (why, count) in excused {
+            writeln!(std::io::stdout(), "  beside {count} that the update made: {why}")?;
+        }
     }
     Ok(problems + different)
 }
@@ -169,8 +176,7 @@ fn print_inside(event: &Event<'_>, context: &Context) -> Result<(), CommandError
                 Change::Metadata => "another owner, mode, time or attribute",
                 Change::Deleted => "not in the tree",
             };
-            let why = made_by_update.map_or(String::new(), |why| format!(" (update: {why})"));
-            writeln!(out, "{}: {words}{why}", printable(&item.path))?;
+            writeln!(out, "{}: {words}", printable(&item.path))?;
         }
         Event::Stage(_) => {}
     }
