@@ -113,6 +113,40 @@ pub fn list(store: &Path) -> Result<(Vec<Image>, Vec<ImageError>), ImageError> {
     Ok((images, unusable))
 }
 
+/// What a killed process has left in a store, by the name of its image.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unfinished {
+    /// A part of an image that never was whole: the next one of that name removes it.
+    Part(String),
+    /// A whole image in the middle of an update, which the next one finishes.
+    Update(String),
+}
+
+/// What is left unfinished in a store and nobody works on, by name.
+///
+/// # Errors
+/// [`ImageError::File`] when the store cannot be listed.
+pub fn unfinished(store: &Path) -> Result<Vec<Unfinished>, ImageError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(store).map_err(ImageError::file("list", store))? {
+        let path = entry.map_err(ImageError::file("list", store))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let Some(hidden) = name.and_then(|name| name.strip_prefix('.')) else { continue };
+        let left = match hidden.strip_suffix(PARTIAL) {
+            Some(name) => Unfinished::Part(name.to_owned()),
+            None => match hidden.strip_suffix(rework::WORK) {
+                Some(name) => Unfinished::Update(name.to_owned()),
+                None => continue,
+            },
+        };
+        if open_folder(&path).is_ok_and(|folder| folder.try_lock().is_ok()) {
+            found.push((path, left));
+        }
+    }
+    found.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(found.into_iter().map(|(_, left)| left).collect())
+}
+
 /// A folder that is being made under another name, locked meanwhile; removed when dropped.
 #[derive(Debug)]
 pub struct NewImage {
@@ -292,7 +326,7 @@ fn open_regular(path: &Path) -> Result<File, ImageError> {
     }
 }
 
-fn open_folder(folder: &Path) -> Result<File, ImageError> {
+pub(crate) fn open_folder(folder: &Path) -> Result<File, ImageError> {
     let mut options = File::options();
     let opened = options.read(true).custom_flags(O_DIRECTORY | O_NOFOLLOW).open(folder);
     opened.map_err(ImageError::file("open", folder))
@@ -324,7 +358,7 @@ fn sync_folder(folder: &Path) -> Result<(), ImageError> {
 }
 
 /// Whether this folder still has that name.
-fn is_at(folder: &File, path: &Path) -> bool {
+pub(crate) fn is_at(folder: &File, path: &Path) -> bool {
     match (folder.metadata(), fs::symlink_metadata(path)) {
         (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
         _ => false,
@@ -346,6 +380,7 @@ mod tests {
 
     use jiff::Timestamp;
 
+    use super::rework::Rework;
     use super::*;
     use crate::record::{
         BootSign, BootTrial, DiskFile, FileSums, Origin, OtherFile, RECORD_VERSION,
@@ -438,6 +473,50 @@ mod tests {
             assert!(matches!(refused, Err(ImageError::Name { .. })), "{name:?}");
         }
         assert!(names(store.path()).is_empty());
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_told_and_what_others_work_on_is_not() {
+        let store = tempfile::tempdir().unwrap();
+        let at = |name: &str| store.path().join(name);
+        for name in [".web.partial", ".db.update", ".git", ".file.partial.txt"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        let _at_work = NewImage::begin(&at("shop")).unwrap();
+
+        let found = unfinished(store.path()).unwrap();
+
+        assert_eq!(found, [Unfinished::Update("db".into()), Unfinished::Part("web".into())]);
+    }
+
+    /// Whoever is killed between two steps of giving an image its name back leaves one that the next gives it.
+    #[test]
+    fn r29_an_image_gets_its_name_back_wherever_its_update_was_interrupted() {
+        for has_new_record in [false, true] {
+            let store = tempfile::tempdir().unwrap();
+            let target = store.path().join("web");
+            let new = NewImage::begin(&target).unwrap();
+            fill(&new);
+            new.publish(record()).unwrap();
+            let next = ImageRecord { machine: "shop".into(), ..record() };
+            let rework = Rework::begin(&target).unwrap();
+            rework.prepare().unwrap();
+            rework.take(&next).unwrap();
+            assert!(matches!(Image::open(&target), Err(ImageError::Interrupted { .. })));
+            assert!(matches!(NewImage::begin(&target), Err(ImageError::Interrupted { .. })));
+            if has_new_record {
+                rework.image().unwrap().change(|now| *now = next.clone()).unwrap();
+            }
+            drop(rework);
+
+            let rework = Rework::begin(&target).unwrap();
+            assert!(rework.is_under_way());
+            let next = rework.next().unwrap();
+            let image = rework.give_back(next).unwrap();
+
+            assert_eq!(image.record().machine, "shop");
+            assert_eq!(names(store.path()), ["web"]);
+        }
     }
 
     #[test]

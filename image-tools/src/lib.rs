@@ -15,6 +15,7 @@ pub mod folder;
 pub mod fstab;
 mod initramfs;
 pub mod inspect;
+pub mod private;
 pub mod record;
 pub mod rsync;
 pub mod sums;

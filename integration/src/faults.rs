@@ -147,6 +147,40 @@ impl Fault {
     }
 }
 
+/// A section of the golden file of effects has those that a command noted in `KVMSNAP_EFFECTS`.
+#[track_caller]
+pub fn assert_golden_log(title: &str, log: &Path) {
+    let text = fs::read_to_string(log).expect("a command without effects is no command");
+    let effects: Vec<_> = text.lines().map(str::to_owned).collect();
+    assert_golden(title, &effects);
+}
+
+/// It has these in this order, each once.
+#[track_caller]
+fn assert_golden(title: &str, effects: &[String]) {
+    let mut section = format!("# {title}\n");
+    let mut seen: Vec<&String> = Vec::new();
+    for effect in effects {
+        if !seen.contains(&effect) {
+            seen.push(effect);
+            section.push_str(effect);
+            section.push('\n');
+        }
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/effects.golden");
+    let text = fs::read_to_string(&golden).expect("the golden file");
+    let head = format!("# {title}");
+    let of_title = |section: &&str| section.lines().next() == Some(&head);
+    let expected = text.split("\n\n").find(of_title);
+    let is_same = expected.is_some_and(|expected| expected.trim_end() == section.trim_end());
+    if !is_same && std::env::var_os("KVMSNAP_BLESS").is_some() {
+        let others = text.split("\n\n").filter(|other| !of_title(other)).map(str::trim_end);
+        let all: Vec<_> = others.chain([section.trim_end()]).collect();
+        return fs::write(&golden, all.join("\n\n") + "\n").expect("the source is writable");
+    }
+    assert!(is_same, "the effects changed: see the head of crash.rs\n{section}\n{expected:?}");
+}
+
 impl Host {
     /// A backup to which a fault happened was killed by it, or says that it failed and why, or has
     /// stored what the disks held.
@@ -193,6 +227,15 @@ impl Host {
         let text = fs::read_to_string(&log).expect("a command without effects is no command");
         fs::remove_file(&log).expect("a file of ours");
         text.lines().map(str::to_owned).collect()
+    }
+
+    /// The same once more, which must be those in the golden file of effects, each once. `KVMSNAP_BLESS=1`
+    /// accepts a change.
+    #[track_caller]
+    pub fn golden_effects(&self, title: &str, command: Command) -> Vec<String> {
+        let effects = self.effects(command);
+        assert_golden(title, &effects);
+        effects
     }
 
     /// Undo records that wait for the next run. One that was not yet written when its writer was killed

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use integration::faults::{Fault, SmallDisk, assert_says, signal, wait_until};
+use integration::faults::{Fault, SmallDisk, assert_golden_log, assert_says, signal, wait_until};
 use integration::images::names;
 use integration::{Host, Outcome, finish, spawn};
 use nix::sys::signal::Signal;
@@ -18,8 +18,12 @@ use vm_fixtures::debian::{Debian, Machine, appliance_environment};
 
 /// Emulated, an appliance and a whole system take their time, beside other tests.
 const WAIT: Duration = Duration::from_secs(900);
-/// Which effect of an update of an image is the first write to its disk: overlay, files, take, write.
-const WRITE_EFFECT: usize = 4;
+/// Which effect of an update of an image is the first write to its disk: begin, overlay, files, take, write.
+const WRITE_EFFECT: usize = 5;
+/// Effects by which an interrupted update is finished: write, changes, give back.
+const FINISHING_EFFECTS: usize = 3;
+/// Effects of an update of a template before its appliance starts: begin, overlay, files.
+const EARLY_EFFECTS: usize = 3;
 /// Bytes that a change of one small file may cost: what two file systems write when they are mounted.
 const SMALL: u64 = 24 << 20;
 
@@ -130,19 +134,44 @@ impl Drop for Daemon {
     }
 }
 
-/// P1, P3, R29: the machine that a template becomes starts and is the tree's; brought up to date once more it
-/// costs what changed; killed while its disks are written it has no name, and the next run finishes.
+/// Has the tree's kernel start with an initramfs that knows no disk: a cpio archive (its `newc` format) with
+/// nothing but an empty folder. Returns its path below the tree.
+fn forget_disks(tree: &Path) -> String {
+    let entry = |name: &str, mode: u32| {
+        let fields = [1, mode, 0, 0, 1, 0, 0, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+        let fields: String = fields.iter().map(|field| format!("{field:08X}")).collect();
+        let mut entry = format!("070701{fields}{name}\0").into_bytes();
+        entry.resize(entry.len().next_multiple_of(4), 0);
+        entry
+    };
+    let mut archive = [entry("dev", 0o040_755), entry("TRAILER!!!", 0)].concat();
+    archive.resize(archive.len().next_multiple_of(512), 0);
+    let images = names(&tree.join("boot"));
+    let image = images.iter().find(|name| name.starts_with("initrd.img-")).expect("an initramfs");
+    fs::write(tree.join("boot").join(image), archive).unwrap();
+    format!("boot/{image}")
+}
+
+/// P1, P3, R29: the machine that a template becomes starts and is the tree's, though it ran on other hardware;
+/// brought up to date once more it costs what changed; killed while its disks are written it has no name, and
+/// the next run finishes.
 #[test]
 fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
     let Some(scene) = Scene::new() else { return };
     let before = scene.template_content();
     let tree = scene.host.folder().join("tree");
     scene.debian.copy_tree(Machine::BiosOther, &tree);
+    let initramfs = forget_disks(&tree);
     let tree_name = tree.to_str().unwrap();
     let output = scene.output();
 
     let more = ["--output", output.to_str().unwrap(), "--boot-test", "--wait", "login"];
-    let made = line(&run(scene.update(&scene.template, tree_name, &more)));
+    let log = scene.host.folder().join("effects");
+    let mut update = scene.update(&scene.template, tree_name, &more);
+    update.env("KVMSNAP_EFFECTS", &log);
+    let made = line(&run(update));
+    assert_golden_log("image update of a template, with a trial", &log);
+    fs::remove_file(&log).unwrap();
 
     assert_eq!(made["machine"], "birch");
     assert_eq!(made["boot"]["sign"], "login");
@@ -151,13 +180,16 @@ fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
     let console = fs::read_to_string(output.join("boot/console.log")).unwrap();
     assert!(console.contains("birch login:"), "another machine has started:\n{console}");
 
-    // Every file is the tree's by what is in it, but those of the boot loader, which the update has made.
-    let mut check =
-        scene.host.command(["image", "check", output.to_str().unwrap(), "--tree", tree_name]);
+    // Every file is the tree's by what is in it, but those that the update has made so that it starts.
+    let mut check = scene.host.command(["image", "check", "--json", "--tree", tree_name]);
+    check.arg(&output);
     check.envs(scene.environment.iter().map(|(name, value)| (name, value)));
     check.env("KVMSNAP_ACCEL", "tcg");
     let checked = run(check);
     assert_eq!(checked.code, Some(0), "{checked:?}");
+    let mut lines = checked.stdout.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let told = lines.find(|line| line["path"] == initramfs).expect("it is told of");
+    assert!(told["made_by_update"].is_string(), "{told}");
 
     // One small file changes. The update is killed when it is about to write to the image's disk.
     fs::write(tree.join("etc/motd"), "changed\n").unwrap();
@@ -166,16 +198,32 @@ fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
     assert_eq!(killed.code, None, "{killed:?}");
     assert!(!output.exists(), "a half written image has its name");
     assert_eq!(names(output.parent().unwrap()), [".birch.update"]);
+    let store = output.parent().unwrap().to_str().unwrap();
+    let listed = scene.host.run(["image", "list", store]);
+    assert!(listed.stderr.contains("birch: its update was interrupted"), "{listed:?}");
+
+    // Killed again wherever it is finished, and refused a write: the next one finishes it all the same.
+    for (n, fault) in
+        (1..=FINISHING_EFFECTS).flat_map(|n| [(n, Fault::Crash), (n, Fault::FailOnce)])
+    {
+        let ended = run(fault.at(n, scene.update(&output, tree_name, &[])));
+        assert!(ended.code.is_none_or(|code| code == 1), "{fault:?} at {n}: {ended:?}");
+        assert!(!output.exists(), "{fault:?} at {n}: half written, it has its name");
+    }
 
     // By way of a daemon this time, which has the very same files.
     let daemon = Daemon::of(&tree, scene.host.folder());
     let url = format!("rsync://127.0.0.1:{}/birch", daemon.port);
-    let again = line(&run(scene.update(&output, &url, &["--compare", "time"])));
+    let mut update = scene.update(&output, &url, &["--compare", "time"]);
+    update.env("KVMSNAP_EFFECTS", &log);
+    let again = line(&run(update));
+    assert_golden_log("image update of an image, which finishes an earlier one first", &log);
 
     let count = |field: &str| again["update"][field].as_u64().unwrap();
     // What was interrupted was finished first: the file that had changed is there.
     assert_eq!((count("added"), count("changed")), (0, 0), "{again}");
     assert!(count("written_bytes") < SMALL, "{again}");
+    assert!(again["update"]["boot"][0].as_str().unwrap().contains("made before"), "{again}");
     assert_eq!(names(output.parent().unwrap()), ["birch"]);
     scene.host.ok(["image", "check", output.to_str().unwrap()]);
 }
@@ -235,7 +283,18 @@ fn r29_a_killed_update_leaves_no_appliance() {
     let output = scene.output();
     let tree = scene.debian.tree(Machine::BiosOther);
     let more = ["--output", output.to_str().unwrap()];
-    let running = spawn(scene.update(&scene.template, tree.to_str().unwrap(), &more));
+    let temporary = scene.host.new_folder();
+    let update = || {
+        let mut update = scene.update(&scene.template, tree.to_str().unwrap(), &more);
+        update.env("TMPDIR", &temporary);
+        update
+    };
+    for (n, fault) in (1..=EARLY_EFFECTS).flat_map(|n| [(n, Fault::Crash), (n, Fault::FailOnce)]) {
+        let ended = run(fault.at(n, update()));
+        assert!(ended.code.is_none_or(|code| code == 1), "{fault:?} at {n}: {ended:?}");
+        assert!(!output.exists(), "{fault:?} at {n}");
+    }
+    let running = spawn(update());
     wait_until(WAIT, "the appliance runs", || appliances_on(output.parent().unwrap()) > 0);
 
     signal(running.pid(), Signal::SIGKILL);
@@ -244,6 +303,15 @@ fn r29_a_killed_update_leaves_no_appliance() {
     wait_until(WAIT, "the appliance is gone", || appliances_on(output.parent().unwrap()) == 0);
     assert!(!output.exists());
     assert_eq!(scene.template_content(), before);
+
+    // The next one that needs a folder for itself removes the killed one's.
+    let private = || names(&temporary).into_iter().filter(|name| name.starts_with("kvmsnap-"));
+    let left = private().next().expect("a killed process has left its folder");
+    let template = scene.template.to_str().unwrap();
+    let mut look = scene.host.command(["image", "info", "--look", template]);
+    look.env("TMPDIR", &temporary).env("LIBGUESTFS_PATH", "/nonexistent");
+    assert_ne!(finish(spawn(look)).code, Some(0));
+    assert!(private().all(|name| name != left), "{left} is left");
 }
 
 /// R29: a tree that somebody writes to is none of one instant: no image is made of it.

@@ -317,8 +317,8 @@ fn s15_names_stay_in_the_store_and_move_no_cursor() {
 fn p5_r29_a_get_that_is_killed_or_fails_anywhere_leaves_no_image_and_the_next_one_is_whole() {
     let Some(scene) = Scene::new() else { return };
     let (file, bytes) = scene.raw("disk");
-    let effects = scene.host.effects(scene.get_command(&file, "raw", "first"));
-    assert_eq!(effects.len(), 5, "{effects:?}");
+    let title = "image get of a file";
+    let effects = scene.host.golden_effects(title, scene.get_command(&file, "raw", "first"));
     for (n, effect) in effects.iter().enumerate() {
         for (fault, left) in [("KVMSNAP_FAIL_AT", 1), ("KVMSNAP_CRASH_AT", 2)] {
             let mut command = scene.get_command(&file, "raw", "web");
@@ -335,6 +335,8 @@ fn p5_r29_a_get_that_is_killed_or_fails_anywhere_leaves_no_image_and_the_next_on
             );
             let listed = scene.image("list", &scene.store);
             assert_eq!(listed.stdout.lines().count(), 1, "only the first: {listed:?}");
+            let tells = listed.stderr.contains("web: a part that a killed run has left");
+            assert_eq!(tells, found.contains(&".web.partial".to_owned()), "{effect}: {listed:?}");
         }
     }
 

@@ -30,6 +30,7 @@ pub async fn again(
 ) -> Result<Updated, UpdateImageError> {
     // Links and `..` would lead to another folder beside it.
     let folder = folder.canonicalize().map_err(ImageError::file("find", folder))?;
+    announce("update: begin", "work beside", &folder)?;
     let rework = Rework::begin(&folder)?;
     let image = Image::open(&folder)?;
     if !matches!(image.record().origin, Origin::Update { .. }) {
@@ -102,6 +103,7 @@ async fn write_all(rework: Rework, progress: &Progress) -> Result<Image, ImageEr
     // By a new name: what is there may be a link.
     let (from, to) = (ready.join(CHANGES), image.folder().join(CHANGES));
     let new = image.folder().join(".changes.partial");
+    announce("update: changes", "write", &to)?;
     let put = || -> io::Result<()> {
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -7,9 +7,9 @@ use image_tools::appliance::Options;
 use image_tools::compare::{self, Event, Request};
 use image_tools::flavour::Flavour;
 use image_tools::folder::Image;
-use tempfile::TempDir;
+use image_tools::private::PrivateFolder;
 
-use super::update::{Layer, UpdateImageError, lay_over};
+use super::update::{Layer, UpdateImageError, lay_over, while_there_is_room};
 
 /// What is on an image's disks.
 ///
@@ -17,7 +17,9 @@ use super::update::{Layer, UpdateImageError, lay_over};
 /// [`UpdateImageError`].
 pub async fn flavour(image: &Image, options: &Options) -> Result<Flavour, UpdateImageError> {
     let (_folder, layers) = throw_away(image).await?;
-    Ok(image_tools::update::flavour(&overlays(&layers), options).await?)
+    let overlays = overlays(&layers);
+    let look = image_tools::update::flavour(&overlays, options);
+    while_there_is_room(None, look).await
 }
 
 /// Checks an image's file systems, or compares its files with a tree, as `request` says; what is found goes
@@ -32,14 +34,13 @@ pub async fn examine(
 ) -> Result<(), UpdateImageError> {
     let (_folder, layers) = throw_away(image).await?;
     request.drives = overlays(&layers);
-    Ok(compare::compare(&request, on).await?)
+    while_there_is_room(None, compare::compare(&request, on)).await
 }
 
 /// Overlays on an image's disks, in a folder that goes when it is dropped. They take little: the journals
 /// of file systems that were in use.
-async fn throw_away(image: &Image) -> Result<(TempDir, Vec<Layer>), UpdateImageError> {
-    let folder = tempfile::Builder::new().prefix("kvmsnap-look-").tempdir();
-    let folder = folder.map_err(ImageError::file("make", "a temporary folder"))?;
+async fn throw_away(image: &Image) -> Result<(PrivateFolder, Vec<Layer>), UpdateImageError> {
+    let folder = PrivateFolder::new().map_err(ImageError::file("make", "a temporary folder"))?;
     let layers = lay_over(image, folder.path()).await?;
     Ok((folder, layers))
 }

@@ -26,6 +26,8 @@ pub const CHANGES: &str = "changes.log";
 
 /// How often is looked whether there is room left.
 const ROOM_POLL: Duration = Duration::from_millis(50);
+/// Bytes that are left free where temporary files are: no guest has its images there.
+const TEMPORARY_KEPT: u64 = 32 << 20;
 
 /// What is wanted.
 #[derive(Debug)]
@@ -135,6 +137,7 @@ pub async fn make(
         let (target, size) = (disk.target.clone(), disk.size);
         get.copy(&Source { target, size, graph, bounds: Bounds::of_disk(size) }).await?;
     }
+    announce("update: sweep", "remove", &overlays)?;
     fs::remove_dir_all(&overlays).map_err(ImageError::file("remove", &overlays))?;
     let mut files = Vec::new();
     for other in &template.record().files {
@@ -243,25 +246,44 @@ pub(super) async fn bring_up_to_date(
         }
     });
     let folder = log.parent().expect("it is in the image's folder");
-    let outcome = tokio::select! {
-        outcome = work => outcome?,
-        error = room_ends(folder) => return Err(error.into()),
-    };
+    let outcome = while_there_is_room(Some(folder), work).await?;
     match failed.map_or_else(|| changes.flush(), Err) {
         Ok(()) => Ok(outcome),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Ready when the overlays could soon grow no more: QEMU would stop the appliance then, and wait.
-async fn room_ends(folder: &Path) -> ImageError {
+/// Does work in an appliance, until there is no more room where its disks grow: in `folder`, or among temporary
+/// files.
+pub(super) async fn while_there_is_room<T>(
+    folder: Option<&Path>,
+    work: impl Future<Output = Result<T, UpdateError>>,
+) -> Result<T, UpdateImageError> {
+    let beside = async {
+        match folder {
+            Some(folder) => room_ends(folder, u64::MAX).await,
+            None => std::future::pending().await,
+        }
+    };
+    // There the appliance has its own disk.
+    let temporary = std::env::temp_dir();
+    tokio::select! {
+        outcome = work => Ok(outcome?),
+        error = beside => Err(error.into()),
+        error = room_ends(&temporary, TEMPORARY_KEPT) => Err(error.into()),
+    }
+}
+
+/// Ready when a disk in a folder could soon grow no more, where QEMU would stop the appliance and wait, or at
+/// `kept_max` bytes at the latest.
+async fn room_ends(folder: &Path, kept_max: u64) -> ImageError {
     let full = |source: io::Error| ImageError::file("write to", folder)(source);
     let file = match File::open(folder) {
         Ok(file) => file,
         Err(error) => return full(error),
     };
     loop {
-        if room(&file).is_some_and(|(free, kept)| free < kept) {
+        if room(&file).is_some_and(|(free, kept)| free < kept.min(kept_max)) {
             return full(io::ErrorKind::StorageFull.into());
         }
         tokio::time::sleep(ROOM_POLL).await;

@@ -10,11 +10,11 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tempfile::TempDir;
 use tokio::net::UnixStream;
 
 use self::look::Layout;
 use self::session::Session;
+use crate::private::PrivateFolder;
 use crate::rsync::{Item, Source};
 
 const GUEST: &str = include_str!("guest.sh");
@@ -124,7 +124,7 @@ pub struct Appliance {
     /// What rsync changes, line by line.
     log: UnixStream,
     disks: usize,
-    _folder: TempDir,
+    _folder: PrivateFolder,
 }
 
 impl Appliance {
@@ -133,15 +133,13 @@ impl Appliance {
     /// # Errors
     /// [`ApplianceError`].
     pub async fn start(drives: &[Drive], options: &Options) -> Result<Self, ApplianceError> {
-        // Private: `tempfile` makes folders with mode 0700.
-        let folder = tempfile::Builder::new().prefix("kvmsnap-appliance-").tempdir();
-        let folder = folder.map_err(ApplianceError::Prepare)?;
+        let folder = PrivateFolder::new().map_err(ApplianceError::Prepare)?;
         let at = |name: &str| folder.path().join(name);
         let (tree, log) = (at("tree.sock"), at("log.sock"));
         for (name, text) in [("guest.sh", GUEST), ("port.sh", PORT)] {
             std::fs::write(at(name), text).map_err(ApplianceError::Prepare)?;
         }
-        let mut session = Session::start(options.emulate)?;
+        let mut session = Session::start(options.emulate, folder.path())?;
         let doing = START;
         for drive in drives {
             let path = drive.path.display().to_string();

@@ -1,6 +1,7 @@
 //! A conversation with `guestfish`: a line in, an answer up to a mark out.
 
 use std::io;
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -32,11 +33,13 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn start(emulate: bool) -> Result<Self, ApplianceError> {
+    /// Starts it; the appliance's own disk has its room in `folder`.
+    pub(super) fn start(emulate: bool, folder: &Path) -> Result<Self, ApplianceError> {
         // Where this process is killed, so is `guestfish`, and libguestfs then ends its QEMU.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "guestfish"]);
         command.env("LIBGUESTFS_BACKEND", "direct").env("LC_ALL", "C.UTF-8");
+        command.env("LIBGUESTFS_TMPDIR", folder);
         if emulate {
             command.env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
         }

@@ -18,6 +18,8 @@ use super::{
 use crate::error::ImageError;
 use crate::record::ImageRecord;
 
+/// What is behind the name of the folder beside an image.
+pub(super) const WORK: &str = ".update";
 /// The image, in the folder beside its place.
 const IMAGE: &str = "image";
 /// What its record will say, but for the checksums.
@@ -167,7 +169,7 @@ impl Drop for Rework {
 
 fn folder_of(target: &Path) -> Result<PathBuf, ImageError> {
     match target.file_name().and_then(|name| name.to_str()) {
-        Some(name) => Ok(target.with_file_name(format!(".{name}.update"))),
+        Some(name) => Ok(target.with_file_name(format!(".{name}{WORK}"))),
         None => Err(ImageError::Name { path: target.to_owned() }),
     }
 }

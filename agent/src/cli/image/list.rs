@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use comfy_table::{Table, presets};
+use image_tools::ImageError;
 use image_tools::flavour::Flavour;
-use image_tools::folder;
+use image_tools::folder::{self, Unfinished};
 use image_tools::record::{BootSign, BootTrial, DiskFile};
 
 use super::{Context, ImageLine};
@@ -32,7 +33,8 @@ pub struct ListArgs {
 /// # Errors
 /// When the folder cannot be listed, and [`CommandError::UnusableImages`] after listing the others.
 pub async fn run(args: ListArgs, context: &Context) -> Result<(), CommandError> {
-    let (images, unusable) = blocking(move || folder::list(&args.store)).await?;
+    let look = move || Ok((folder::list(&args.store)?, folder::unfinished(&args.store)?));
+    let ((images, unusable), unfinished) = blocking::<_, ImageError>(look).await?;
     let mut out = std::io::stdout().lock();
     if context.global.json {
         for image in &images {
@@ -61,6 +63,18 @@ pub async fn run(args: ListArgs, context: &Context) -> Result<(), CommandError> 
             ]);
         }
         writeln!(out, "{}", table.trim_fmt())?;
+    }
+    for left in &unfinished {
+        match left {
+            Unfinished::Part(name) => tracing::warn!(
+                "{}: a part that a killed run has left; the next image of this name removes it",
+                printable(name)
+            ),
+            Unfinished::Update(name) => tracing::warn!(
+                "{}: its update was interrupted; `kvmsnap image update` with the same arguments finishes it",
+                printable(name)
+            ),
+        }
     }
     let count = unusable.len();
     for error in unusable {

@@ -15,12 +15,12 @@ use std::time::Duration;
 
 use image_tools::error::ImageError;
 use image_tools::inspect::{Format, Policy, inspect};
+use image_tools::private::PrivateFolder;
 use image_tools::record::{BootSign, BootTrial, ImageRecord};
 use jiff::Timestamp;
 use nix::libc::O_NOFOLLOW;
 use qmp_client::{Command, Options, Qga, Qmp, QmpError};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, ChildStdout};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -231,8 +231,8 @@ impl Trial<'_> {
     /// [`BootError`] when it could not be tried.
     pub async fn run(&self) -> Result<Outcome, BootError> {
         let results = self.results()?;
-        let private = tempfile::Builder::new().prefix("kvmsnap-boot-").tempdir();
-        let private = private.map_err(host("make a folder in", &std::env::temp_dir()))?;
+        let private =
+            PrivateFolder::new().map_err(host("make a folder in", &std::env::temp_dir()))?;
         let log = results.join("console.log");
         let screen = results.join("screen.png");
         let file = new_file(&log)?;
@@ -281,7 +281,12 @@ impl Trial<'_> {
         }
     }
 
-    fn start(&self, private: &TempDir, results: &Path, log: File) -> Result<Running, BootError> {
+    fn start(
+        &self,
+        private: &PrivateFolder,
+        results: &Path,
+        log: File,
+    ) -> Result<Running, BootError> {
         let shape = self.shape()?;
         let firmware = self.firmware(&shape, private)?;
         let mut disks = Vec::new();
@@ -327,7 +332,7 @@ impl Trial<'_> {
     fn firmware(
         &self,
         shape: &Shape,
-        private: &TempDir,
+        private: &PrivateFolder,
     ) -> Result<Option<(PathBuf, PathBuf)>, BootError> {
         let variables = self.file(VARIABLES, VARIABLES_LEN_MAX)?;
         let mode = self.record.flavour.as_ref().map(|flavour| flavour.boot);
@@ -390,7 +395,7 @@ struct Running {
 
 impl Running {
     /// Connects to QEMU's monitor; `None` where QEMU has ended.
-    async fn connect(&mut self, private: &TempDir) -> Result<Option<Qmp>, BootError> {
+    async fn connect(&mut self, private: &PrivateFolder) -> Result<Option<Qmp>, BootError> {
         let socket = private.path().join("qmp");
         let until = Instant::now() + START_TIMEOUT;
         loop {
@@ -414,7 +419,7 @@ impl Running {
         &mut self,
         wait: Wait,
         deadline: Instant,
-        private: &TempDir,
+        private: &PrivateFolder,
     ) -> io::Result<Option<BootSign>> {
         let socket = private.path().join("agent");
         let agent = async {

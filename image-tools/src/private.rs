@@ -1,0 +1,106 @@
+//! Folders for what is needed for a while, below the system's folder for such (`TMPDIR`).
+//!
+//! Each is locked by its process. So whoever makes the next one can tell those of killed processes, and removes
+//! them.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use crate::folder::{is_at, open_folder};
+
+/// What the names begin with.
+const PREFIX: &str = "kvmsnap-";
+/// How often another process may take a folder for a dead one's, between its creation and its lock.
+const TRIES: u32 = 10;
+
+/// A folder that its owner alone can read; removed when dropped.
+#[derive(Debug)]
+pub struct PrivateFolder {
+    folder: TempDir,
+    _lock: File,
+}
+
+impl PrivateFolder {
+    /// Makes one, once those that killed processes have left are removed.
+    ///
+    /// # Errors
+    /// Where none can be made.
+    pub fn new() -> io::Result<Self> {
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    fn new_in(parent: &Path) -> io::Result<Self> {
+        sweep(parent);
+        for _ in 0..TRIES {
+            // With mode 0700.
+            let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?;
+            if let Some(lock) = take(folder.path()) {
+                return Ok(Self { folder, _lock: lock });
+            }
+        }
+        Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// The lock of a folder that is still there, unless another process has it.
+fn take(folder: &Path) -> Option<File> {
+    let lock = open_folder(folder).ok()?;
+    (lock.try_lock().is_ok() && is_at(&lock, folder)).then_some(lock)
+}
+
+/// Removes what processes of this user have left that are no more. What cannot be removed stays.
+fn sweep(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let is_named = entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes());
+        let is_ours = |found: fs::Metadata| {
+            let is_private = found.mode() & 0o077 == 0;
+            found.is_dir() && is_private && found.uid() == nix::unistd::geteuid().as_raw()
+        };
+        if is_named
+            && entry.metadata().is_ok_and(is_ours)
+            && let Some(_lock) = take(&entry.path())
+        {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_goes_with_the_next_one_and_nothing_else() {
+        let parent = tempfile::tempdir().unwrap();
+        let at = |name: &str| parent.path().join(name);
+        for name in ["kvmsnap-dead", "kvmsnap-public", "other"] {
+            fs::create_dir(at(name)).unwrap();
+            let mode = if name == "kvmsnap-public" { 0o755 } else { 0o700 };
+            fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
+            fs::write(at(name).join("file"), "").unwrap();
+        }
+        symlink(at("other"), at("kvmsnap-link")).unwrap();
+        let living = PrivateFolder::new_in(parent.path()).unwrap();
+        assert!(!at("kvmsnap-dead").exists());
+
+        let next = PrivateFolder::new_in(parent.path()).unwrap();
+
+        assert!(living.path().exists() && next.path().exists());
+        for name in ["kvmsnap-public", "other", "kvmsnap-link"] {
+            assert!(at(name).join("file").exists(), "{name}");
+        }
+        drop(next);
+        assert!(living.path().exists());
+    }
+}
