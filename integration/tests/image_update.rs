@@ -17,7 +17,7 @@ use serde_json::Value;
 use vm_fixtures::debian::{Debian, Machine, appliance_environment};
 
 /// Emulated, an appliance and a whole system take their time, beside other tests.
-const WAIT: Duration = Duration::from_secs(900);
+const WAIT: Duration = Duration::from_secs(1800);
 /// Which effect of an update of an image is the first write to its disk: begin, overlay, files, take, write.
 const WRITE_EFFECT: usize = 5;
 /// Effects by which an interrupted update is finished: write, changes, give back.

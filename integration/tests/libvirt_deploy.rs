@@ -58,6 +58,17 @@ impl Lost {
             assert!(holds == self.scene.contents.of(disk), "{disk} is not as it was");
         }
     }
+
+    /// Those of them that have their names are.
+    #[track_caller]
+    fn assert_named_ones_whole(&self, folder: &Path) {
+        for disk in DISKS {
+            if folder.join(format!("{disk}.qcow2")).exists() {
+                let holds = content(&self.scene.host, folder, disk);
+                assert!(holds == self.scene.contents.of(disk), "{disk} is half written");
+            }
+        }
+    }
 }
 
 /// A machine whose host is gone comes back by its image alone, in its old place and as itself.
@@ -140,9 +151,21 @@ fn r01_p5_killed_or_failing_at_each_effect_a_deployment_is_finished_by_the_next(
         let outcome = finish(spawn(fault.at(n + 1, lost.command(&arguments))));
 
         assert_ne!(outcome.code, Some(0), "{case}: {outcome:?}");
-        println!("{case}: {outcome:?} {:?}", fs::read_dir(&to).map(|_| names(&to)));
+        let is_partial = |name: &String| name.ends_with(".partial");
+        let found = if to.exists() { names(&to) } else { Vec::new() };
+        let is_named = found.iter().any(|name| !is_partial(name));
+        if is_named {
+            lost.assert_named_ones_whole(&to);
+            let again = lost.deploy(&arguments);
+            assert_says(&again, 1, "exists already");
+            assert_says(&again, 1, "an interrupted one left");
+            assert!(libvirt.try_virsh(&["domuuid", &name]).is_err(), "{case}");
+            fs::remove_dir_all(&to).expect("a folder of ours");
+        }
         let again = lost.deploy(&arguments);
-        println!("  then {again:?}");
+        assert_eq!(again.code, Some(0), "{case}: {again:?}");
+        assert!(names(&to).iter().all(|name| !is_partial(name)), "{case}: {:?}", names(&to));
+        lost.assert_whole(&to);
     }
 }
 

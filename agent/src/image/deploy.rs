@@ -93,7 +93,7 @@ impl DeployError {
                 "--xml takes an adapted copy of the description"
             }
             Self::Write(RestoreError::Exists { .. }) => {
-                "nothing is ever written over: --to names another folder"
+                "nothing is ever written over: --to names another folder; what an interrupted one left there may be removed"
             }
             Self::Define(error) => return error.hint(),
             Self::Write(error) => error.hint()?,

@@ -120,7 +120,9 @@ impl RestoreError {
     /// What the user can do next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Exists { .. } => Some("nothing is ever written over: choose another folder"),
+            Self::Exists { .. } => Some(
+                "nothing is ever written over: choose another folder, or remove what an interrupted one left",
+            ),
             Self::NoRoom { .. } => Some("choose another folder, or one disk at a time with --disk"),
             Self::UnknownDisk { .. } => Some("`kvmsnap show` names its disks"),
             Self::Busy { .. } => Some("wait until it is done, or choose another folder"),
