@@ -103,6 +103,16 @@ pub enum Misfit {
         /// Where.
         path: String,
     },
+    /// The template's own table names what may be within an encrypted device.
+    #[error(
+        "the template's table mounts {spec} at {path}, which is within an encrypted device: none is opened"
+    )]
+    Encrypted {
+        /// As the table has it.
+        spec: String,
+        /// Where.
+        path: String,
+    },
     /// The tree's table asks for another device by its path.
     #[error("the tree's machine has {spec} at {path}, the template {found}")]
     Device {
@@ -234,9 +244,9 @@ pub fn plan(
     for (place, entry) in &theirs {
         match join(entry, place, &ours, layout) {
             Ok(device) => plan.add(entry, place, device),
-            Err(Misfit::NotInTemplate { .. } | Misfit::Unresolved { .. })
-                if entry.may_be_absent() =>
-            {
+            Err(
+                Misfit::NotInTemplate { .. } | Misfit::Unresolved { .. } | Misfit::Encrypted { .. },
+            ) if entry.may_be_absent() => {
                 let why = "the template has no file system for it, and the machine starts without";
                 plan.skipped.push((format!("{} at {}", entry.spec, entry.path), why));
             }
@@ -272,7 +282,11 @@ fn join<'a>(
         return Err(Misfit::NotInTemplate { spec, path });
     };
     let Some(device) = layout.device_named(&own.spec) else {
-        return Err(Misfit::Unresolved { spec: own.spec.clone(), path });
+        let spec = own.spec.clone();
+        return Err(match layout.has_encrypted() {
+            true => Misfit::Encrypted { spec, path },
+            false => Misfit::Unresolved { spec, path },
+        });
     };
     let found = device.fstype.clone().unwrap_or_default();
     if entry.kind != "auto" && !same_kind(&entry.kind, &found) {
@@ -439,6 +453,59 @@ mod tests {
         for odd in ["/dev/vda2", "PARTUUID=0000000b-02", "/dev/disk/by-id/x", "PARTLABEL=root"] {
             assert!(plan_for(&with_root(odd), &none).is_err(), "{odd}");
         }
+    }
+
+    #[test]
+    fn what_an_encrypted_device_holds_is_told_as_such() {
+        let lsblk = LSBLK.replace(r#""fstype": "xfs""#, r#""fstype": "crypto_LUKS""#);
+        let layout = Layout::parse(&lsblk, LVS, 1).unwrap();
+        let template = "UUID=a1 / ext4\n/dev/mapper/srv /srv xfs\n";
+        let of = |tree: &str| {
+            let (template, tree) = (Table::new(template), Table::new(tree));
+            plan(&template, &layout, &tree, &BootLoaderWants::default())
+        };
+
+        let misfits = of("UUID=b1 / ext4\n/dev/mapper/srv /srv xfs\n").unwrap_err();
+
+        assert!(matches!(&misfits[..], [Misfit::Encrypted { path, .. }] if path == "/srv"));
+        let plan = of("UUID=b1 / ext4\n/dev/mapper/srv /srv xfs nofail\n").unwrap();
+        assert_eq!((plan.mounts.len(), plan.skipped.len()), (1, 1));
+    }
+
+    /// One volume group lies on two disks, `/srv` on a third; the EFI system partition has a short id.
+    #[test]
+    fn a_machine_with_several_disks_is_joined_by_its_places() {
+        let root = r#"{"name": "/dev/mapper/vg-root", "type": "lvm", "size": 9, "fstype": "ext4", "uuid": "a1"}"#;
+        let lsblk = format!(
+            r#"{{"blockdevices": [
+            {{"name": "/dev/sda", "type": "disk", "size": 9, "hctl": "2:0:0:0", "children": [
+                {{"name": "/dev/sda1", "type": "part", "size": 1, "fstype": "vfat", "uuid": "AAAA-0001"}},
+                {{"name": "/dev/sda2", "type": "part", "size": 8, "fstype": "LVM2_member", "children": [{root}]}}]}},
+            {{"name": "/dev/sdb", "type": "disk", "size": 9, "hctl": "2:0:1:0", "fstype": "LVM2_member", "children": [{root}]}},
+            {{"name": "/dev/sdc", "type": "disk", "size": 9, "hctl": "2:0:2:0", "fstype": "xfs", "uuid": "a3"}}]}}"#
+        );
+        let lvs = r#"{"report": [{"lv": [{"vg_name": "vg", "lv_name": "root", "lv_size": "9",
+            "lv_dm_path": "/dev/mapper/vg-root", "vg_uuid": "x", "lv_uuid": "y"}]}]}"#;
+        let layout = Layout::parse(&lsblk, lvs, 3).unwrap();
+        let template = "/dev/vg/root / ext4\nUUID=AAAA-0001 /boot/efi vfat\n/dev/vdc /srv xfs\n";
+        let tree = "UUID=b1 / ext4\nUUID=BBBB-0002 /boot/efi vfat\nUUID=b3 /srv xfs\n";
+
+        let (template, tree) = (Table::new(template), Table::new(tree));
+        let plan = plan(&template, &layout, &tree, &BootLoaderWants::default()).unwrap();
+
+        let mounts: Vec<_> = plan.mounts.iter().map(|m| (&*m.path, &*m.device)).collect();
+        let places =
+            [("/", "/dev/mapper/vg-root"), ("/srv", "/dev/sdc"), ("/boot/efi", "/dev/sda1")];
+        assert_eq!(mounts, places);
+        let named: Vec<_> =
+            plan.identities.iter().map(|one| (&*one.device, one.uuid.as_deref())).collect();
+        let uuids = [
+            ("/dev/mapper/vg-root", Some("b1")),
+            ("/dev/sda1", Some("BBBB-0002")),
+            ("/dev/sdc", Some("b3")),
+        ];
+        assert_eq!(named, uuids);
+        assert!(layout.is_volume(mounts[0].1) && !layout.is_volume(mounts[1].1));
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl UpdateImageError {
                 Some("nothing was kept: wait until nobody writes to the tree, then try again")
             }
             Self::Update(UpdateError::Full(_)) => Some(
-                "take a template with larger file systems, or leave something out with --exclude",
+                "a changed file needs its room twice while it is copied: take a template with larger file systems, or leave something out with --exclude",
             ),
             Self::Update(UpdateError::Appliance(error)) => error.hint(),
             _ => None,

@@ -144,6 +144,11 @@ impl Layout {
         })
     }
 
+    /// Whether something is encrypted, as LUKS does.
+    pub fn has_encrypted(&self) -> bool {
+        self.devices().iter().any(|device| device.fstype.as_deref() == Some("crypto_LUKS"))
+    }
+
     /// Whether a device is a volume of LVM.
     pub fn is_volume(&self, device: &str) -> bool {
         self.volumes.iter().any(|volume| volume.lv_dm_path == device)
