@@ -3,17 +3,17 @@
 //! Each is locked by its process. So whoever makes the next one can tell those of killed processes, and removes
 //! them.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use tempfile::TempDir;
 
 use crate::folder::{is_at, open_folder};
 
-/// What the names begin with.
-const PREFIX: &str = "kvmsnap-";
+/// What the names begin with: nobody else's do.
+const PREFIX: &str = "kvmsnap-private-";
 /// How often another process may take a folder for a dead one's, between its creation and its lock.
 const TRIES: u32 = 10;
 
@@ -36,8 +36,9 @@ impl PrivateFolder {
     fn new_in(parent: &Path) -> io::Result<Self> {
         sweep(parent);
         for _ in 0..TRIES {
-            // With mode 0700.
-            let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?;
+            let mut builder = tempfile::Builder::new();
+            builder.prefix(PREFIX).permissions(Permissions::from_mode(0o700));
+            let folder = builder.tempdir_in(parent)?;
             if let Some(lock) = take(folder.path()) {
                 return Ok(Self { folder, _lock: lock });
             }
@@ -76,28 +77,33 @@ fn sweep(parent: &Path) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
+
+    const DEAD: &str = "kvmsnap-private-dead";
+    const PUBLIC: &str = "kvmsnap-private-public";
+    const LINK: &str = "kvmsnap-private-link";
 
     #[test]
     fn what_a_killed_process_left_goes_with_the_next_one_and_nothing_else() {
         let parent = tempfile::tempdir().unwrap();
         let at = |name: &str| parent.path().join(name);
-        for name in ["kvmsnap-dead", "kvmsnap-public", "other"] {
+        for name in [DEAD, PUBLIC, "kvmsnap-other"] {
             fs::create_dir(at(name)).unwrap();
-            let mode = if name == "kvmsnap-public" { 0o755 } else { 0o700 };
-            fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
+            let mode = if name == PUBLIC { 0o755 } else { 0o700 };
+            fs::set_permissions(at(name), Permissions::from_mode(mode)).unwrap();
             fs::write(at(name).join("file"), "").unwrap();
         }
-        symlink(at("other"), at("kvmsnap-link")).unwrap();
+        symlink(at("kvmsnap-other"), at(LINK)).unwrap();
         let living = PrivateFolder::new_in(parent.path()).unwrap();
-        assert!(!at("kvmsnap-dead").exists());
+        assert!(!at(DEAD).exists());
+        assert_eq!(fs::metadata(living.path()).unwrap().mode() & 0o777, 0o700);
 
         let next = PrivateFolder::new_in(parent.path()).unwrap();
 
         assert!(living.path().exists() && next.path().exists());
-        for name in ["kvmsnap-public", "other", "kvmsnap-link"] {
+        for name in [PUBLIC, "kvmsnap-other", LINK] {
             assert!(at(name).join("file").exists(), "{name}");
         }
         drop(next);

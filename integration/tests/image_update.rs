@@ -305,7 +305,8 @@ fn r29_a_killed_update_leaves_no_appliance() {
     assert_eq!(scene.template_content(), before);
 
     // The next one that needs a folder for itself removes the killed one's.
-    let private = || names(&temporary).into_iter().filter(|name| name.starts_with("kvmsnap-"));
+    let private =
+        || names(&temporary).into_iter().filter(|name| name.starts_with("kvmsnap-private-"));
     let left = private().next().expect("a killed process has left its folder");
     let template = scene.template.to_str().unwrap();
     let mut look = scene.host.command(["image", "info", "--look", template]);
