@@ -278,6 +278,10 @@ impl Backend for Counted {
         self.0.remove(kind, id)
     }
 
+    fn lists_at_once(&self) -> bool {
+        self.0.lists_at_once()
+    }
+
     fn location(&self) -> String {
         self.0.location()
     }

@@ -20,7 +20,8 @@ const REFRESH_EVERY: Duration = Duration::from_secs(5 * 60);
 const STALE_AFTER: Duration = Duration::from_secs(30 * 60);
 /// An owner that could not renew for this long stops, before others take its lock away.
 const LOST_AFTER: Duration = Duration::from_secs(25 * 60);
-/// Between writing a lock and looking for others once more; restic does the same.
+/// Between writing a lock and looking for others once more, where a listing may lack what was just written;
+/// restic does the same everywhere.
 const SETTLE: Duration = Duration::from_millis(200);
 /// Who waits for a lock looks again after this and half as much more, at random: two who wait for each
 /// other do not meet again and again.
@@ -76,12 +77,16 @@ pub struct AnnouncedLock {
 }
 
 impl AnnouncedLock {
-    /// Waits until 200 ms have passed since the announcement and looks for conflicts once more.
+    /// Looks for conflicts once more; 200 ms after the announcement, unless the store's listings show at once
+    /// what was written. Then of two that take a lock the later one sees the other's, whoever waits.
     ///
     /// Fails with [`RepositoryError::Locked`] when somebody else was at it at the same moment.
     pub fn settle(self) -> Result<Lock, RepositoryError> {
-        thread::sleep(SETTLE.saturating_sub(self.at.elapsed()));
-        self.lock.shared.repository.look_for_conflicts(self.mode, Some(&self.lock.id()))?;
+        let repository = &self.lock.shared.repository;
+        if !repository.backend().lists_at_once() {
+            thread::sleep(SETTLE.saturating_sub(self.at.elapsed()));
+        }
+        repository.look_for_conflicts(self.mode, Some(&self.lock.id()))?;
         Ok(self.lock)
     }
 }
@@ -101,7 +106,7 @@ struct State {
 }
 
 impl Repository {
-    /// Takes a lock, or says who holds one that conflicts. Takes at least 200 ms, as restic does.
+    /// Takes a lock, or says who holds one that conflicts. May take 200 ms: see [`AnnouncedLock::settle`].
     ///
     /// [`RepositoryError::LockNotWritable`] means that the store is full or read-only: a reader may
     /// go on without a lock. Stale locks are removed on the way.

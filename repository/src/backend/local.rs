@@ -11,7 +11,16 @@ use std::{
     time::Duration,
 };
 
-use nix::{errno::Errno, sys::signal::kill, unistd::Pid};
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::kill,
+        statfs::{
+            BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs,
+        },
+    },
+    unistd::Pid,
+};
 use rustix::fs::{Advice, fadvise};
 
 use super::{Backend, BackendError, FileKind, FileRef, Pace};
@@ -19,6 +28,12 @@ use crate::FileId;
 
 /// Temporary files younger than this may belong to a writer on another host.
 const TEMPORARY_AGE_MIN: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// File systems that are this host's alone, so that a listing shows all that was written before.
+const LOCAL: [FsType; 5] =
+    [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, ZFS_SUPER_MAGIC];
+/// OpenZFS, `include/sys/fs/zfs.h`.
+const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// So many bytes of a file are written at once.
 const PART_LEN: usize = 1 << 20;
@@ -222,6 +237,11 @@ impl Backend for LocalFolder {
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
         let path = self.path(kind, id);
         fs::remove_file(&path).map_err(|source| failed("remove", &path, source))
+    }
+
+    fn lists_at_once(&self) -> bool {
+        // Shares of other hosts keep listings for a while.
+        statfs(&self.root).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
     }
 
     fn location(&self) -> String {

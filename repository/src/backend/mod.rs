@@ -224,6 +224,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Removes a file; [`BackendError::NotFound`] if there is none.
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError>;
 
+    /// Whether a listing shows whatever anybody has written before it began. Some stores are late.
+    fn lists_at_once(&self) -> bool {
+        false
+    }
+
     /// Where the repository is, to show to a person. Has no secrets.
     fn location(&self) -> String;
 
