@@ -62,11 +62,7 @@ impl Store {
         let (sink, mut pieces) = mpsc::channel::<Piece>(PIECES_MAX);
         let feeder = tokio::task::spawn_blocking(move || {
             while let Some(Piece { disk, chunk, data }) = pieces.blocking_recv() {
-                let chunk_size = chunk_sizes[disk as usize] as usize;
-                for (n, start) in (0..data.len()).step_by(chunk_size).enumerate() {
-                    let end = (start + chunk_size).min(data.len());
-                    writer.submit(disk, chunk + n as u64, data.slice(start..end))?;
-                }
+                writer.submit(disk, chunk, chunk_sizes[disk as usize] as usize, data)?;
             }
             Ok(writer)
         });

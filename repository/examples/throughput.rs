@@ -25,6 +25,8 @@ use repository::{
 
 const LEN: usize = 1 << 30;
 const CHUNK: usize = 128 << 10;
+/// What is handed in at once.
+const PIECE: usize = 1 << 20;
 const ROUNDS: usize = 3;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -69,9 +71,9 @@ fn write(
 ) -> Result<Vec<repository::BlobId>, Box<dyn Error>> {
     let index = Arc::new(repository.index()?);
     let writer = Writer::new(repository, index, WriterOptions::default())?;
-    for (chunk, start) in (0..content.len()).step_by(CHUNK).enumerate() {
-        let end = content.len().min(start + CHUNK);
-        writer.submit(0, chunk as u64, content.slice(start..end))?;
+    for start in (0..content.len()).step_by(PIECE) {
+        let end = content.len().min(start + PIECE);
+        writer.submit(0, (start / CHUNK) as u64, CHUNK, content.slice(start..end))?;
     }
     let mut stored = writer.drain()?;
     stored.sort_unstable_by_key(|stored| stored.chunk);

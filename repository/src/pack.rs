@@ -60,6 +60,11 @@ pub(crate) struct PackedBlob {
 }
 
 impl PackedBlob {
+    /// Length of the plain blob in bytes.
+    pub(crate) fn plain_len(&self) -> u32 {
+        self.uncompressed_len.unwrap_or(self.len.saturating_sub(OVERHEAD))
+    }
+
     /// Whether the lengths are possible; everything that reads a blob relies on it.
     pub(crate) fn checked(self) -> Result<Self, Defect> {
         let end_fits = self.offset.checked_add(self.len).is_some();

@@ -4,6 +4,7 @@ mod common;
 
 use std::{
     collections::BTreeMap,
+    ops::Range,
     sync::{Arc, Mutex},
 };
 
@@ -60,9 +61,17 @@ fn assert_sweeps_as(
     wanted: impl Fn(usize) -> bool,
 ) {
     let taken = Mutex::new(BTreeMap::new());
-    let take = |chunk: usize, content: &[u8]| {
-        let before = taken.lock().unwrap().insert(chunk, content.to_vec());
-        assert!(before.is_none(), "chunk {chunk} came twice");
+    let take = |chunks: Range<usize>, content: &[u8]| {
+        let mut rest = content;
+        assert!(content.as_ptr().addr().is_multiple_of(DiskReader::ALIGNMENT));
+        for chunk in chunks {
+            let range = disk.chunk_range(chunk);
+            let (bytes, later) = rest.split_at((range.end - range.start) as usize);
+            let before = taken.lock().unwrap().insert(chunk, bytes.to_vec());
+            assert!(before.is_none(), "chunk {chunk} came twice");
+            rest = later;
+        }
+        assert!(rest.is_empty());
         Ok::<_, RepositoryError>(())
     };
     disk.sweep(threads, &wanted, take).unwrap();
@@ -146,7 +155,7 @@ fn a_sweep_hands_out_a_chunk_at_each_place_where_it_is() {
 fn a_sweep_ends_with_the_first_failure_of_its_taker() {
     let chunks: Vec<_> = (0..100).map(|seed| noise(seed, 100_000)).collect();
     let taken = Mutex::new(0);
-    let take = |_: usize, _: &[u8]| {
+    let take = |_: Range<usize>, _: &[u8]| {
         *taken.lock().unwrap() += 1;
         Err(RepositoryError::OutOfRange { offset: 7, len: 0, size: 0 })
     };
@@ -177,8 +186,8 @@ fn p4_a_sweep_never_hands_out_damage_and_goes_to_the_next_copy() {
         disk.sweep(
             2,
             |_| true,
-            |chunk, bytes| {
-                assert!(bytes == chunks[chunk], "chunk {chunk}");
+            |run, bytes| {
+                assert!(bytes == chunks[run.clone()].concat(), "chunks {run:?}");
                 Ok::<_, RepositoryError>(())
             },
         )

@@ -180,7 +180,7 @@ fn r16_a_writer_whose_lock_does_not_settle_writes_nothing() {
     let index = Arc::new(repository.index().unwrap());
     let writer = Writer::under(lock, &repository, index, WriterOptions::default()).unwrap();
     // It may be told at once or at the end.
-    let _ = writer.submit(0, 0, noise(1, CHUNK).into());
+    let _ = writer.submit(0, 0, CHUNK, noise(1, CHUNK).into());
     let refused = writer.finish().map(|finished| finished.stats);
 
     assert!(matches!(refused, Err(RepositoryError::Locked { exclusive: true, .. })), "{refused:?}");
@@ -203,7 +203,7 @@ fn duplicates_and_zeros_are_stored_once() {
             1 => noise(1, CHUNK),
             _ => noise(chunk, CHUNK),
         };
-        writer.submit(7, chunk, Bytes::from(data)).unwrap();
+        writer.submit(7, chunk, data.len(), Bytes::from(data)).unwrap();
     }
     let mut stored = writer.drain().unwrap();
     assert!(writer.drain().unwrap().is_empty());
@@ -223,7 +223,7 @@ fn duplicates_and_zeros_are_stored_once() {
     assert!(stored.iter().all(|stored| index.contains(&stored.id)));
     let writer = Writer::new(&repository, index, WriterOptions::default()).unwrap();
     assert_eq!(writer.zero_id(CHUNK as u32).unwrap(), zero);
-    writer.submit(0, 0, noise(1, CHUNK).into()).unwrap();
+    writer.submit(0, 0, CHUNK, noise(1, CHUNK).into()).unwrap();
     assert!(!writer.drain().unwrap()[0].fresh);
     assert_eq!(writer.finish().unwrap().stats.stored_bytes, 0);
 }
@@ -237,7 +237,7 @@ fn r01_a_dropped_writer_leaves_only_packs_that_nothing_mentions() {
     options.pack_len = 4 * CHUNK;
     let writer = Writer::new(&repository, index, options).unwrap();
     for chunk in 0..64 {
-        writer.submit(0, chunk, noise(chunk, CHUNK).into()).unwrap();
+        writer.submit(0, chunk, CHUNK, noise(chunk, CHUNK).into()).unwrap();
     }
     writer.drain().unwrap();
     drop(writer);
@@ -258,7 +258,7 @@ fn r14_a_store_that_hangs_is_given_up_at_the_deadline() {
     let writer = Writer::new(&repository, index, options).unwrap();
     memory.hang.store(true, Ordering::SeqCst);
     let start = Instant::now();
-    let submit = |chunk| writer.submit(0, chunk, noise(chunk, CHUNK).into());
+    let submit = |chunk| writer.submit(0, chunk, CHUNK, noise(chunk, CHUNK).into());
     let refused = (0..1000).map(submit).find_map(Result::err);
     assert!(matches!(refused, Some(RepositoryError::Stalled { .. })), "{refused:?}");
     assert!(matches!(writer.drain(), Err(RepositoryError::Stalled { .. })));
@@ -278,7 +278,7 @@ fn r14_an_interrupt_ends_calls_that_wait_for_a_store_that_hangs() {
     let writer = Writer::new(&repository, index, options).unwrap();
     memory.hang.store(true, Ordering::SeqCst);
     std::thread::scope(|scope| {
-        let submit = |chunk| writer.submit(0, chunk, noise(chunk, CHUNK).into());
+        let submit = |chunk| writer.submit(0, chunk, CHUNK, noise(chunk, CHUNK).into());
         let waiting = scope.spawn(move || (0..1000).map(submit).find_map(Result::err));
         std::thread::sleep(Duration::from_millis(100));
         let start = Instant::now();

@@ -27,7 +27,7 @@ fn a_writer_stays_far_below_256_mib_with_a_million_chunks() {
     let run = writer(&repository, &index);
     // More than all queues and packs hold, incompressible, a part of it in flight at any time.
     for chunk in 0..384 {
-        run.submit(0, chunk, common::noise(chunk, 1 << 20).into()).unwrap();
+        run.submit(0, chunk, 1 << 20, common::noise(chunk, 1 << 20).into()).unwrap();
     }
     assert_eq!(run.drain().unwrap().len(), 384);
     let chunks = peak();

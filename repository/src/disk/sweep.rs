@@ -1,10 +1,11 @@
 //! All chunks of a disk in one sweep over the packs: each is read once, from front to back, in pieces
 //! that several threads open at once.
 //!
-//! Memory: for each thread one piece of a pack and one chunk, and 24 bytes for each wanted chunk.
+//! Memory: for each thread one piece of a pack and one run of chunks, and 24 bytes for each wanted chunk.
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex},
     thread,
 };
@@ -16,6 +17,8 @@ use crate::{BlobId, BlobKind, FileId, FileKind, RepositoryError, blob, pack::Pac
 
 /// A pack is read in pieces of at most so many bytes, or one blob: they stay in a core's cache.
 const PIECE_LEN: usize = 1 << 20;
+/// Neighbouring chunks are handed on in runs of at most so many bytes, or one chunk.
+const RUN_LEN: usize = 2 << 20;
 /// Blobs that nobody wants are read along when they are not longer than this.
 const GAP_LEN_MAX: usize = 64 << 10;
 
@@ -30,8 +33,12 @@ struct Wanted {
 }
 
 impl DiskReader {
-    /// Hands each chunk that `wanted` accepts to `take`, verified, but for those that are known to be
-    /// zero: on `threads` threads at once, in no order to rely on.
+    /// What the address in memory of the bytes of a sweep is a multiple of: a page, which all disks can take.
+    pub const ALIGNMENT: usize = 4096;
+
+    /// Hands all chunks that `wanted` accepts to `take`, verified, but for those that are known to be
+    /// zero: on `threads` threads at once, in no order to rely on. Chunks that are neighbours on the disk
+    /// and in their pack come together. The bytes begin at a multiple of [`DiskReader::ALIGNMENT`] in memory.
     ///
     /// After a failure nothing further is begun, and the first one is returned.
     /// [`RepositoryError::DamagedBlob`] and [`RepositoryError::MissingBlob`] mean that a chunk has no
@@ -40,7 +47,7 @@ impl DiskReader {
         &self,
         threads: usize,
         wanted: impl Fn(usize) -> bool,
-        take: impl Fn(usize, &[u8]) -> Result<(), E> + Sync,
+        take: impl Fn(Range<usize>, &[u8]) -> Result<(), E> + Sync,
     ) -> Result<(), E> {
         let (packs, wanted) = self.in_order_of_packs(wanted)?;
         let rest = Mutex::new(Ok(wanted.as_slice()));
@@ -109,39 +116,75 @@ impl DiskReader {
         packs: &[FileId],
         piece: &[Wanted],
         opener: &mut Opener,
-        take: &impl Fn(usize, &[u8]) -> Result<(), E>,
+        take: &impl Fn(Range<usize>, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let (Some(first), Some(last)) = (piece.first(), piece.last()) else { return Ok(()) };
         let len = end(last) - first.offset as usize;
-        if opener.sealed.len() < len {
-            opener.sealed.resize(len, 0);
+        let Opener { sealed, plain, decompressor } = opener;
+        if sealed.len() < len {
+            sealed.resize(len, 0);
         }
         let repository = self.reader.repository();
         let (pack, offset) = (&packs[first.pack as usize], first.offset.into());
-        let sealed = &mut opener.sealed[..len];
+        let sealed = &mut sealed[..len];
         let read = repository.backend().read_range(FileKind::Pack, pack, offset, sealed).is_ok();
+        let mut run = Run::default();
         for same in piece.chunk_by(|one, other| one.offset == other.offset) {
-            let id = &self.content[same[0].chunk];
+            let chunk = same[0].chunk;
+            let id = &self.content[chunk];
             let (_, blob) = self.place(id)?;
+            let len = self.checked_len(chunk, &blob)?;
+            let goes_on = same.len() == 1 && run.end == chunk && run.len + len <= RUN_LEN;
+            if !goes_on {
+                run.hand_on(plain, take)?;
+                run = Run { start: chunk, end: chunk, len: 0 };
+            }
             let start = (blob.offset - first.offset) as usize;
             let sealed = &mut sealed[start..start + blob.len as usize];
-            let Opener { plain, decompressor, .. } = opener;
-            let good =
-                read && blob::open(repository.key(), decompressor, &blob, sealed, plain).is_ok();
-            if !good {
+            let into = &mut plain.room(len.max(RUN_LEN))[run.len..run.len + len];
+            let key = repository.key();
+            if !(read && blob::open_into(key, decompressor, &blob, sealed, into).is_ok()) {
                 // On its own, and where that fails from another pack.
-                *plain = self.reader.read(BlobKind::Data, id)?;
+                into.copy_from_slice(&self.reader.read(BlobKind::Data, id)?);
             }
-            for one in same {
-                let range = self.chunk_range(one.chunk);
-                let (expected, actual) = (range.end - range.start, plain.len() as u64);
-                if expected != actual {
-                    return Err(RepositoryError::SizeMismatch { expected, actual }.into());
-                }
-                take(one.chunk, plain)?;
+            (run.end, run.len) = (chunk + 1, run.len + len);
+            for other in &same[1..] {
+                self.checked_len(other.chunk, &blob)?;
+                take(other.chunk..other.chunk + 1, &plain.bytes()[..len])?;
             }
         }
-        Ok(())
+        run.hand_on(plain, take)
+    }
+
+    /// The length of a chunk, which is that of its blob.
+    fn checked_len(&self, chunk: usize, blob: &PackedBlob) -> Result<usize, RepositoryError> {
+        let range = self.chunk_range(chunk);
+        let (expected, actual) = (range.end - range.start, u64::from(blob.plain_len()));
+        match expected == actual {
+            true => Ok(actual as usize),
+            false => Err(RepositoryError::SizeMismatch { expected, actual }),
+        }
+    }
+}
+
+/// Neighbouring chunks that lie one after the other in a buffer.
+#[derive(Debug, Default)]
+struct Run {
+    start: usize,
+    end: usize,
+    len: usize,
+}
+
+impl Run {
+    fn hand_on<E>(
+        &self,
+        plain: &Aligned,
+        take: &impl Fn(Range<usize>, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self.start == self.end {
+            true => Ok(()),
+            false => take(self.start..self.end, &plain.bytes()[..self.len]),
+        }
     }
 }
 
@@ -167,7 +210,7 @@ fn end(wanted: &Wanted) -> usize {
 /// What one thread needs to open blobs.
 struct Opener {
     sealed: Vec<u8>,
-    plain: Vec<u8>,
+    plain: Aligned,
     decompressor: Decompressor<'static>,
 }
 
@@ -175,7 +218,29 @@ impl Opener {
     fn new() -> Result<Self, RepositoryError> {
         let decompressor = Decompressor::new()
             .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
-        Ok(Self { sealed: Vec::new(), plain: Vec::new(), decompressor })
+        Ok(Self { sealed: Vec::new(), plain: Aligned::default(), decompressor })
+    }
+}
+
+/// A buffer that a file can be written from without the kernel copying it first (open(2), `O_DIRECT`).
+#[derive(Default)]
+struct Aligned {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl Aligned {
+    /// The buffer, of at least `len` bytes; what was in it stays where it has them already.
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.buffer.len() < self.start + len {
+            self.buffer = vec![0; len + DiskReader::ALIGNMENT];
+            self.start = self.buffer.as_ptr().align_offset(DiskReader::ALIGNMENT);
+        }
+        &mut self.buffer[self.start..]
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..]
     }
 }
 

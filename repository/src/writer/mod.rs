@@ -27,7 +27,7 @@ use sha2::{Digest as _, Sha256};
 
 use self::{
     builder::PackBuilder,
-    shared::{Job, Shared},
+    shared::{Job, Run, Shared},
 };
 use crate::{
     AnnouncedLock, BlobId, BlobKind, Index, Lock, Repository, RepositoryError, Tree, pack,
@@ -180,9 +180,16 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Hands in a chunk; waits while the queue is full. [`Writer::drain`] tells its id.
-    pub fn submit(&self, disk: u32, chunk: u64, data: Bytes) -> Result<(), RepositoryError> {
-        self.shared.submit(Job { plain: data, id: None, report: Some((disk, chunk)) })
+    /// Hands in neighbouring chunks of `chunk_len` bytes each, the last of which may be shorter; waits while
+    /// the queue is full. They become neighbours in a pack. [`Writer::drain`] tells their ids.
+    pub fn submit(
+        &self,
+        disk: u32,
+        chunk: u64,
+        chunk_len: usize,
+        plain: Bytes,
+    ) -> Result<(), RepositoryError> {
+        self.shared.submit(Job::Run(Run { disk, chunk, chunk_len, plain }))
     }
 
     /// Waits until all chunks handed in have their ids, and returns those not returned before, in
@@ -206,7 +213,7 @@ impl Writer {
         }
         let zeros = Bytes::from(vec![0; len as usize]);
         let id = BlobId::of(&zeros);
-        self.shared.submit(Job { plain: zeros, id: Some(id), report: None })?;
+        self.shared.submit(Job::Blob(id, zeros))?;
         self.shared.remember_zero(len, id);
         Ok(id)
     }
@@ -214,7 +221,7 @@ impl Writer {
     /// Stores a blob of data, such as a small file.
     pub fn save_blob(&self, content: Bytes) -> Result<BlobId, RepositoryError> {
         let id = BlobId::of(&content);
-        self.shared.submit(Job { plain: content, id: Some(id), report: None })?;
+        self.shared.submit(Job::Blob(id, content))?;
         Ok(id)
     }
 

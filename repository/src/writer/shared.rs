@@ -25,13 +25,39 @@ const CLAIM_PARTS: usize = 64;
 /// How long dropping a writer waits for threads that may hang in the store.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// A blob to store.
-pub(super) struct Job {
+/// What one worker stores into its pack, one blob after the other.
+pub(super) enum Job {
+    /// A blob whose id is known.
+    Blob(BlobId, Bytes),
+    /// Neighbouring chunks of a disk.
+    Run(Run),
+}
+
+/// Neighbouring chunks of a disk: as neighbours in a pack they are read and written at once by a restore.
+pub(super) struct Run {
+    pub(super) disk: u32,
+    /// Number of the first chunk.
+    pub(super) chunk: u64,
+    /// Length of each chunk in bytes; the last one may be shorter.
+    pub(super) chunk_len: usize,
     pub(super) plain: Bytes,
-    /// Already known.
-    pub(super) id: Option<BlobId>,
-    /// Disk and chunk to report the id for.
-    pub(super) report: Option<(u32, u64)>,
+}
+
+impl Run {
+    /// The chunks, each with its number.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        (self.chunk..).zip(self.plain.chunks(self.chunk_len))
+    }
+}
+
+impl Job {
+    /// How many blobs it makes, and how many bytes they have.
+    fn size(&self) -> (u64, usize) {
+        match self {
+            Self::Blob(_, plain) => (1, plain.len()),
+            Self::Run(run) => (run.chunks().count() as u64, run.plain.len()),
+        }
+    }
 }
 
 pub(super) struct Shared {
@@ -55,7 +81,7 @@ pub(super) struct Shared {
 
 #[derive(Default)]
 struct Progress {
-    /// Jobs handed in and not yet done.
+    /// Blobs handed in and not yet done.
     pending: u64,
     stored: Vec<Stored>,
     stats: WriterStats,
@@ -147,8 +173,8 @@ impl Shared {
 
     pub(super) fn submit(&self, job: Job) -> Result<(), RepositoryError> {
         self.check()?;
-        self.progress().pending += 1;
-        let weight = job.plain.len();
+        let (count, weight) = job.size();
+        self.progress().pending += count;
         self.jobs.push(job, weight, self.options.stall_timeout).map_err(|why| self.refused(&why))
     }
 
@@ -192,7 +218,7 @@ impl Shared {
         self.progress().stats.count(len, fresh, zero);
     }
 
-    /// Notes that a job is done.
+    /// Notes that a blob is done.
     pub(super) fn done(&self, len: usize, fresh: bool, zero: bool, stored: Option<Stored>) {
         let mut progress = self.progress();
         progress.stats.count(len, fresh, zero);

@@ -28,33 +28,47 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn process(&mut self, job: &Job) -> Result<(), RepositoryError> {
-        let len = job.plain.len();
-        let zero = is_zero(&job.plain);
-        let id = match job.id {
+        match job {
+            Job::Blob(id, plain) => self.store(plain, Some(*id), None),
+            Job::Run(run) => run
+                .chunks()
+                .try_for_each(|(chunk, plain)| self.store(plain, None, Some((run.disk, chunk)))),
+        }
+    }
+
+    /// Stores a blob, whose id may be known, and reports it as that of a disk's chunk.
+    fn store(
+        &mut self,
+        plain: &[u8],
+        id: Option<BlobId>,
+        report: Option<(u32, u64)>,
+    ) -> Result<(), RepositoryError> {
+        let zero = is_zero(plain);
+        let id = match id {
             Some(id) => id,
-            None if zero => self.zero_id(job),
-            None => BlobId::of(&job.plain),
+            None if zero => self.zero_id(plain),
+            None => BlobId::of(plain),
         };
         let fresh = self.shared.claim(BlobKind::Data, &id);
         let mut stored_len = 0;
         if fresh {
             let key = self.shared.key();
-            stored_len = self.builder.add(key, &mut self.compressor, id, &job.plain)?;
+            stored_len = self.builder.add(key, &mut self.compressor, id, plain)?;
             if self.builder.len() >= self.shared.options.pack_len {
                 let next = new_builder(self.shared);
                 self.shared.upload(std::mem::replace(&mut self.builder, next))?;
             }
         }
-        let report = |(disk, chunk)| Stored { disk, chunk, id, fresh, stored_len };
-        self.shared.done(len, fresh, zero, job.report.map(report));
+        let report = report.map(|(disk, chunk)| Stored { disk, chunk, id, fresh, stored_len });
+        self.shared.done(plain.len(), fresh, zero, report);
         Ok(())
     }
 
     /// Zeros of each length are hashed once. Who remembers an id stores it, or the writer fails.
-    fn zero_id(&self, job: &Job) -> BlobId {
-        let Ok(len) = u32::try_from(job.plain.len()) else { return BlobId::of(&job.plain) };
+    fn zero_id(&self, zeros: &[u8]) -> BlobId {
+        let Ok(len) = u32::try_from(zeros.len()) else { return BlobId::of(zeros) };
         self.shared.known_zero(len).unwrap_or_else(|| {
-            let id = BlobId::of(&job.plain);
+            let id = BlobId::of(zeros);
             self.shared.remember_zero(len, id);
             id
         })

@@ -85,7 +85,7 @@ pub(crate) fn store(
 ) -> Result<(FileId, WriterStats), RepositoryError> {
     let writer = Writer::new(repository, Arc::new(repository.index()?), WriterOptions::default())?;
     for (number, chunk) in disk.chunks(chunk_len).enumerate() {
-        writer.submit(0, number as u64, Bytes::copy_from_slice(chunk))?;
+        writer.submit(0, number as u64, chunk_len, Bytes::copy_from_slice(chunk))?;
     }
     let mut stored = writer.drain()?;
     stored.sort_by_key(|stored| stored.chunk);
