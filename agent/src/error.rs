@@ -454,6 +454,9 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
             "free some room: nothing was lost, and what was stored already is used again"
         }
         RepositoryError::Backend { source } => store_hint(source)?,
+        RepositoryError::InUseUnknown { .. } => {
+            "`kvmsnap verify` tells what is damaged and whom it affects"
+        }
         RepositoryError::SnapshotNotFound { .. } | RepositoryError::SnapshotAmbiguous { .. } => {
             "`kvmsnap list` shows what there is"
         }

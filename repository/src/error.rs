@@ -178,6 +178,12 @@ pub enum RepositoryError {
     /// The writer was aborted or dropped.
     #[error("the writer was stopped")]
     WriterStopped,
+    /// What is in use is not known, so nothing may be removed.
+    #[error("cannot tell what is in use: nothing was removed")]
+    InUseUnknown {
+        /// What cannot be read.
+        source: Box<RepositoryError>,
+    },
     /// Somebody asked to stop.
     #[error("stopped before it was done")]
     Stopped,
@@ -187,6 +193,19 @@ pub enum RepositoryError {
         /// How long was waited.
         seconds: u64,
     },
+}
+
+impl RepositoryError {
+    /// Damage that hides what is in use; other errors stay what they are.
+    pub(crate) fn cannot_tell(self) -> Self {
+        match self {
+            Self::Damaged { .. }
+            | Self::DamagedBlob { .. }
+            | Self::MissingBlob { .. }
+            | Self::InvalidTree { .. } => Self::InUseUnknown { source: Box::new(self) },
+            other => other,
+        }
+    }
 }
 
 /// What is wrong with a file or a blob.

@@ -19,6 +19,7 @@ mod key;
 mod lock;
 mod pack;
 mod polynomial;
+mod prune;
 mod reader;
 mod repository;
 mod snapshot;
@@ -38,6 +39,7 @@ pub use self::{
     key::Kdf,
     lock::{AnnouncedLock, Lock, LockMode},
     pack::BlobKind,
+    prune::{PruneOptions, PruneProgress, PruneReport},
     reader::Reader,
     repository::Repository,
     snapshot::{SnapshotFile, Snapshots},

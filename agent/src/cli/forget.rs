@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::repository::{AnnouncedLock, FileId, Lock, Repository, RepositoryError, SnapshotFile};
+use ::repository::{
+    AnnouncedLock, FileId, Lock, PruneOptions, Repository, RepositoryError, SnapshotFile,
+};
 use clap::Args;
 use comfy_table::{Table, presets};
 use glob::Pattern;
@@ -13,7 +15,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::list::local_time;
-use super::{Context, Stop, Wanted};
+use super::{Context, Stop, Wanted, prune};
 use crate::catalog::{Catalog, SnapshotName, domain_of, short};
 use crate::error::CommandError;
 use crate::progress::Progress;
@@ -33,7 +35,7 @@ const ROOM_MAKERS_MAX: usize = 8;
 #[command(after_help = "\
 Examples:
   kvmsnap forget --keep-daily 14 --keep-weekly 8 --keep-monthly 12 --dry-run
-  kvmsnap forget 'web-*' --keep-last 3 --keep-within 7d
+  kvmsnap forget 'web-*' --keep-last 3 --keep-within 7d --prune
   kvmsnap forget --snapshot 1a2b3c4d")]
 pub struct ForgetArgs {
     /// Only snapshots of these domains, by name or pattern
@@ -56,6 +58,9 @@ pub struct ForgetArgs {
     /// Only say what would be dropped, and why the others stay
     #[arg(long)]
     dry_run: bool,
+    /// Free the room at once, as `kvmsnap prune` does
+    #[arg(long, conflicts_with = "dry_run")]
+    prune: bool,
     /// So many seconds others have to let go of the repository
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     wait: u64,
@@ -115,6 +120,9 @@ pub async fn run(args: ForgetArgs, context: &Context) -> Result<(), CommandError
         return Err(CommandError::NoRule);
     }
     let repository = context.open().await?;
+    let mut options = PruneOptions::default();
+    options.patience = Duration::from_secs(args.wait);
+    let pruned = args.prune.then(|| repository.clone());
     let replicas = args.replicas(context).await?;
     let task = Task {
         progress: context.progress.clone(),
@@ -131,6 +139,9 @@ pub async fn run(args: ForgetArgs, context: &Context) -> Result<(), CommandError
         .await?;
     context.progress.finish();
     task.print(&outcome, context)?;
+    if let Some(repository) = pruned {
+        prune::prune(repository, options, context).await?;
+    }
     task.refused(&outcome).next().map_or(Ok(()), Err)
 }
 

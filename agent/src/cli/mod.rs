@@ -10,6 +10,7 @@ mod image;
 mod list;
 mod overlays;
 mod protect;
+mod prune;
 mod purge;
 mod repository;
 mod restore;
@@ -47,6 +48,9 @@ use crate::units::parse_bytes;
 
 /// So long a command that was asked to stop has to let go of what it holds.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A backup waits so long for a prune that is alone with the repository, which is a matter of moments.
+const ADD_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Live backup of KVM guests into a deduplicated, encrypted repository
 ///
@@ -152,6 +156,7 @@ enum Command {
     Verify(verify::VerifyArgs),
     Forget(Box<forget::ForgetArgs>),
     Protect(protect::ProtectArgs),
+    Prune(prune::PruneArgs),
     #[command(subcommand)]
     Image(image::ImageCommand),
     Status(status::StatusArgs),
@@ -227,6 +232,7 @@ impl Cli {
             Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
             Command::Forget(args) => forget::run(*args, &context).await,
             Command::Protect(args) => protect::run(args, &context).await,
+            Command::Prune(args) => prune::run(args, &context).await,
             Command::Image(command) => image::run(command, &context).await,
             Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
@@ -408,7 +414,14 @@ impl Context {
     /// done, and reads the index.
     async fn add_to(repository: Repository) -> Result<OpenRepository<AnnouncedLock>, CommandError> {
         blocking(move || {
-            let lock = repository.announce_lock(LockMode::Shared)?;
+            let told = Cell::new(false);
+            let lock =
+                repository.announce_lock_within(LockMode::Shared, ADD_PATIENCE, &|error| {
+                    if !told.replace(true) {
+                        tracing::warn!("waiting up to {} s: {error}", ADD_PATIENCE.as_secs());
+                    }
+                    Ok(())
+                })?;
             let index = Arc::new(repository.index()?);
             Ok(OpenRepository { repository, lock, index })
         })

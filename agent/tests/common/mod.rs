@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -56,6 +57,7 @@ impl Host {
             Repository::init(backend, PASSWORD.as_bytes(), Kdf::WEAK_FOR_TESTS).unwrap();
         let (state, password) = (scratch.path().join("state"), scratch.path().join("password"));
         fs::write(&password, PASSWORD).unwrap();
+        fs::set_permissions(&password, fs::Permissions::from_mode(0o600)).unwrap();
         Self { _scratch: scratch, folder, repository, state, password }
     }
 

@@ -17,6 +17,24 @@ const TREE: u32 = 1 << 31;
 pub struct Index {
     parts: Vec<Vec<Entry>>,
     packs: Vec<Pack>,
+    files: Vec<IndexedFile>,
+}
+
+/// What one index file mentions.
+#[derive(Debug, Clone)]
+pub(crate) struct IndexedFile {
+    pub(crate) id: FileId,
+    /// The packs, by number.
+    pub(crate) packs: Vec<u32>,
+    /// How many blobs these have.
+    pub(crate) blobs: usize,
+}
+
+/// A copy of a blob: the number of its pack, and its place there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Copied {
+    pub(crate) pack: u32,
+    pub(crate) blob: PackedBlob,
 }
 
 /// One copy of one blob. Kept small: there are millions.
@@ -40,7 +58,7 @@ pub(crate) struct Pack {
     /// Found in the pack itself because no index file mentions it.
     pub(crate) salvaged: bool,
     /// Bytes of its sealed blobs.
-    blobs_len: u64,
+    pub(crate) blobs_len: u64,
     /// Bytes of its plain header.
     header_len: u64,
 }
@@ -145,6 +163,41 @@ impl Index {
         &self.packs
     }
 
+    /// The files that it was read from.
+    pub(crate) fn files(&self) -> &[IndexedFile] {
+        &self.files
+    }
+
+    /// A number for each blob that the index knows, below [`Index::len`]; several copies share one.
+    pub(crate) fn number(&self, kind: BlobKind, id: &BlobId) -> Option<usize> {
+        let part = usize::from(id.0[0]);
+        let start = self.parts[part].partition_point(|entry| entry.id < *id);
+        let of_id = self.parts[part][start..].iter().take_while(|entry| entry.id == *id);
+        let at = of_id.zip(start..).find(|(entry, _)| entry.kind() == kind)?.1;
+        Some(self.parts[..part].iter().map(Vec::len).sum::<usize>() + at)
+    }
+
+    /// All blobs in the order of their ids: the number of each, and its copies.
+    pub(crate) fn for_each_blob(&self, mut each: impl FnMut(usize, &[Copied])) {
+        let (mut before, mut copies) = (0, Vec::new());
+        for part in &self.parts {
+            for (at, entries) in chunks_by_id(part) {
+                for kind in [BlobKind::Data, BlobKind::Tree] {
+                    let of_kind = entries.iter().filter(|entry| entry.kind() == kind);
+                    copies.clear();
+                    copies.extend(
+                        of_kind
+                            .map(|entry| Copied { pack: entry.pack & !TREE, blob: entry.blob() }),
+                    );
+                    if let Some(first) = entries.iter().position(|entry| entry.kind() == kind) {
+                        each(before + at + first, &copies);
+                    }
+                }
+            }
+            before += part.len();
+        }
+    }
+
     fn location(&self, entry: &Entry) -> Location {
         let PackedBlob { kind, offset, len, uncompressed_len, .. } = entry.blob();
         let pack = self.packs[entry.pack_number()].id;
@@ -157,6 +210,15 @@ impl Index {
         let copies = part[start..].iter().take_while(|entry| entry.id == *id).count();
         &part[start..start + copies]
     }
+}
+
+/// The entries of each id, with the place of the first.
+fn chunks_by_id(part: &[Entry]) -> impl Iterator<Item = (usize, &[Entry])> {
+    part.chunk_by(|a, b| a.id == b.id).scan(0, |at, entries| {
+        let start = *at;
+        *at += entries.len();
+        Some((start, entries))
+    })
 }
 
 impl fmt::Debug for Index {
@@ -194,18 +256,25 @@ struct Builder {
     parts: Vec<Vec<Entry>>,
     packs: Vec<Pack>,
     numbers: HashMap<FileId, u32>,
+    files: Vec<IndexedFile>,
 }
 
 impl Builder {
     fn new() -> Self {
-        Self { parts: vec![Vec::new(); 256], packs: Vec::new(), numbers: HashMap::new() }
+        Self {
+            parts: vec![Vec::new(); 256],
+            packs: Vec::new(),
+            numbers: HashMap::new(),
+            files: Vec::new(),
+        }
     }
 
-    /// A pack may be in several index files: after an interrupted prune, or a rebuild.
-    fn add(&mut self, pack: &PackEntry, marked: bool, salvaged: bool) {
+    /// Returns the pack's number. It may be in several index files: after an interrupted prune, or a
+    /// rebuild.
+    fn add(&mut self, pack: &PackEntry, marked: bool, salvaged: bool) -> u32 {
         if let Some(&number) = self.numbers.get(&pack.id) {
             self.packs[number as usize].marked |= marked;
-            return;
+            return number;
         }
         let number = u32::try_from(self.packs.len()).ok().filter(|number| number & TREE == 0);
         let number = number.expect("two thousand million packs do not fit in memory");
@@ -217,6 +286,7 @@ impl Builder {
             self.parts[usize::from(blob.id.0[0])].push(Entry::new(blob, number));
         }
         self.packs.push(known);
+        number
     }
 
     fn finish(mut self) -> Index {
@@ -229,7 +299,7 @@ impl Builder {
             part.sort_unstable_by_key(rank);
             part.shrink_to_fit();
         }
-        Index { parts: self.parts, packs: self.packs }
+        Index { parts: self.parts, packs: self.packs, files: self.files }
     }
 }
 
@@ -355,9 +425,10 @@ impl Repository {
             RepositoryError::Damaged { file, source: source.into() }
         })?;
         let mut builder = builder.lock().expect("no panic while locked");
-        for (pack, marked) in packs {
-            builder.add(&pack, marked, false);
-        }
+        let blobs = packs.iter().map(|(pack, _)| pack.blobs.len()).sum();
+        let packs = packs.into_iter().map(|(pack, marked)| builder.add(&pack, marked, false));
+        let file = IndexedFile { id: *id, packs: packs.collect(), blobs };
+        builder.files.push(file);
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 
 /// Blobs of one kind, sealed, one after another.
 #[derive(Debug)]
-pub(super) struct PackBuilder {
+pub(crate) struct PackBuilder {
     kind: BlobKind,
     /// Zeroed once and used again for the next pack; the first `len` bytes count.
     buffer: Vec<u8>,
@@ -25,28 +25,28 @@ pub(super) struct PackBuilder {
 
 /// A pack that only needs to be written.
 #[derive(Debug)]
-pub(super) struct FinishedPack {
-    pub(super) buffer: Vec<u8>,
-    pub(super) len: usize,
-    pub(super) blobs: Vec<PackedBlob>,
+pub(crate) struct FinishedPack {
+    pub(crate) buffer: Vec<u8>,
+    pub(crate) len: usize,
+    pub(crate) blobs: Vec<PackedBlob>,
 }
 
 impl PackBuilder {
-    pub(super) fn new(kind: BlobKind, buffer: Vec<u8>) -> Self {
+    pub(crate) fn new(kind: BlobKind, buffer: Vec<u8>) -> Self {
         Self { kind, buffer, len: 0, blobs: Vec::new() }
     }
 
     /// Bytes so far.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.blobs.is_empty()
     }
 
     /// Adds a data blob; returns its sealed length.
-    pub(super) fn add(
+    pub(crate) fn add(
         &mut self,
         key: &MasterKey,
         compressor: &mut Compressor<'_>,
@@ -71,7 +71,7 @@ impl PackBuilder {
 
     /// Adds a tree blob of `plain_len` bytes, which `write` writes: that of a big disk is never in
     /// memory as a whole. Always compressed.
-    pub(super) fn add_streamed(
+    pub(crate) fn add_streamed(
         &mut self,
         key: &MasterKey,
         level: i32,
@@ -94,6 +94,23 @@ impl PackBuilder {
             compress().map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
         self.buffer.extend([0; OVERHEAD - NONCE_LEN]);
         self.seal_up_to(key, self.buffer.len(), id, uncompressed_len)
+    }
+
+    /// Adds a blob as it is sealed already, in another pack under the same key.
+    pub(crate) fn add_sealed(
+        &mut self,
+        blob: &PackedBlob,
+        sealed: &[u8],
+    ) -> Result<(), RepositoryError> {
+        let end = self.len + sealed.len();
+        let (len_max, len) = (u32::MAX.into(), end as u64);
+        let offset =
+            u32::try_from(self.len).map_err(|_| RepositoryError::BlobTooLong { len, len_max })?;
+        self.reserve(end);
+        self.buffer[self.len..end].copy_from_slice(sealed);
+        self.blobs.push(PackedBlob { offset, ..*blob });
+        self.len = end;
+        Ok(())
     }
 
     /// Seals what has been put behind the last blob; returns its sealed length.
@@ -121,7 +138,7 @@ impl PackBuilder {
     }
 
     /// Appends the sealed blobs of another pack; returns its buffer.
-    pub(super) fn append(&mut self, other: Self) -> Vec<u8> {
+    pub(crate) fn append(&mut self, other: Self) -> Vec<u8> {
         self.reserve(self.len + other.len);
         self.buffer[self.len..self.len + other.len].copy_from_slice(&other.buffer[..other.len]);
         let shift = u32::try_from(self.len).expect("both are shorter than a pack");
@@ -132,7 +149,7 @@ impl PackBuilder {
     }
 
     /// Adds the header.
-    pub(super) fn finish(mut self, key: &MasterKey) -> FinishedPack {
+    pub(crate) fn finish(mut self, key: &MasterKey) -> FinishedPack {
         let mut header = Vec::with_capacity(self.blobs.len() * 41);
         pack::encode_header(&self.blobs, &mut header);
         let header = key.seal(&header);

@@ -9,7 +9,7 @@
 //! that there are at most 32 + 6 × 17, and about 40 to 80 bytes for each blob that this run stored. A
 //! tree takes its compressed length.
 
-mod builder;
+pub(crate) mod builder;
 mod queue;
 mod shared;
 mod uploader;
@@ -25,6 +25,7 @@ use std::{
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
+pub(crate) use self::uploader::INDEX_BLOBS_MAX;
 use self::{
     builder::PackBuilder,
     shared::{Job, Run, Shared},

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// An index file of so many blobs is full; restic has the same bound.
-const INDEX_BLOBS_MAX: usize = 50_000;
+pub(crate) const INDEX_BLOBS_MAX: usize = 50_000;
 /// So many bytes of packs are made durable at once. Each time, a file system may hold up everybody who
 /// writes to it, a guest's image among them; and what is not durable yet takes up its memory.
 const UNSETTLED_LEN_MAX: usize = 64 << 20;

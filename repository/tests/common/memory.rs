@@ -12,6 +12,9 @@ use std::{
 
 use repository::{Backend, BackendError, Begun, FileId, FileKind, FileRef};
 
+/// A file takes up whole blocks of so many bytes.
+pub(crate) const BLOCK: u64 = 512;
+
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     pub(crate) files: Mutex<BTreeMap<(FileKind, FileId), Vec<u8>>>,
@@ -22,6 +25,8 @@ pub(crate) struct Memory {
     /// The effect after which they work again.
     pub(crate) fail_until: AtomicU64,
     pub(crate) error: Mutex<Option<io::ErrorKind>>,
+    /// So many bytes fit, each file in blocks of [`BLOCK`]; 0 for no bound.
+    pub(crate) capacity: AtomicU64,
     /// While true, effects hang.
     pub(crate) hang: AtomicBool,
 }
@@ -37,6 +42,12 @@ impl Memory {
         self.fail_until.store(until, Ordering::SeqCst);
         self.fail_from.store(from, Ordering::SeqCst);
         *self.error.lock().unwrap() = Some(error);
+    }
+
+    /// Bytes that the files take up.
+    pub(crate) fn len(&self) -> u64 {
+        let files = self.files.lock().unwrap();
+        files.values().map(|content| (content.len() as u64).next_multiple_of(BLOCK)).sum()
     }
 
     pub(crate) fn names(&self) -> Vec<(FileKind, FileId)> {
@@ -92,6 +103,11 @@ impl Backend for Memory {
     fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError> {
         let file = FileRef { kind, id: *id }.to_string();
         self.effect("write", &file)?;
+        let capacity = self.capacity.load(Ordering::SeqCst);
+        if capacity > 0 && self.len() + (content.len() as u64).next_multiple_of(BLOCK) > capacity {
+            let source = Arc::new(io::Error::from(io::ErrorKind::StorageFull));
+            return Err(BackendError::Io { operation: "write", file, source });
+        }
         let mut files = self.files.lock().unwrap();
         if kind == FileKind::Config && files.contains_key(&(kind, *id)) {
             return Err(BackendError::Exists { file });

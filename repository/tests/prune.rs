@@ -1,0 +1,340 @@
+//! P3, P6, R10, R16: freeing what no snapshot needs, whatever interrupts it and whoever writes meanwhile.
+
+mod common;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    io::ErrorKind,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use common::{
+    CHUNK, folder, init,
+    memory::{BLOCK, Memory},
+    noise, open, restic_ok, restore, store,
+};
+use repository::{
+    Backend, CheckOptions, FileId, FileKind, LockMode, PruneOptions, PruneProgress, PruneReport,
+    Repository, RepositoryError,
+};
+
+fn options() -> PruneOptions {
+    let mut options = PruneOptions::default();
+    (options.max_unused, options.patience) = (0.0, Duration::from_millis(100));
+    options
+}
+
+fn prune(repository: &Repository) -> Result<PruneReport, RepositoryError> {
+    repository.prune(&options(), &|_| Ok(()))
+}
+
+/// The content of a disk that shares its first chunks with all others of this seed.
+fn content(common: u64, own: u64) -> Vec<u8> {
+    [noise(common, 4 * CHUNK), noise(1000 + own, 3 * CHUNK)].concat()
+}
+
+type Kept = BTreeMap<FileId, Vec<u8>>;
+
+/// A repository of six snapshots of which three were forgotten: packs that go as a whole, packs that must be
+/// written anew, and packs that stay.
+fn forgetful(repository: &Repository) -> Kept {
+    let mut kept = Kept::new();
+    for number in 0..6 {
+        let disk = content(number % 2, number);
+        let (id, _) = store(repository, &format!("vm{}", number % 2), &disk, CHUNK).unwrap();
+        if number >= 3 {
+            kept.insert(id, disk);
+        } else {
+            repository.remove_snapshot(&id).unwrap();
+        }
+    }
+    // Nothing of this one is needed by any other.
+    let (id, _) = store(repository, "gone", &noise(77, 5 * CHUNK), CHUNK).unwrap();
+    repository.remove_snapshot(&id).unwrap();
+    kept
+}
+
+fn assert_whole(repository: &Repository, kept: &Kept) {
+    let report = repository.check(&CheckOptions::new(Some(100.0)), &|_| {}).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(report.snapshots as usize, kept.len());
+    for (id, disk) in kept {
+        assert!(restore(repository, id).unwrap() == *disk, "{id}");
+    }
+}
+
+fn packs(repository: &Repository) -> Vec<FileId> {
+    let listed = repository.backend().list(FileKind::Pack).unwrap();
+    listed.into_iter().map(|(id, _)| id).collect()
+}
+
+fn judge(path: &Path) {
+    if common::has_restic() {
+        restic_ok(path, &["check", "--read-data"]);
+    }
+}
+
+#[test]
+fn what_no_snapshot_needs_goes_and_all_else_stays() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("r");
+    let repository = init(folder(&path));
+    let kept = forgetful(&repository);
+    let mut dry = options();
+    dry.dry_run = true;
+    let before = packs(&repository);
+    let foreseen = repository.prune(&dry, &|_| Ok(())).unwrap();
+    assert_eq!(packs(&repository).len(), before.len());
+
+    let report = prune(&repository).unwrap();
+
+    assert!(
+        report.packs_repacked > 0 && report.packs_removed > report.packs_repacked,
+        "{report:?}"
+    );
+    assert_eq!(report.bytes_unused, 0, "{report:?}");
+    assert_eq!(
+        (foreseen.packs_removed, foreseen.bytes_removed, foreseen.packs_repacked),
+        (report.packs_removed, report.bytes_removed, report.packs_repacked)
+    );
+    assert_whole(&repository, &kept);
+    judge(&path);
+    // There is nothing left to do.
+    let again = prune(&repository).unwrap();
+    assert_eq!((again.packs_removed, again.packs_repacked, again.index_files_written), (0, 0, 0));
+    assert!(repository.backend().list(FileKind::Lock).unwrap().is_empty());
+}
+
+#[test]
+fn little_waste_is_left_and_an_empty_repository_is_no_matter() {
+    let repository = init(Memory::new());
+    assert_eq!(prune(&repository).unwrap(), PruneReport::default());
+    let kept = forgetful(&repository);
+    let mut generous = options();
+    generous.max_unused = 100.0;
+    let report = repository.prune(&generous, &|_| Ok(())).unwrap();
+    assert_eq!(report.packs_repacked, 0);
+    assert!(report.packs_removed > 0 && report.bytes_unused > 0, "{report:?}");
+    assert_whole(&repository, &kept);
+
+    let mut bounded = options();
+    bounded.max_repack = 1;
+    assert_eq!(repository.prune(&bounded, &|_| Ok(())).unwrap().packs_repacked, 0);
+    kept.keys().for_each(|id| repository.remove_snapshot(id).unwrap());
+    prune(&repository).unwrap();
+    assert!(packs(&repository).is_empty());
+    assert!(repository.backend().list(FileKind::Index).unwrap().is_empty());
+}
+
+/// A prune whose effect `n` fails, once or for good, and one that does the rest.
+fn effect_fails(n: u64, error: ErrorKind, for_good: bool, goal: usize) {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    memory.fail(n, if for_good { u64::MAX } else { n }, error);
+    let _ = prune(&repository);
+    memory.fail(0, 0, error);
+    // Whoever was killed lets go of nothing.
+    memory.files.lock().unwrap().retain(|(kind, _), _| *kind != FileKind::Lock);
+    let repository = open(memory.clone()).unwrap();
+    assert_whole(&repository, &kept);
+    prune(&repository).unwrap();
+    assert_whole(&repository, &kept);
+    assert_eq!(memory.names().len(), goal, "effect {n}");
+}
+
+/// Fails every effect of a prune in turn. Most of the time is spent waiting for locks to settle.
+fn every_effect_fails(error: ErrorKind, for_good: bool) {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    forgetful(&repository);
+    memory.fail(u64::MAX, 0, error);
+    prune(&repository).unwrap();
+    let (effects, goal) = (memory.effects.load(Ordering::SeqCst), memory.names().len());
+    // Two locks, two packs, two index files, and what goes.
+    assert!(effects > 12, "{effects}");
+    let next = AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    match next.fetch_add(1, Ordering::SeqCst) {
+                        n if n <= effects => effect_fails(n, error, for_good, goal),
+                        _ => break,
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn p3_a_prune_that_ends_at_any_step_leaves_every_snapshot_whole() {
+    every_effect_fails(ErrorKind::Other, true);
+}
+
+#[test]
+fn r25_a_prune_goes_on_where_one_that_failed_left_off() {
+    every_effect_fails(ErrorKind::Other, false);
+}
+
+#[test]
+fn r16_what_a_backup_takes_over_while_a_prune_copies_stays() {
+    let repository = init(Memory::new());
+    let mut kept = forgetful(&repository);
+    let before = packs(&repository);
+    let new = RefCell::new(None);
+    let foreign = noise(5, 999);
+    let told = Cell::new(false);
+    // Somebody backs up the very disk that nobody needed any more, while its packs are about to go. Another
+    // one is killed after its first pack.
+    repository
+        .prune(&options(), &|step| {
+            if matches!(step, PruneProgress::Repacking { .. }) && !told.replace(true) {
+                let disk = noise(77, 5 * CHUNK);
+                let (id, stats) = store(&repository, "gone", &disk, CHUNK).unwrap();
+                assert!(stats.fresh_bytes < disk.len() as u64, "it found nothing to take over");
+                new.replace(Some((id, disk)));
+                let id = FileId::of(&foreign);
+                repository.backend().write(FileKind::Pack, &id, &foreign).unwrap();
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(told.get() && packs(&repository).len() < before.len() + 5);
+    kept.extend(new.into_inner());
+    assert!(packs(&repository).contains(&FileId::of(&foreign)), "it came after the survey");
+    assert_whole(&repository, &kept);
+    // The next one finds that nobody mentions it.
+    assert_eq!(prune(&repository).unwrap().packs_unreferenced, 1);
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn r16_a_prune_waits_for_backups_and_what_it_copied_stays_when_they_take_too_long() {
+    let repository = init(Memory::new());
+    let kept = forgetful(&repository);
+    let backup = repository.lock(LockMode::Shared).unwrap();
+    let before = packs(&repository).len();
+    let waited = Cell::new(0);
+    let outcome = repository.prune(&options(), &|step| {
+        waited.set(waited.get() + i32::from(matches!(step, PruneProgress::Waiting { .. })));
+        Ok(())
+    });
+    assert!(matches!(outcome, Err(RepositoryError::Locked { .. })), "{outcome:?}");
+    assert!(waited.get() > 0 && packs(&repository).len() > before);
+    assert_whole(&repository, &kept);
+    backup.release().unwrap();
+    let report = prune(&repository).unwrap();
+    assert_eq!(report.packs_repacked, 0, "it was done already");
+    assert_eq!(report.bytes_unused, 0);
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn p4_nothing_is_removed_where_it_is_not_known_what_is_in_use() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    let whole = memory.files.lock().unwrap().clone();
+    for (kind, how_many) in [(FileKind::Snapshot, 3), (FileKind::Index, 7), (FileKind::Pack, 1)] {
+        let mut refused = 0;
+        for id in whole.keys().filter(|(of, _)| *of == kind).map(|(_, id)| *id) {
+            memory.files.lock().unwrap().get_mut(&(kind, id)).unwrap()[20] ^= 1;
+            let before = memory.names();
+            let outcome = prune(&open(memory.clone()).unwrap());
+            if matches!(outcome, Err(RepositoryError::InUseUnknown { .. })) {
+                assert_eq!(memory.names(), before, "{kind:?} {id}");
+                refused += 1;
+            }
+            *memory.files.lock().unwrap() = whole.clone();
+        }
+        // Of packs those with the folders of snapshots.
+        assert!(refused >= how_many, "{kind:?}: {refused}");
+    }
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn p4_a_damaged_pack_stays_as_it_is() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    let files = memory.files.lock().unwrap().clone();
+    let packs = files.keys().filter(|(kind, _)| *kind == FileKind::Pack);
+    let mut spared = 0;
+    for (kind, id) in packs {
+        memory.files.lock().unwrap().get_mut(&(*kind, *id)).unwrap()[20] ^= 1;
+        if let Ok(report) = prune(&open(memory.clone()).unwrap()) {
+            spared += report.damaged.len();
+            let is_there = memory.names().contains(&(*kind, *id));
+            assert!(report.damaged.iter().all(|damaged| damaged == id && is_there));
+        }
+        *memory.files.lock().unwrap() = files.clone();
+    }
+    assert!(spared > 0);
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn r10_a_full_store_is_emptied() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let mut kept = forgetful(&repository);
+    // Full to the last block, by packs of a backup that did not finish.
+    let rest = noise(1, 3 * BLOCK as usize);
+    memory.write(FileKind::Pack, &FileId::of(&rest), &rest).unwrap();
+    memory.capacity.store(memory.len(), Ordering::SeqCst);
+    let refused = repository.lock(LockMode::Shared);
+    assert!(matches!(refused, Err(RepositoryError::LockNotWritable { .. })), "{refused:?}");
+
+    let report = prune(&repository).unwrap();
+    assert!(report.packs_unreferenced > 0, "{report:?}");
+    assert_whole(&repository, &kept);
+
+    // Full again, with nothing but snapshots; one of them is forgotten.
+    memory.capacity.store(memory.len(), Ordering::SeqCst);
+    let refused = prune(&repository);
+    assert!(matches!(refused, Err(RepositoryError::LockNotWritable { .. })), "{refused:?}");
+    let (forgotten, _) = kept.pop_first().unwrap();
+    repository.remove_snapshot(&forgotten).unwrap();
+    let before = memory.len();
+    let report = prune(&repository).unwrap();
+    assert!(report.packs_removed > 0, "{report:?}");
+    assert!(memory.len() < before - 2 * CHUNK as u64, "{report:?}");
+    assert_whole(&repository, &kept);
+    // With the room that each gives the next one does more.
+    let unused = (0..4).map(|_| prune(&repository).unwrap().bytes_unused).collect::<Vec<_>>();
+    assert_eq!(unused.last(), Some(&0), "{unused:?}");
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn packs_that_two_backups_stored_at_once_are_needed_once() {
+    let repository = init(Memory::new());
+    let empty = Arc::new(repository.index().unwrap());
+    let mut kept = Kept::new();
+    for _ in 0..2 {
+        // Neither knows of the other.
+        let options = repository::WriterOptions::default();
+        let writer = repository::Writer::new(&repository, Arc::clone(&empty), options).unwrap();
+        let id = writer.save_blob(noise(1, CHUNK).into()).unwrap();
+        let time = jiff::Timestamp::now();
+        let node = repository::Node::file("vda.raw", CHUNK as u64, vec![id], time);
+        let tree = writer.save_tree(&repository::Tree::new(vec![node])).unwrap();
+        writer.finish().unwrap();
+        let file = repository::SnapshotFile::new(tree, time);
+        kept.insert(repository.save_snapshot(&file).unwrap(), Vec::new());
+    }
+    let report = prune(&repository).unwrap();
+    assert_eq!(report.packs_removed + packs(&repository).len() as u64, report.packs);
+    assert!(report.packs_removed > 0 && report.packs_repacked <= 1, "{report:?}");
+    let checked = repository.check(&CheckOptions::new(Some(100.0)), &|_| {}).unwrap();
+    assert!(checked.is_clean(), "{checked:?}");
+}
