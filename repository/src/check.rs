@@ -23,12 +23,20 @@ use crate::{
 pub struct CheckOptions {
     /// Read this share of all packs, 0–100 percent, chosen at random; `None` reads none.
     pub read_data: Option<f64>,
+    /// Read this part of so many of all packs, from 0: one part after the other reads everything, however
+    /// the repository changes meanwhile.
+    pub read_part: Option<(u32, u32)>,
 }
 
 impl CheckOptions {
     /// Structure only, or also this share of all packs in percent.
     pub fn new(read_data: Option<f64>) -> Self {
-        Self { read_data }
+        Self { read_data, read_part: None }
+    }
+
+    /// Structure and one part of so many of all packs, from 0.
+    pub fn part(part: u32, of: u32) -> Self {
+        Self { read_data: None, read_part: Some((part, of)) }
     }
 }
 
@@ -167,6 +175,10 @@ impl Repository {
         packs::check_sizes(&index, &sizes, &mut findings);
         if let Some(percent) = options.read_data {
             let chosen = packs::choose(&index, &sizes, percent);
+            self.check_packs(&index, &chosen, progress, &mut report, &mut findings)?;
+        }
+        if let Some((part, of)) = options.read_part {
+            let chosen = packs::part(&index, &sizes, part, of);
             self.check_packs(&index, &chosen, progress, &mut report, &mut findings)?;
         }
 

@@ -19,14 +19,23 @@ use crate::store::blocking;
 Examples:
   kvmsnap verify                    every chunk of every snapshot is where the index says
   kvmsnap verify --read-data        … and has the content its name promises
-  kvmsnap verify --read-data=10%    … for a random tenth of the packs")]
+  kvmsnap verify --read-data=10%    … for a random tenth of the packs
+  kvmsnap verify --read-data=3/30   … for the third of thirty parts, which together are all")]
 pub struct VerifyArgs {
     /// Only tell of these snapshots
     snapshots: Vec<SnapshotName>,
     /// Read and verify the data, all of it or a share
     #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true,
-          default_missing_value = "100%", value_parser = parse_above_zero)]
-    read_data: Option<Share>,
+          default_missing_value = "100%", value_parser = parse_read)]
+    read_data: Option<Read>,
+}
+
+/// What is read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Read {
+    Share(Share),
+    /// One part, from 0, of so many.
+    Part(u32, u32),
 }
 
 /// Runs it.
@@ -41,6 +50,11 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         let lock = blocking(move || lock.map(AnnouncedLock::settle).transpose()).await?;
         Ok::<_, CommandError>(lock)
     };
+    let options = match args.read_data {
+        None => CheckOptions::default(),
+        Some(Read::Share(share)) => CheckOptions::new(Some(share.percent())),
+        Some(Read::Part(part, of)) => CheckOptions::part(part, of),
+    };
     let (progress, names) = (context.progress.clone(), args.snapshots);
     let checking = blocking(move || {
         let (index, _) = repository.index_of_readable()?;
@@ -48,8 +62,7 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
         let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
         let told = |step| tell(&progress, step);
-        let report =
-            repository.check(&CheckOptions::new(args.read_data.map(Share::percent)), &told)?;
+        let report = repository.check(&options, &told)?;
         Ok::<_, CommandError>((report, wanted))
     });
     // Held here and not by the thread that reads: an interrupted check lets go of it at once.
@@ -133,9 +146,30 @@ fn describe(snapshot: &SnapshotRef) -> String {
     format!("{} {time} {}", short(&snapshot.id), snapshot.paths.join(" "))
 }
 
-fn parse_above_zero(text: &str) -> Result<Share, String> {
+fn parse_read(text: &str) -> Result<Read, String> {
+    if let Some((part, of)) = text.split_once('/') {
+        return match (part.parse::<u32>(), of.parse::<u32>()) {
+            (Ok(part @ 1..), Ok(of)) if part <= of => Ok(Read::Part(part - 1, of)),
+            _ => Err("use a part like 3/30".to_owned()),
+        };
+    }
     match text.parse::<Share>() {
         Ok(share) if share.is_nothing() => Err("use a share above 0%".to_owned()),
-        share => share.map_err(|error| error.to_string()),
+        share => share.map(Read::Share).map_err(|error| error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_is_a_share_or_a_part() {
+        assert_eq!(parse_read("3/30"), Ok(Read::Part(2, 30)));
+        assert_eq!(parse_read("1/1"), Ok(Read::Part(0, 1)));
+        assert!(matches!(parse_read("10%"), Ok(Read::Share(_))));
+        for text in ["0/3", "4/3", "/", "a/b", "1/0", "0%"] {
+            assert!(parse_read(text).is_err(), "{text}");
+        }
     }
 }

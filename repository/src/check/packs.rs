@@ -40,14 +40,33 @@ pub(super) fn check_sizes(
     }
 }
 
+fn present(index: &Index, sizes: &HashMap<FileId, u64>) -> Vec<(FileId, u64)> {
+    let present = |pack: &crate::index::Pack| Some((pack.id, *sizes.get(&pack.id)?));
+    index.packs().iter().filter_map(present).collect()
+}
+
+/// Of the packs that are there the part that their names put them in. A name is a digest: parts are even.
+pub(super) fn part(
+    index: &Index,
+    sizes: &HashMap<FileId, u64>,
+    part: u32,
+    of: u32,
+) -> Vec<(FileId, u64)> {
+    let mut packs = present(index, sizes);
+    packs.retain(|(id, _)| {
+        let [a, b, c, d, ..] = id.0;
+        u32::from_be_bytes([a, b, c, d]) % of.max(1) == part
+    });
+    packs
+}
+
 /// A random share of the packs that are there, at least one if there is any.
 pub(super) fn choose(
     index: &Index,
     sizes: &HashMap<FileId, u64>,
     percent: f64,
 ) -> Vec<(FileId, u64)> {
-    let present = |pack: &crate::index::Pack| Some((pack.id, *sizes.get(&pack.id)?));
-    let mut packs: Vec<_> = index.packs().iter().filter_map(present).collect();
+    let mut packs = present(index, sizes);
     let share = (packs.len() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil() as usize;
     for chosen in 0..share.min(packs.len()) {
         let other = rand::rng().random_range(chosen..packs.len());
