@@ -23,14 +23,33 @@ pub fn command(program: &str) -> Command {
     command
 }
 
+/// The same for this very program, which is asked to end and cleans up.
+pub fn this_program() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(SUBCOMMAND).arg("--parent").arg(std::process::id().to_string()).arg("--gently");
+    command.process_group(0);
+    command
+}
+
 /// Becomes a program that ends when its parent does. Returns only why it cannot.
-pub fn become_program(parent: i32, program: &OsString, arguments: &[OsString]) -> io::Error {
-    if let Err(errno) = set_pdeathsig(Signal::SIGKILL) {
+pub fn become_program(
+    parent: i32,
+    gently: bool,
+    nice: Option<i32>,
+    program: &OsString,
+    arguments: &[OsString],
+) -> io::Error {
+    let signal = if gently { Signal::SIGTERM } else { Signal::SIGKILL };
+    if let Err(errno) = set_pdeathsig(signal) {
         return errno.into();
     }
     // It may have died before.
     if getppid() != Pid::from_raw(parent) {
         return io::Error::other("the run has ended");
+    }
+    if let Some(nice) = nice {
+        // Without the right to it the program runs as it is.
+        let _ = rustix::process::setpriority_process(None, nice);
     }
     std::process::Command::new(program).args(arguments).exec()
 }

@@ -419,7 +419,11 @@ pub fn disk_file(disk: &DiskName) -> String {
 }
 
 /// A time with an offset, or a local one; without a time of day, the whole day.
-fn parse_time(text: &str) -> Result<Timestamp, jiff::Error> {
+/// A time as a user gives it.
+///
+/// # Errors
+/// Where it is none.
+pub fn parse_time(text: &str) -> Result<Timestamp, jiff::Error> {
     if let Ok(timestamp) = text.parse::<Timestamp>() {
         return Ok(timestamp);
     }

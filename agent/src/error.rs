@@ -32,6 +32,7 @@ use crate::recover::RecoverError;
 use crate::restore::RestoreError;
 use crate::restore::define::DefineError;
 use crate::restore::in_place::InPlaceError;
+use crate::run::state::StateError;
 use crate::stop::StopError;
 
 /// Done.
@@ -188,6 +189,34 @@ pub enum CommandError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// No job is configured.
+    #[error("no job is configured")]
+    NoJobs,
+    /// No job is called so.
+    #[error("no job is called `{wanted}`")]
+    NoJob {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// What jobs have done cannot be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Of all that a run did some failed.
+    #[error("{failed} of {count} steps failed")]
+    StepsFailed {
+        /// How many; each was printed.
+        failed: usize,
+        /// How many there were.
+        count: usize,
+    },
+    /// A run that was asked to stop goes on.
+    #[error("process {holder} was asked to stop, and still cleans up")]
+    StillActive {
+        /// Its process id.
+        holder: String,
+    },
     /// No repository was named.
     #[error("no repository was given")]
     NoRepositoryGiven {
@@ -298,6 +327,8 @@ impl CommandError {
             | Self::NoName { .. }
             | Self::NoDomain { .. }
             | Self::Config(_)
+            | Self::NoJobs
+            | Self::NoJob { .. }
             | Self::NoRule
             | Self::NoRepositoryGiven { .. }
             | Self::NoPasswordGiven
@@ -309,7 +340,7 @@ impl CommandError {
             | Self::Overlay(OverlayError::Interrupted)
             | Self::Deploy(DeployError::Write(RestoreError::Interrupted))
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
-            Self::SomeFailed { .. } => SOME_FAILED,
+            Self::SomeFailed { .. } | Self::StepsFailed { .. } => SOME_FAILED,
             Self::Lock(LockError::Held { .. }) => LOCKED,
             Self::Location(LocationError::Address(_)) => USAGE,
             Self::Location(error) if error.is_missing() => NO_REPOSITORY,
@@ -377,6 +408,12 @@ impl CommandError {
             Self::NoName { .. } => "name it with --name",
             Self::Config(ConfigError::Invalid { problem, .. }) => return problem.hint(),
             Self::Config(ConfigError::Read { .. }) => "`kvmsnap config example` prints one",
+            Self::NoJobs => "`kvmsnap config example` prints a configuration with one",
+            Self::NoJob { known, .. } if !known.is_empty() => {
+                return Some(format!("there is {}", known.join(", ")));
+            }
+            Self::StepsFailed { .. } => "`kvmsnap history` tells what came of earlier runs",
+            Self::StillActive { .. } => "wait, or see `kvmsnap doctor`",
             Self::NoRepositoryGiven { known } if !known.is_empty() => {
                 return Some(format!("--repository names one of {}", known.join(", ")));
             }

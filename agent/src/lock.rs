@@ -6,6 +6,9 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
 use crate::hypervisor::Reach;
 use crate::names::DomainName;
 
@@ -115,6 +118,50 @@ impl DomainLock {
         file.set_len(0).and_then(|()| file.rewind()).map_err(io)?;
         write!(file, "{}{role}", std::process::id()).map_err(io)?;
         Ok(Self { file })
+    }
+}
+
+/// The lock of the one run of jobs on this host, held until dropped.
+#[derive(Debug)]
+pub struct RunLock {
+    _lock: DomainLock,
+}
+
+impl RunLock {
+    /// Takes it.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] when a run is active.
+    pub fn take(run_dir: &Path) -> Result<Self, LockError> {
+        let lock = DomainLock::take(run_dir, "run", "the jobs of this host".to_owned(), "")?;
+        Ok(Self { _lock: lock })
+    }
+
+    /// Asks the run that holds it to stop, as Ctrl-C does. `false` where that one has ended meanwhile.
+    ///
+    /// # Errors
+    /// When this user may not, or the lock cannot be looked at.
+    pub fn ask_to_stop(run_dir: &Path, holder: &str) -> Result<bool, LockError> {
+        let path = run_dir.join("run.lock");
+        let failed = |error: Errno| LockError::Io { path: path.clone(), source: error.into() };
+        let pid = holder.parse().ok().and_then(Pid::from_raw);
+        let Some(pid) = pid else { return Ok(false) };
+        let process = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(process) => process,
+            Err(Errno::SRCH) => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        // If it still holds the lock by now, it is this very process that we have got hold of.
+        match Self::take(run_dir) {
+            Err(LockError::Held { holder: now, .. }) if now == holder => {}
+            Err(LockError::Held { .. }) | Ok(_) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        match pidfd_send_signal(&process, Signal::INT) {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
     }
 }
 

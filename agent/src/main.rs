@@ -20,10 +20,8 @@ mod location;
 mod lock;
 mod manifest;
 mod method;
-#[allow(dead_code, reason = "called by the unattended run, which comes next")]
 mod metrics;
 mod names;
-#[allow(dead_code, reason = "called by the unattended run, which comes next")]
 mod notify;
 mod overlay;
 mod plan;
@@ -33,6 +31,8 @@ mod read;
 mod recover;
 mod restore;
 mod retention;
+mod run;
+mod schedule;
 mod share;
 mod stop;
 mod store;

@@ -1,5 +1,6 @@
 //! `kvmsnap completions` and `kvmsnap man`: made from the same definitions as `--help`.
 
+use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
 
@@ -7,6 +8,7 @@ use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
 use super::Cli;
+use crate::config::example::man_page;
 use crate::error::CommandError;
 
 /// Print a completion script
@@ -41,10 +43,11 @@ pub fn completions(args: &CompletionsArgs) -> Result<(), CommandError> {
     Ok(std::io::stdout().write_all(&script)?)
 }
 
-/// Writes one page for the program and one for each command.
+/// Writes one page for the program, one for each command and one for the configuration.
 ///
 /// # Errors
 /// When a page cannot be written.
 pub fn man(args: &ManArgs) -> Result<(), CommandError> {
-    Ok(clap_mangen::generate_to(Cli::command(), &args.folder)?)
+    clap_mangen::generate_to(Cli::command(), &args.folder)?;
+    Ok(fs::write(args.folder.join("kvmsnap.toml.5"), man_page())?)
 }

@@ -2,10 +2,12 @@
 
 mod alert;
 mod backup;
+mod config;
 mod create;
 mod doctor;
 mod forget;
 mod generate;
+mod history;
 mod image;
 mod list;
 mod overlays;
@@ -14,6 +16,7 @@ mod prune;
 mod purge;
 mod repository;
 mod restore;
+mod run;
 mod show;
 mod status;
 mod verify;
@@ -33,7 +36,7 @@ use tokio::sync::watch;
 
 use crate::bound;
 use crate::catalog::Catalog;
-use crate::config::{self, Config};
+use crate::config::{Config, Repository as Configured, read_password};
 use crate::error::CommandError;
 use crate::guard;
 use crate::hypervisor::Reach;
@@ -161,6 +164,10 @@ enum Command {
     Image(image::ImageCommand),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
+    Run(run::RunArgs),
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    History(history::HistoryArgs),
     Alert(alert::AlertArgs),
     Completions(generate::CompletionsArgs),
     Man(generate::ManArgs),
@@ -174,6 +181,10 @@ enum Command {
     Bound {
         #[arg(long)]
         parent: i32,
+        #[arg(long)]
+        gently: bool,
+        #[arg(long)]
+        nice: Option<i32>,
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
@@ -237,14 +248,17 @@ impl Cli {
             Command::Status(args) => context.until_interrupted(status::run(args, &context)).await,
             Command::Doctor(args) => context.until_interrupted(doctor::run(args, &context)).await,
             Command::Alert(args) => context.until_interrupted(alert::run(args, &context)).await,
+            Command::Run(args) => run::run(args, &context).await,
+            Command::Config(command) => config::run(&command, &context).await,
+            Command::History(args) => history::run(&args, &context),
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
             Command::Guard { run } => {
                 guard::run(&run, &context.journal()?, &context.global.run_dir).await
             }
-            Command::Bound { parent, command } => {
+            Command::Bound { parent, gently, nice, command } => {
                 let (program, arguments) = command.split_first().expect("clap requires one");
-                let source = bound::become_program(parent, program, arguments);
+                let source = bound::become_program(parent, gently, nice, program, arguments);
                 let program = program.to_string_lossy().into_owned();
                 Err(CommandError::Program { program, source })
             }
@@ -379,7 +393,7 @@ impl Context {
         let configured = match named {
             Some(location) if location.contains(['/', ':']) => None,
             Some(name) => self.config()?.repository(name),
-            None => self.config()?.usual_repository(),
+            None => self.config()?.usual_repository().map(|(_, usual)| usual),
         };
         let no_repository = || {
             let known = self.config.get().map(|config| &config.repository);
@@ -389,8 +403,8 @@ impl Context {
         let location = configured.map(|repository| repository.location.clone());
         let location = location.or(named.map(str::to_owned)).ok_or_else(no_repository)?;
         let password = match password_file {
-            Some(path) => Some(config::read_password(path)?),
-            None => configured.map(config::Repository::password).transpose()?.flatten(),
+            Some(path) => Some(read_password(path)?),
+            None => configured.map(Configured::password).transpose()?.flatten(),
         };
         let password = password.map_or_else(or_password, Ok)?;
         let route = configured.map(|repository| repository.route.clone()).unwrap_or_default();

@@ -33,6 +33,9 @@ Examples:
   kvmsnap repository info
   kvmsnap repository info --json | jq .bytes")]
     Info,
+    /// Fails unless a repository can be reached and opened
+    #[command(hide = true)]
+    Answers,
 }
 
 #[derive(Serialize)]
@@ -55,6 +58,7 @@ pub async fn run(command: RepositoryCommand, context: &Context) -> Result<(), Co
     match command {
         RepositoryCommand::Init => init(context).await,
         RepositoryCommand::Info => info(context).await,
+        RepositoryCommand::Answers => context.open().await.map(drop),
     }
 }
 

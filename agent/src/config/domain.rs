@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::value::Size;
+use super::value::{Length, Size};
 use crate::method::Wanted;
 use crate::names::DiskName;
 use crate::quiesce::Mode;
@@ -38,6 +38,14 @@ pub struct Domain {
     pub hook: Option<Vec<Hook>>,
     /// Whether the guest discards what its file systems no longer use before.
     pub trim: Option<bool>,
+    /// The monitor socket of a QEMU that no libvirt manages: it is backed up under this name.
+    pub qmp: Option<PathBuf>,
+    /// The socket of its guest agent.
+    pub qga: Option<PathBuf>,
+    /// How old its last good backup may be.
+    pub max_age: Option<Length>,
+    /// How many snapshots of it there must be at least.
+    pub min_snapshots: Option<u32>,
 }
 
 /// How changes are tracked.
@@ -53,22 +61,23 @@ pub enum TrackHow {
 impl Domain {
     /// These settings, and those of a vaguer pattern where there are none.
     pub fn or(self, vague: &Self) -> Self {
-        // So that none is forgotten.
-        let Self { disks, exclude_disks, method, tracking, quiesce, limit_read, .. } =
-            vague.clone();
-        let Self { scratch_dir, overlay_dir, database, hook, trim, .. } = vague.clone();
+        let vague = vague.clone();
         Self {
-            disks: self.disks.or(disks),
-            exclude_disks: self.exclude_disks.or(exclude_disks),
-            method: self.method.or(method),
-            tracking: self.tracking.or(tracking),
-            quiesce: self.quiesce.or(quiesce),
-            limit_read: self.limit_read.or(limit_read),
-            scratch_dir: self.scratch_dir.or(scratch_dir),
-            overlay_dir: self.overlay_dir.or(overlay_dir),
-            database: self.database.or(database),
-            hook: self.hook.or(hook),
-            trim: self.trim.or(trim),
+            disks: self.disks.or(vague.disks),
+            exclude_disks: self.exclude_disks.or(vague.exclude_disks),
+            method: self.method.or(vague.method),
+            tracking: self.tracking.or(vague.tracking),
+            quiesce: self.quiesce.or(vague.quiesce),
+            limit_read: self.limit_read.or(vague.limit_read),
+            scratch_dir: self.scratch_dir.or(vague.scratch_dir),
+            overlay_dir: self.overlay_dir.or(vague.overlay_dir),
+            database: self.database.or(vague.database),
+            hook: self.hook.or(vague.hook),
+            trim: self.trim.or(vague.trim),
+            qmp: self.qmp.or(vague.qmp),
+            qga: self.qga.or(vague.qga),
+            max_age: self.max_age.or(vague.max_age),
+            min_snapshots: self.min_snapshots.or(vague.min_snapshots),
         }
     }
 

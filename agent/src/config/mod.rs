@@ -2,6 +2,8 @@
 //! a value that is not possible is an error with its place and, where one is near, what may be meant.
 
 mod domain;
+pub mod example;
+mod job;
 mod problem;
 mod repository;
 mod value;
@@ -14,12 +16,14 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::metrics::Metrics;
+use crate::names::DomainName;
 use crate::notify::Alerts;
 
 pub use domain::{Domain, TrackHow};
+pub use job::{Job, Prune, Run, VerifyPlan};
 pub use problem::Problem;
 pub use repository::{PasswordError, Repository, read_file as read_password};
-pub use value::{Name, Pattern, Size};
+pub use value::{Length, Name, Pattern, Size};
 
 /// Where the configuration is unless another file is named.
 pub const PATH: &str = "/etc/kvmsnap/kvmsnap.toml";
@@ -60,6 +64,10 @@ pub struct Config {
     pub alerts: Alerts,
     /// Where figures for Prometheus go.
     pub metrics: Option<Metrics>,
+    /// What is done when.
+    pub job: BTreeMap<Name, Job>,
+    /// How `kvmsnap run` treats the host.
+    pub run: Run,
 }
 
 impl Config {
@@ -87,7 +95,40 @@ impl Config {
     /// # Errors
     /// The first [`Problem`].
     pub fn parse(text: &str) -> Result<Self, Problem> {
-        toml::from_str::<Self>(text).map_err(|error| Problem::of(&error, text))
+        let config = toml::from_str::<Self>(text).map_err(|error| Problem::of(&error, text))?;
+        config.check(text)?;
+        Ok(config)
+    }
+
+    /// What the types cannot say.
+    fn check(&self, text: &str) -> Result<(), Problem> {
+        for (name, job) in &self.job {
+            let Some(named) = &job.repository else { continue };
+            for wanted in job.repositories() {
+                if !self.repository.contains_key(wanted) {
+                    let message = format!("job `{name}` names an unknown repository `{wanted}`");
+                    let known = self.repository.keys().map(Name::as_str);
+                    let problem = Problem::at(named.span(), text, message);
+                    return Err(problem.suggesting(wanted, known));
+                }
+            }
+        }
+        for (pattern, domain) in &self.domain {
+            let name = pattern.as_str();
+            if (domain.qmp.is_some() || domain.qga.is_some()) && name.parse::<DomainName>().is_err()
+                || domain.qmp.is_some() && name.contains(['*', '?', '['])
+            {
+                let message = format!("[domain.\"{name}\"]: one socket is of one machine: name it");
+                return Err(Problem::at(0..0, text, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// The QEMUs that no libvirt manages, by the names they are backed up under.
+    pub fn unmanaged(&self) -> impl Iterator<Item = (&str, &Domain)> {
+        let named = self.domain.iter().filter(|(_, domain)| domain.qmp.is_some());
+        named.map(|(pattern, domain)| (pattern.as_str(), domain))
     }
 
     /// The repository that a name means: a configured one, else none of them.
@@ -96,11 +137,18 @@ impl Config {
     }
 
     /// The repository that is meant where none is named: the only one, or the one called `main`.
-    pub fn usual_repository(&self) -> Option<&Repository> {
+    pub fn usual_repository(&self) -> Option<(&Name, &Repository)> {
         match self.repository.len() {
-            1 => self.repository.values().next(),
-            _ => self.repository.get(MAIN),
+            1 => self.repository.iter().next(),
+            _ => self.repository.get_key_value(MAIN),
         }
+    }
+
+    /// The repositories that a job uses, by name, the first that can be reached.
+    pub fn repositories_of(&self, job: &Job) -> Vec<String> {
+        let named: Vec<String> = job.repositories().into_iter().map(str::to_owned).collect();
+        let usual = self.usual_repository().map(|(name, _)| name.to_string());
+        if named.is_empty() { usual.into_iter().collect() } else { named }
     }
 
     /// The settings of a domain: for each the most exact pattern that has it wins.
@@ -131,6 +179,17 @@ mod tests {
         assert!(told.starts_with("1:2: unknown field `domian`"), "{told}");
         assert!(told.ends_with("did you mean `domain`?"), "{told}");
 
+        let told = problem(
+            "[repository.offsite]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
+             repository = [\"ofsite\"]\n",
+        );
+        assert!(told.starts_with("5:14: job `a` names an unknown repository `ofsite`"), "{told}");
+        assert!(told.ends_with("did you mean `offsite`?"), "{told}");
+
+        let told = problem("[job.a]\nschedule = \"03:00\"\nverify = {read-al-in = \"3d\"}\n");
+        assert!(told.starts_with("3:11: unknown field `read-al-in`"), "{told}");
+        assert!(told.ends_with("did you mean `read-all-in`?"), "{told}");
+
         let told = problem("\n[domain.web]\nquiesce = \"requires\"\n");
         assert!(told.starts_with("3:11: unknown variant `requires`"), "{told}");
         assert!(told.ends_with("did you mean `require`?"), "{told}");
@@ -145,6 +204,12 @@ mod tests {
             ("[domain.a]\ndisks = [\"../x\"]\n", "2:9: "),
             ("[domain.\"[\"]\n", "1:9: "),
             ("[domain.a\n", "1:10: "),
+            ("[job.a]\nschedule = \"soon\"\n", "2:12: `soon` is no schedule"),
+            ("[job.a]\nschedule = \"03:00\"\nparallel = 0\n", "3:12: use a number from 1 to 64"),
+            ("[job.a]\nschedule = \"03:00\"\ntimezone = \"Mars\"\n", "3:12: "),
+            ("[job.a]\nschedule = \"03:00\"\nverify = true\n", "3:10: invalid value"),
+            ("[job.a]\nschedule = \"03:00\"\nverify = {read-all-in = 3}\n", "3:25: "),
+            ("[domain.\"*\"]\nqmp = \"/run/a\"\n", "1:1: "),
             ("[repository.\"a/b\"]\nlocation = \"/x\"\n", "1:13: "),
         ] {
             let told = problem(text);
@@ -175,7 +240,8 @@ mod tests {
             let entries = names.iter().map(|n| format!("[repository.{n}]\nlocation = \"/{n}\"\n"));
             Config::parse(&entries.collect::<String>()).unwrap()
         };
-        let usual = |config: Config| config.usual_repository().map(|usual| usual.location.clone());
+        let usual =
+            |config: Config| config.usual_repository().map(|(_, usual)| usual.location.clone());
         assert_eq!(usual(config(&[])), None);
         assert_eq!(usual(config(&["b"])).as_deref(), Some("/b"));
         assert_eq!(usual(config(&["a", "b"])), None);

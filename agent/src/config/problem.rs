@@ -25,7 +25,6 @@ impl Problem {
     }
 
     /// With the name among `known` that is near to `word`, if there is one.
-    #[allow(dead_code, reason = "jobs need it")]
     pub fn suggesting<'a>(mut self, word: &str, known: impl IntoIterator<Item = &'a str>) -> Self {
         self.suggestion = nearest(word, known).map(str::to_owned);
         self

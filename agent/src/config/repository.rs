@@ -154,6 +154,15 @@ impl TryFrom<Written> for Repository {
 }
 
 impl Repository {
+    /// Where its password comes from, in words.
+    pub fn password_source(&self) -> Option<String> {
+        self.password.as_ref().map(|source| match source {
+            Source::File(path) => format!("from {}", path.display()),
+            Source::Command(program, _) => format!("from `{program}`"),
+            Source::Credential(name) => format!("from systemd's credential {name}"),
+        })
+    }
+
     /// Its password; `None` where none is configured.
     ///
     /// # Errors

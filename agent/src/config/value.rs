@@ -42,12 +42,15 @@ impl TryFrom<NumberOrText> for Size {
 /// A time that passes: `"26h"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
-#[allow(dead_code, reason = "jobs need it")]
 pub struct Length(Duration);
 
 impl Length {
+    /// So long.
+    pub const fn new(length: Duration) -> Self {
+        Self(length)
+    }
+
     /// As the standard library has it.
-    #[allow(dead_code, reason = "jobs need it")]
     pub fn get(self) -> Duration {
         self.0
     }
@@ -82,6 +85,13 @@ impl TryFrom<String> for Name {
     }
 }
 
+impl Name {
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl Borrow<str> for Name {
     fn borrow(&self) -> &str {
         &self.0
@@ -100,6 +110,11 @@ impl fmt::Display for Name {
 pub struct Pattern(glob::Pattern);
 
 impl Pattern {
+    /// All names.
+    pub fn all() -> Self {
+        Self(glob::Pattern::new("*").expect("it is one"))
+    }
+
     /// Whether it means this domain. A name may look like a pattern.
     pub fn matches(&self, name: &str) -> bool {
         self.0.as_str() == name || self.0.matches(name)

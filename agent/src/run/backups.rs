@@ -1,0 +1,190 @@
+//! The backups of a job: some at once, again what failed, and elsewhere where a repository is away.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+use super::Machine;
+use super::child::{Answer, Launcher};
+use super::history::{Outcome, Step};
+use super::places::Places;
+use crate::config::{Job, Length};
+use crate::metrics::BackupFigures;
+use crate::units::human_duration;
+
+/// How long to wait before what failed is tried again the first time.
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// How long a backup may take where nothing is configured.
+const TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
+/// Exit codes of what fails again however often it is tried.
+const USAGE: u8 = 2;
+const WRONG_PASSWORD: u8 = 12;
+
+/// A machine whose backup is not made yet.
+struct Pending {
+    machine: Machine,
+    attempts: u32,
+    took: Duration,
+    /// Why the last try failed.
+    reason: String,
+}
+
+/// Backs up machines, in their order. Each step is told when it is over.
+pub async fn run(
+    launcher: &Launcher,
+    (name, job): (&str, &Job),
+    machines: Vec<Machine>,
+    places: &mut Places,
+    tell: &mut impl FnMut(Step),
+) {
+    let begin =
+        |machine| Pending { machine, attempts: 0, took: Duration::ZERO, reason: String::new() };
+    let mut pending: Vec<Pending> = machines.into_iter().map(begin).collect();
+    let mut pause = job.retry_pause.map_or(RETRY_PAUSE, Length::get);
+    let mut retries = job.retries();
+    while !pending.is_empty() {
+        let repository = match places.settle(launcher).await {
+            Ok(repository) => repository,
+            Err(reason) => {
+                pending.iter_mut().for_each(|it| it.reason.clone_from(&reason));
+                if retries == 0 || !wait(launcher, pause, &pending).await {
+                    break;
+                }
+                (retries, pause) = (retries - 1, longer(pause));
+                continue;
+            }
+        };
+        pending = round(launcher, (name, job), pending, &repository, tell).await;
+        if pending.is_empty() || launcher.is_asked_to_stop() {
+            break;
+        }
+        if places.has_next() && !places.answers(launcher).await {
+            places.advance();
+            continue;
+        }
+        let (hopeless, again): (Vec<_>, Vec<_>) =
+            pending.into_iter().partition(|it| retries == 0 || it.reason.is_empty());
+        hopeless.into_iter().for_each(|it| tell(it.over(name, Some(&repository), launcher)));
+        pending = again;
+        if !pending.is_empty() && !wait(launcher, pause, &pending).await {
+            break;
+        }
+        (retries, pause) = (retries.saturating_sub(1), longer(pause));
+    }
+    pending.into_iter().for_each(|it| tell(it.over(name, None, launcher)));
+}
+
+fn longer(pause: Duration) -> Duration {
+    (pause * 2).min(RETRY_PAUSE_MAX)
+}
+
+/// Waits before what failed is tried again; `false` when somebody asks to stop.
+async fn wait(launcher: &Launcher, pause: Duration, pending: &[Pending]) -> bool {
+    for it in pending {
+        let (machine, pause) = (&it.machine.name, human_duration(pause));
+        tracing::warn!("{machine}: again in {pause}: {}", first_line(&it.reason));
+    }
+    launcher.sleep(pause).await
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+impl Pending {
+    /// What has been done of it.
+    fn step(&self, job: &str, repository: Option<&str>) -> Step {
+        let mut step = Step::begin(job, "backup", Some(&self.machine.name), repository);
+        step.attempts = self.attempts;
+        step.duration_ms = u64::try_from(self.took.as_millis()).unwrap_or(u64::MAX);
+        step.started = step.started.checked_sub(self.took).unwrap_or(step.started);
+        step
+    }
+
+    /// What came of it in the end.
+    fn over(mut self, job: &str, repository: Option<&str>, launcher: &Launcher) -> Step {
+        let outcome = match launcher.is_asked_to_stop() {
+            true => Outcome::Aborted,
+            false => Outcome::Failed,
+        };
+        self.step(job, repository).end(outcome, std::mem::take(&mut self.reason))
+    }
+}
+
+/// Tries each once and returns those to be tried again.
+async fn round(
+    launcher: &Launcher,
+    (name, job): (&str, &Job),
+    pending: Vec<Pending>,
+    repository: &str,
+    tell: &mut impl FnMut(Step),
+) -> Vec<Pending> {
+    let limit = job.timeout.map_or(TIMEOUT, Length::get);
+    let (mut queue, mut at_work, mut again) = (pending.into_iter(), JoinSet::new(), Vec::new());
+    loop {
+        while at_work.len() < job.parallel()
+            && let Some(mut it) = queue.next()
+        {
+            let (launcher, repository) = (launcher.clone(), repository.to_owned());
+            at_work.spawn(async move {
+                let begin = Instant::now();
+                let mut arguments = vec!["backup".to_owned()];
+                arguments.extend(it.machine.arguments.iter().cloned());
+                let answer = launcher.run(Some(&repository), &arguments, limit).await;
+                it.attempts += 1;
+                it.took += begin.elapsed();
+                (it, answer)
+            });
+        }
+        let Some(ended) = at_work.join_next().await else { return again };
+        let (mut it, answer) = match ended {
+            Ok(ended) => ended,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        match done(&answer) {
+            Some((outcome, snapshot, figures, text)) => {
+                let mut step = it.step(name, Some(repository));
+                (step.snapshot, step.figures) = (Some(snapshot), Some(figures));
+                tell(step.end(outcome, text));
+            }
+            None => {
+                it.reason = answer.reason();
+                match answer.code {
+                    // However often it is tried.
+                    Some(USAGE | WRONG_PASSWORD) if !answer.is_aborted() => {
+                        tell(it.over(name, Some(repository), launcher));
+                    }
+                    _ => again.push(it),
+                }
+            }
+        }
+    }
+}
+
+/// The backup that a command has made, also one that failed only at cleaning up: that is not made again.
+fn done(answer: &Answer) -> Option<(Outcome, String, BackupFigures, String)> {
+    let line =
+        answer.lines.iter().find(|line| line["kind"].is_string() && line["id"].is_string())?;
+    let disks = line["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let sum = |field: &str| disks.iter().filter_map(|disk| disk[field].as_u64()).sum();
+    let warnings: Vec<&str> =
+        line["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let figures = BackupFigures {
+        duration_ms: line["duration_ms"].as_u64().unwrap_or_default(),
+        freeze_ms: line["freeze_ms"].as_u64(),
+        bytes_changed: sum("bytes_changed"),
+        bytes_read: sum("bytes_read"),
+        bytes_stored: sum("bytes_stored"),
+        scratch_peak: line["bytes_scratch_peak"].as_u64(),
+        incremental: line["kind"] == "incremental",
+        warnings: warnings.len() as u64,
+    };
+    let (outcome, text) = match (answer.is_done(), warnings.is_empty()) {
+        (true, true) => (Outcome::Done, String::new()),
+        (true, false) => (Outcome::Warning, warnings.join("\n")),
+        (false, _) => (Outcome::Warning, answer.reason()),
+    };
+    Some((outcome, line["id"].as_str()?.to_owned(), figures, text))
+}

@@ -1,0 +1,322 @@
+//! What a timer starts: `kvmsnap run`, with guests of its own and a clock that the test sets.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use integration::faults::{Contents, assert_says, signal, wait_until};
+use integration::restored::text;
+use integration::{Host, Outcome, Running, assert_guest_is_free, finish, spawn};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use vm_fixtures::{Disk, Guest, MIB};
+
+/// Longest time for what takes a moment.
+const WAIT: Duration = Duration::from_secs(30);
+/// When the stories begin, in the future: snapshots are as old as they look.
+const MORNING: &str = "2040-03-01T03:05:00Z";
+
+/// A machine with one disk that holds 4 MiB of data.
+fn machine() -> Option<(Guest, Contents)> {
+    let guest = Guest::without_os().disk(Disk::new("vda", 16 * MIB)).boot()?;
+    let mut contents = Contents::new(&["vda"], 16 * MIB);
+    contents.write(&guest, "vda", 1 << 20, 4 << 20, 1);
+    Some((guest, contents))
+}
+
+/// A host whose configuration is a nightly job, with the repository `main` and machines by their sockets.
+struct Unattended {
+    host: Host,
+    text: String,
+}
+
+impl Unattended {
+    fn new(machines: &[(&str, &Path)], job: &str) -> Self {
+        let host = Host::new();
+        let named = machines.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>();
+        let sockets = machines
+            .iter()
+            .map(|(name, socket)| format!("[domain.{name}]\nqmp = {socket:?}\n"))
+            .collect::<String>();
+        let text = format!(
+            "[repository.main]\nlocation = {:?}\npassword-file = {:?}\n{sockets}\
+             [run]\nidle-io = false\n[alerts.log]\nenabled = false\n\
+             [job.nightly]\nschedule = \"03:00\"\ntimezone = \"UTC\"\nretry-pause = \"1s\"\n\
+             domains = [{}]\n{job}\n",
+            host.repository(),
+            host.password_file(),
+            named.join(", "),
+        );
+        let unattended = Self { host, text };
+        unattended.configure("");
+        unattended
+    }
+
+    /// Adds to the configuration.
+    fn configure(&self, more: &str) {
+        fs::write(self.host.config(), format!("{}{more}", self.text)).expect("a configuration");
+    }
+
+    fn command(&self, at: &str, more: &[&str]) -> std::process::Command {
+        let mut command = self.host.command(["run", "--json", "--at", at]);
+        // What is configured decides.
+        command.env_remove("KVMSNAP_REPOSITORY").env_remove("KVMSNAP_PASSWORD_FILE").args(more);
+        command
+    }
+
+    fn run_at(&self, at: &str, more: &[&str]) -> Outcome {
+        finish(spawn(self.command(at, more)))
+    }
+
+    /// Runs, which must succeed, and returns its steps.
+    #[track_caller]
+    fn steps(&self, at: &str) -> Vec<Value> {
+        let outcome = self.run_at(at, &[]);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        lines(&outcome)
+    }
+
+    /// The names of the steps' work, and what came of them.
+    #[track_caller]
+    fn done(&self, at: &str) -> Vec<(String, String)> {
+        self.steps(at).iter().map(|step| (word(step, "work"), word(step, "outcome"))).collect()
+    }
+}
+
+fn lines(outcome: &Outcome) -> Vec<Value> {
+    let lines = outcome.stdout.lines();
+    lines.map(|line| serde_json::from_str(line).expect("a JSON object")).collect()
+}
+
+fn word(line: &Value, field: &str) -> String {
+    text(line, field).to_owned()
+}
+
+fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+    expected.iter().map(|(work, outcome)| ((*work).to_owned(), (*outcome).to_owned())).collect()
+}
+
+#[test]
+fn a_job_runs_when_it_is_due_and_what_was_missed_is_caught_up_once() {
+    let Some((guest, mut contents)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "");
+    let first = there.steps(MORNING);
+    let (backup, verify) = (&first[0], &first[1]);
+    assert_eq!((&backup["work"], &backup["domain"]), (&json!("backup"), &json!("web")));
+    assert_eq!((&backup["outcome"], &backup["attempts"]), (&json!("done"), &json!(1)));
+    assert_eq!((&verify["work"], &verify["outcome"]), (&json!("verify"), &json!("done")));
+    assert_eq!(first.len(), 2, "{first:?}");
+
+    assert_eq!(there.done("2040-03-01T03:10:00Z"), [], "it is done");
+    assert_eq!(there.done("2040-03-02T02:59:00Z"), [], "it is not due yet");
+    contents.scribble(&guest, 1);
+    let again = there.steps("2040-03-05T14:00:00Z");
+    assert_eq!(again[0]["figures"]["incremental"], true, "{again:?}");
+    assert_eq!(there.done("2040-03-05T14:05:00Z"), [], "five missed nights are one run");
+
+    let listed = there.host.list();
+    assert_eq!(listed.len(), 2);
+    assert_eq!(again[0]["snapshot"], listed[1]["id"]);
+    there.host.assert_holds(&listed[1], &contents);
+    there.host.assert_nothing_left();
+    // Losing what is known of earlier runs costs one more run.
+    fs::remove_file(there.host.state().join("jobs.json")).expect("it was kept");
+    assert_eq!(there.done("2040-03-05T14:10:00Z").len(), 2);
+    assert_eq!(there.done("2040-03-05T14:15:00Z"), []);
+}
+
+#[test]
+fn a_dry_run_says_what_is_due_and_why_and_changes_nothing() {
+    let nobody = Path::new("/run/no-such.qmp");
+    let there = Unattended::new(&[("web", nobody), ("db", nobody)], "order = [\"web\"]");
+    let due = &lines(&there.run_at(MORNING, &["--dry-run"]))[0];
+    assert_eq!((&due["job"], &due["due"]), (&json!("nightly"), &json!(true)));
+    assert_eq!(due["reason"], "due since 2040-03-01T03:00:00Z");
+    assert_eq!(due["domains"], json!(["web", "db"]), "in their order");
+    assert_eq!(due["next"], "2040-03-02T03:00:00Z");
+    assert!(!there.host.state().join("jobs.json").exists());
+    let plain = there.host.ok(["run", "--dry-run", "--at", MORNING]);
+    assert!(plain.contains("nightly") && plain.contains("web, db"), "{plain}");
+    assert_says(&there.run_at(MORNING, &["wekly"]), 2, "there is nightly");
+    fs::write(there.host.config(), "").expect("a configuration");
+    assert_says(&there.run_at(MORNING, &[]), 2, "kvmsnap config example");
+}
+
+#[test]
+fn one_broken_domain_is_tried_again_and_keeps_nobody_from_the_others() {
+    let Some((guest, _)) = machine() else { return };
+    let nobody = Path::new("/run/no-such.qmp");
+    let there = Unattended::new(
+        &[("broken", nobody), ("web", &guest.qmp())],
+        "retries = 1\nverify = false\nparallel = 2",
+    );
+    let told = there.host.folder().join("told");
+    let script = there.host.folder().join("tell");
+    fs::write(&script, format!("#!/bin/sh\ncat >> {}\n", told.display())).expect("a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("a file of ours");
+    there.configure(&format!("[[alerts.command]]\nrun = [{script:?}]\n"));
+
+    let outcome = there.run_at(MORNING, &[]);
+
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    let steps = lines(&outcome);
+    let of = |domain: &str| steps.iter().find(|step| step["domain"] == domain).expect("a step");
+    assert_eq!((&of("web")["outcome"], &of("web")["attempts"]), (&json!("done"), &json!(1)));
+    let broken = of("broken");
+    assert_eq!((&broken["outcome"], &broken["attempts"]), (&json!("failed"), &json!(2)));
+    assert!(text(broken, "text").contains("no-such.qmp"), "{broken}");
+    let told_of = || -> Vec<(String, String)> {
+        let lines = fs::read_to_string(&told).unwrap_or_default();
+        let events = lines.lines().map(|line| serde_json::from_str(line).expect("an object"));
+        let pair = |event: Value| (word(&event, "kind"), word(&event, "domain"));
+        events.map(pair).collect()
+    };
+    assert_eq!(told_of(), pairs(&[("failure", "broken")]));
+
+    // It is well again the next night, and people are told so.
+    let mended = there.text.replace("/run/no-such.qmp", &guest.qmp().to_string_lossy());
+    let mended = mended.replace("retries = 1", "retries = 9");
+    fs::write(there.host.config(), format!("{mended}[[alerts.command]]\nrun = [{script:?}]\n"))
+        .expect("a configuration");
+    let outcome = there.run_at("2040-03-02T03:05:00Z", &[]);
+    // Two names of one monitor: whoever comes second waits for its turn, or tries again.
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(told_of(), pairs(&[("failure", "broken"), ("recovery", "broken")]));
+    let history = there.host.ok(["history", "--json", "--failed"]);
+    assert_eq!(history.lines().count(), 1, "{history}");
+    let table = there.host.ok(["history", "--steps"]);
+    assert!(table.contains("backup of broken") && table.contains("failed"), "{table}");
+}
+
+#[test]
+fn r14_a_repository_that_is_away_costs_no_guest_anything_and_the_next_run_is_incremental() {
+    let Some((guest, mut contents)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "retries = 1\nverify = false");
+    there.steps(MORNING);
+    contents.scribble(&guest, 1);
+    let (repository, aside) = (there.host.repository(), there.host.folder().join("aside"));
+    fs::rename(repository, &aside).expect("it is ours");
+
+    let outcome = there.run_at("2040-03-02T03:05:00Z", &[]);
+
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    let failed = lines(&outcome);
+    assert_eq!(failed[0]["outcome"], "failed", "{failed:?}");
+    assert!(failed.iter().any(|step| step["work"] == "repository"), "{failed:?}");
+    assert_guest_is_free(&guest, &["vda"]);
+    fs::rename(&aside, repository).expect("it is ours");
+    let back = there.steps("2040-03-03T03:05:00Z");
+    assert_eq!(back[0]["figures"]["incremental"], true, "{back:?}");
+    there.host.assert_holds(there.host.list().last().expect("a snapshot"), &contents);
+    there.host.assert_nothing_left();
+}
+
+#[test]
+fn r14_where_one_repository_is_away_backups_go_to_the_next() {
+    let Some((guest, contents)) = machine() else { return };
+    let there = Unattended::new(
+        &[("web", &guest.qmp())],
+        "repository = [\"gone\", \"main\"]\nretries = 0\nverify = false",
+    );
+    there.configure(
+        "[repository.gone]\nlocation = \"/no/such/folder\"\npassword-file = \"/dev/null\"\n",
+    );
+    let outcome = there.run_at(MORNING, &[]);
+    assert_eq!(outcome.code, Some(0), "the backup is made: {outcome:?}");
+    let steps = lines(&outcome);
+    let backup = steps.iter().find(|step| step["work"] == "backup").expect("a backup");
+    assert_eq!((&backup["outcome"], &backup["repository"]), (&json!("done"), &json!("main")));
+    let away = steps.iter().find(|step| step["work"] == "repository").expect("it is told");
+    assert_eq!((&away["outcome"], &away["repository"]), (&json!("warning"), &json!("gone")));
+    there.host.assert_holds(&there.host.list()[0], &contents);
+}
+
+/// Starts a run whose backup reads slowly, and waits until it reads.
+#[track_caller]
+fn run_slowly(there: &Unattended, guest: &Guest) -> Running {
+    let slow = there.text.replace("qmp =", "limit-read = \"64KiB\"\nqmp =");
+    fs::write(there.host.config(), slow).expect("a configuration");
+    let running = spawn(there.command(MORNING, &[]));
+    wait_until(WAIT, "its backup reads", || {
+        guest.qmp_command("query-block-exports", &json!({})) != json!([])
+    });
+    running
+}
+
+#[test]
+fn r16_of_two_runs_the_second_ends_at_once_and_abort_ends_the_first_cleanly() {
+    let Some((guest, _)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "");
+    assert!(there.host.ok(["run", "--abort"]).contains("no run is active"));
+    let running = run_slowly(&there, &guest);
+    let pid = running.pid();
+    let second = there.run_at(MORNING, &[]);
+    assert_eq!(second.code, Some(0), "{second:?}");
+    assert_eq!(lines(&second), [json!({"active": pid.to_string()})]);
+    assert!(second.took < Duration::from_secs(10), "{second:?}");
+
+    assert!(there.host.ok(["run", "--abort"]).contains("the run has ended"));
+
+    let first = finish(running);
+    assert_eq!(first.code, Some(130), "{first:?}");
+    assert_eq!(lines(&first)[0]["outcome"], "aborted");
+    assert_guest_is_free(&guest, &["vda"]);
+    there.host.assert_nothing_left();
+    there.configure("");
+    assert_eq!(there.done("2040-03-02T03:05:00Z").len(), 2, "the next night it runs");
+}
+
+#[test]
+fn p2_a_run_that_is_killed_takes_its_backups_with_it_and_leaves_the_guest_clean() {
+    let Some((guest, mut contents)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "verify = false");
+    there.steps(MORNING);
+    contents.scribble(&guest, 1);
+    let slow = there.text.replace("qmp =", "limit-read = \"64KiB\"\nqmp =");
+    fs::write(there.host.config(), slow).expect("a configuration");
+    let running = spawn(there.command("2040-03-02T03:05:00Z", &[]));
+    wait_until(WAIT, "its backup reads", || {
+        guest.qmp_command("query-block-exports", &json!({})) != json!([])
+    });
+    signal(running.pid(), Signal::SIGKILL);
+    finish(running);
+    wait_until(WAIT, "its backup has cleaned up", || there.host.undo_records() == 0);
+    assert_guest_is_free(&guest, &["vda"]);
+    there.configure("");
+    let next = there.steps("2040-03-03T03:05:00Z");
+    assert_eq!(next[0]["figures"]["incremental"], true, "{next:?}");
+    there.host.assert_holds(there.host.list().last().expect("a snapshot"), &contents);
+    there.host.assert_nothing_left();
+}
+
+#[test]
+fn nothing_runs_while_jobs_are_paused() {
+    let Some((guest, _)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "verify = false");
+    there.run_at(MORNING, &["--pause", "2h"]);
+    let paused = there.steps("2040-03-01T05:04:00Z");
+    assert_eq!(paused, [json!({"paused": true, "until": "2040-03-01T05:05:00Z"})]);
+    assert_eq!(there.done("2040-03-01T05:06:00Z").len(), 1, "the pause is over");
+    there.run_at("2040-03-02T00:00:00Z", &["--pause"]);
+    assert_eq!(there.steps("2040-03-09T03:05:00Z")[0]["paused"], true);
+    assert_eq!(lines(&there.run_at(MORNING, &["--resume"])), [json!({"paused": false})]);
+    assert_eq!(there.done("2040-03-09T03:05:00Z").len(), 1);
+}
+
+#[test]
+fn snapshots_are_thinned_out_by_the_rules_of_the_job() {
+    let Some((guest, mut contents)) = machine() else { return };
+    let there = Unattended::new(&[("web", &guest.qmp())], "keep = { last = 2 }\nverify = false");
+    // Another host's backups in the same repository are none of its business.
+    there.host.backup(&guest, &["--name", "theirs"]);
+    for day in 1..=4 {
+        contents.scribble(&guest, day);
+        let done = there.done(&format!("2040-03-0{day}T03:05:00Z"));
+        assert_eq!(done, pairs(&[("backup", "done"), ("forget", "done")]));
+    }
+    let left = there.host.list();
+    let names: Vec<&str> = left.iter().map(|line| text(line, "domain")).collect();
+    assert_eq!(names, ["theirs", "web", "web"]);
+    there.host.assert_holds(&left[2], &contents);
+}
