@@ -247,13 +247,14 @@ fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Neither server runs as root.
+/// Neither server runs as root, or outlives a test that is killed.
 fn without_rights(program: PathBuf) -> Command {
-    if !is_root() {
-        return Command::new(program);
-    }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"]).arg(program);
+    command.args(["--pdeathsig", "KILL"]);
+    if is_root() {
+        command.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"]);
+    }
+    command.arg("--").arg(program);
     command
 }
 
