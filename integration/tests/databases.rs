@@ -43,10 +43,10 @@ impl Scene {
         let deed: Arc<Mutex<Option<Deed>>> = Arc::default();
         let to_do = Arc::clone(&deed);
         let agent = ScriptedAgent::start(&host.folder().join("agent.sock"), move |command, _| {
-            if command == "guest-fsfreeze-freeze" {
-                if let Some(deed) = &*to_do.lock().expect("no panic while locked") {
-                    deed();
-                }
+            if command == "guest-fsfreeze-freeze"
+                && let Some(deed) = &*to_do.lock().expect("no panic while locked")
+            {
+                deed();
             }
             Some(Ok(json!(1)))
         });
@@ -171,6 +171,34 @@ fn a_mariadb_account_that_may_only_lock_makes_no_application_of_it() {
     let (count, max) = restored.rows();
     assert!(count == max && count > 0, "{count} rows up to {max}");
     assert!(restored.log().contains("Starting crash recovery"), "{}", restored.log());
+    scene.assert_all_is_over();
+}
+
+#[test]
+fn a_server_is_let_go_once_its_guest_is_paused_to_be_read() {
+    let Some(scene) = Scene::new() else { return };
+    let server = mariadb("RELOAD");
+    let _writer = server.write_rows();
+    // The disk takes longer to read than a lock may last.
+    scene.guest.qemu_io("vda", "write -P 7 0 24M");
+    scene.configure("mariadb", server.port(), PASSWORD, "timeout = \"2s\"\nrequired = true");
+    let mut command = scene.command();
+    command.args(["--method", "suspend", "--limit-read", "6MiB"]);
+    let running = spawn(command);
+    wait_until(Duration::from_secs(60), "paused", || scene.guest.status() == "paused");
+
+    assert_takes_writes(
+        "while the guest is paused",
+        &server,
+        Instant::now(),
+        Duration::from_secs(1),
+    );
+
+    assert_eq!(scene.guest.status(), "paused");
+    let outcome = finish(running);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let made: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+    assert_eq!(made["applications"][0]["state"], "flushed", "{made}");
     scene.assert_all_is_over();
 }
 

@@ -132,6 +132,24 @@ fn hooks_run_around_the_point_in_time_and_hear_what_came_of_it() {
 }
 
 #[test]
+fn hooks_run_with_every_method_that_reads_a_guest_that_runs() {
+    for method in ["pull", "suspend", "overlay"] {
+        let Some(scene) = Scene::new() else { return };
+        scene.configure(&ALL);
+
+        let outcome = finish(spawn(scene.backup(&["--method", method])));
+
+        assert_eq!(outcome.code, Some(0), "{method}: {outcome:?}");
+        let made: Value = serde_json::from_str(&outcome.stdout).expect("one JSON object");
+        assert_eq!(made["consistency"], "application", "{method}: {made}");
+        let mut told = scene.told();
+        told.retain(|line| line.contains("web"));
+        assert_eq!(told, ["before web", "freeze web", "thaw web", "after web success"], "{method}");
+        scene.assert_all_is_over();
+    }
+}
+
+#[test]
 fn images_that_hold_still_for_others_have_the_same_hooks() {
     let Some(scene) = Scene::new() else { return };
     scene.configure(&ALL);
