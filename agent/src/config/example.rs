@@ -101,7 +101,6 @@ mod tests {
         for section in [
             "repository.main",
             "domain.\"web-*\"",
-            "domain.router",
             "[domain.\"web-*\".database]",
             "[domain.\"web-*\".hook]",
             "job.nightly",
