@@ -184,6 +184,12 @@ pub enum RepositoryError {
         /// What cannot be read.
         source: Box<RepositoryError>,
     },
+    /// Source and target of a copy are one repository.
+    #[error("{location} is the same repository")]
+    SameRepository {
+        /// The target.
+        location: String,
+    },
     /// Somebody asked to stop.
     #[error("stopped before it was done")]
     Stopped,
@@ -205,6 +211,18 @@ impl RepositoryError {
             | Self::InvalidTree { .. } => Self::InUseUnknown { source: Box::new(self) },
             other => other,
         }
+    }
+
+    /// It is about content that is damaged or missing, not about a store that fails.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged { .. }
+                | Self::DamagedBlob { .. }
+                | Self::MissingBlob { .. }
+                | Self::InvalidTree { .. }
+                | Self::SizeMismatch { .. }
+        )
     }
 }
 

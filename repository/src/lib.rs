@@ -9,6 +9,7 @@
 mod backend;
 mod blob;
 mod check;
+mod copy;
 mod crypto;
 mod disk;
 mod error;
@@ -32,6 +33,7 @@ pub use self::{
         LocalFolder, Pace, RestServer, S3Address, S3Bucket, SftpAddress, SftpFolder,
     },
     check::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef},
+    copy::{Copied, Copier, CopyProgress, ReadBack},
     disk::{DiskExtent, DiskReader, ExtentKind},
     error::{Defect, RepositoryError},
     id::{BlobId, FileId, ParseIdError},

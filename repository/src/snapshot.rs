@@ -66,6 +66,12 @@ impl SnapshotFile {
             program_version: None,
         }
     }
+
+    /// What the snapshot of this id is called in all repositories: a copy, and one whose tags were
+    /// changed, tell of the one that they were made from.
+    pub fn first_id(&self, id: &FileId) -> FileId {
+        self.original.unwrap_or(*id)
+    }
 }
 
 /// Go writes `null` for an empty list.

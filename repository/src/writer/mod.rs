@@ -25,6 +25,7 @@ use std::{
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
+pub(crate) use self::shared::StoredBlobs;
 pub(crate) use self::uploader::INDEX_BLOBS_MAX;
 use self::{
     builder::PackBuilder,
@@ -111,6 +112,8 @@ pub struct Finished {
     pub stats: WriterStats,
     /// The lock that it wrote under, if it was given one.
     pub lock: Option<Lock>,
+    /// What it stored, for a writer that goes on: the index does not know it yet.
+    pub(crate) stored: StoredBlobs,
 }
 
 impl WriterStats {
@@ -142,7 +145,17 @@ impl Writer {
         index: Arc<Index>,
         options: WriterOptions,
     ) -> Result<Self, RepositoryError> {
-        Self::start(repository, index, options, None)
+        Self::start(repository, index, options, None, StoredBlobs::default())
+    }
+
+    /// As [`Writer::new`], after another one that has finished.
+    pub(crate) fn after(
+        stored: StoredBlobs,
+        repository: &Repository,
+        index: Arc<Index>,
+        options: WriterOptions,
+    ) -> Result<Self, RepositoryError> {
+        Self::start(repository, index, options, None, stored)
     }
 
     /// As [`Writer::new`], under a lock that may settle while the first packs are made: no file is
@@ -153,7 +166,7 @@ impl Writer {
         index: Arc<Index>,
         options: WriterOptions,
     ) -> Result<Self, RepositoryError> {
-        Self::start(repository, index, options, Some(lock))
+        Self::start(repository, index, options, Some(lock), StoredBlobs::default())
     }
 
     fn start(
@@ -161,16 +174,19 @@ impl Writer {
         index: Arc<Index>,
         mut options: WriterOptions,
         lock: Option<AnnouncedLock>,
+        stored: StoredBlobs,
     ) -> Result<Self, RepositoryError> {
         // A store that is told to be slow does not hang.
         if let Some(limit) = repository.backend().upload_limit() {
             let seconds = 2 * options.pack_len as u64 / limit.get();
             options.stall_timeout += Duration::from_secs(seconds);
         }
-        if let Err(error) = repository.backend().sweep() {
+        if stored.is_empty()
+            && let Err(error) = repository.backend().sweep()
+        {
             tracing::warn!(%error, "cannot remove leftovers of killed writers");
         }
-        let shared = Arc::new(Shared::new(repository, index, options));
+        let shared = Arc::new(Shared::new(repository, index, options, stored));
         // From here on dropping it stops the threads that have been started.
         let writer = Self { shared: Arc::clone(&shared), trees: Mutex::default() };
         for number in 0..shared.options.threads.max(1) {
@@ -226,6 +242,32 @@ impl Writer {
         Ok(id)
     }
 
+    /// Whether a blob is there, or will be once this has finished.
+    pub(crate) fn knows(&self, kind: BlobKind, id: &BlobId) -> bool {
+        self.shared.knows(kind, id)
+    }
+
+    /// As [`Writer::save_blob`], of a blob whose id has been verified.
+    pub(crate) fn save_verified(&self, id: BlobId, content: Bytes) -> Result<(), RepositoryError> {
+        self.shared.submit(Job { plain: content, id: Some(id), report: None })
+    }
+
+    /// Stores a folder as another program has written it; its id has been verified.
+    pub(crate) fn save_verified_tree(
+        &self,
+        id: BlobId,
+        json: &[u8],
+    ) -> Result<(), RepositoryError> {
+        self.shared.check()?;
+        let fresh = self.shared.claim(BlobKind::Tree, &id);
+        self.shared.count(json.len(), fresh, false);
+        if !fresh {
+            return Ok(());
+        }
+        let stored = self.add_tree(id, json.len() as u64, |to| to.write_all(json));
+        stored.map_err(|error| self.shared.fail(error))
+    }
+
     /// Stores a folder.
     pub fn save_tree(&self, tree: &Tree) -> Result<BlobId, RepositoryError> {
         self.shared.check()?;
@@ -237,7 +279,7 @@ impl Writer {
         if !fresh {
             return Ok(id);
         }
-        let stored = self.add_tree(id, tree, len);
+        let stored = self.add_tree(id, len, |to| tree.write_json(to));
         // The id counts as stored from now on, so without the blob nothing may be recorded.
         stored.map_err(|error| self.shared.fail(error))?;
         Ok(id)
@@ -260,7 +302,7 @@ impl Writer {
         self.shared.uploads.close();
         self.shared.wait_for_threads()?;
         let lock = self.shared.lock.lock().expect("no panic while locked").take();
-        Ok(Finished { stats: self.shared.stats(), lock })
+        Ok(Finished { stats: self.shared.stats(), lock, stored: self.shared.take_claimed() })
     }
 
     /// Makes every call that waits, and every later one, fail with
@@ -269,11 +311,15 @@ impl Writer {
         self.shared.abort();
     }
 
-    fn add_tree(&self, id: BlobId, tree: &Tree, len: u64) -> Result<(), RepositoryError> {
+    fn add_tree(
+        &self,
+        id: BlobId,
+        len: u64,
+        write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+    ) -> Result<(), RepositoryError> {
         let mut trees = self.trees.lock().expect("no panic while locked");
         let new = || PackBuilder::new(BlobKind::Tree, Vec::new());
         let builder = trees.get_or_insert_with(new);
-        let write = |to: &mut dyn io::Write| tree.write_json(to);
         builder.add_streamed(self.shared.key(), self.shared.options.level, id, len, write)?;
         if builder.len() >= self.shared.options.pack_len {
             self.shared.upload(std::mem::replace(builder, new()))?;

@@ -60,6 +60,16 @@ impl Job {
     }
 }
 
+/// Blobs that were stored, in parts with a lock each.
+#[derive(Debug, Default)]
+pub(crate) struct StoredBlobs(Vec<Mutex<HashSet<(BlobKind, BlobId)>>>);
+
+impl StoredBlobs {
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 pub(super) struct Shared {
     pub(super) repository: Repository,
     pub(super) options: WriterOptions,
@@ -92,7 +102,14 @@ struct Progress {
 }
 
 impl Shared {
-    pub(super) fn new(repository: &Repository, index: Arc<Index>, options: WriterOptions) -> Self {
+    pub(super) fn new(
+        repository: &Repository,
+        index: Arc<Index>,
+        options: WriterOptions,
+        stored: StoredBlobs,
+    ) -> Self {
+        let mut claimed = stored.0;
+        claimed.resize_with(CLAIM_PARTS, Mutex::default);
         Self {
             repository: repository.clone(),
             jobs: Queue::new(options.queue_len),
@@ -102,7 +119,7 @@ impl Shared {
             lock: Mutex::default(),
             options,
             index,
-            claimed: (0..CLAIM_PARTS).map(|_| Mutex::default()).collect(),
+            claimed,
             zeros: Mutex::default(),
             failure: OnceLock::new(),
             progress: Mutex::default(),
@@ -200,8 +217,25 @@ impl Shared {
         if self.index.is_reusable(kind, id) {
             return false;
         }
+        self.claimed_part(id).insert((kind, *id))
+    }
+
+    /// Whether the repository has the blob, or this run stores it.
+    pub(super) fn knows(&self, kind: BlobKind, id: &BlobId) -> bool {
+        self.index.is_reusable(kind, id) || self.claimed_part(id).contains(&(kind, *id))
+    }
+
+    /// What this run has stored; to be asked once it has ended.
+    pub(super) fn take_claimed(&self) -> StoredBlobs {
+        let take = |part: &Mutex<HashSet<_>>| {
+            Mutex::new(std::mem::take(&mut *part.lock().expect("no panic while locked")))
+        };
+        StoredBlobs(self.claimed.iter().map(take).collect())
+    }
+
+    fn claimed_part(&self, id: &BlobId) -> MutexGuard<'_, HashSet<(BlobKind, BlobId)>> {
         let part = &self.claimed[usize::from(id.0[31]) % CLAIM_PARTS];
-        part.lock().expect("no panic while locked").insert((kind, *id))
+        part.lock().expect("no panic while locked")
     }
 
     /// The id of a chunk of zeros that has been stored.
