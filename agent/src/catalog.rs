@@ -12,7 +12,7 @@ use repository::{
 };
 
 use crate::manifest::Manifest;
-use crate::names::{DiskName, DomainName};
+use crate::names::{BitmapNames, DiskName, DomainName};
 
 /// Tag of every snapshot that kvmsnap writes.
 pub const TAG: &str = "kvmsnap";
@@ -149,7 +149,8 @@ impl History {
 
     fn read(&self, id: FileId, file: &SnapshotFile) -> Option<Backup> {
         match self.catalog.manifest(id, file) {
-            Ok(manifest) if manifest.uuid == self.uuid => {
+            Ok(mut manifest) if manifest.uuid == self.uuid => {
+                self.leave_bitmaps_of_others(&mut manifest);
                 Some(Backup { id, file: file.clone(), manifest })
             }
             Ok(_) => None,
@@ -157,6 +158,17 @@ impl History {
                 tracing::warn!(%error, "an earlier backup is passed over");
                 None
             }
+        }
+    }
+}
+
+impl History {
+    /// A snapshot that was copied from another repository tells of a dirty bitmap that belongs to the chain
+    /// there: a backup into this one would take it away.
+    fn leave_bitmaps_of_others(&self, manifest: &mut Manifest) {
+        let names = BitmapNames::of_repository(self.catalog.repository.id());
+        for disk in &mut manifest.disks {
+            disk.bitmap = disk.bitmap.take().filter(|bitmap| names.owns(bitmap));
         }
     }
 }

@@ -217,6 +217,22 @@ pub enum CommandError {
         /// Its process id.
         holder: String,
     },
+    /// Of several snapshots some are damaged and were not copied.
+    #[error("{failed} of {count} snapshots were not copied")]
+    NotCopied {
+        /// How many; each was named.
+        failed: usize,
+        /// How many were to be copied.
+        count: usize,
+    },
+    /// What was copied cannot be read back.
+    #[error("what was copied to {location} is damaged")]
+    BadReplica {
+        /// Where to.
+        location: String,
+        /// What is wrong with it.
+        source: Box<RepositoryError>,
+    },
     /// No repository was named.
     #[error("no repository was given")]
     NoRepositoryGiven {
@@ -340,8 +356,12 @@ impl CommandError {
             | Self::Overlay(OverlayError::Interrupted)
             | Self::Deploy(DeployError::Write(RestoreError::Interrupted))
             | Self::Restore(RestoreError::Interrupted) => INTERRUPTED,
-            Self::SomeFailed { .. } | Self::StepsFailed { .. } => SOME_FAILED,
+            Self::NotCopied { failed, count } if failed == count => FAILED,
+            Self::SomeFailed { .. } | Self::StepsFailed { .. } | Self::NotCopied { .. } => {
+                SOME_FAILED
+            }
             Self::Lock(LockError::Held { .. }) => LOCKED,
+            Self::Repository(RepositoryError::SameRepository { .. }) => USAGE,
             Self::Location(LocationError::Address(_)) => USAGE,
             Self::Location(error) if error.is_missing() => NO_REPOSITORY,
             error => error.repository().map_or(FAILED, repository_code),

@@ -29,6 +29,7 @@ mod progress;
 mod quiesce;
 mod read;
 mod recover;
+mod replicate;
 mod restore;
 mod retention;
 mod run;

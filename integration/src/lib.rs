@@ -24,6 +24,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 use vm_fixtures::Guest;
+use vm_fixtures::servers::Server;
 
 /// How long one command may take before the test fails.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -32,7 +33,11 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub struct Host {
     folder: TempDir,
+    /// Where the repository is: a folder, or a location elsewhere.
     repository: PathBuf,
+    restic_repository: PathBuf,
+    restic_arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Default for Host {
@@ -57,13 +62,27 @@ impl Host {
         fs::set_permissions(&password, Permissions::from_mode(0o600)).expect("a file of ours");
         fs::write(folder.path().join("kvmsnap.toml"), "").expect("a configuration");
         let repository = folder.path().join("repository");
-        Self { folder, repository }
+        let restic_repository = repository.clone();
+        let (restic_arguments, environment) = (Vec::new(), Vec::new());
+        Self { folder, repository, restic_repository, restic_arguments, environment }
+    }
+
+    /// A host with a new repository on a server.
+    pub fn with_repository_on(server: &Server) -> Self {
+        let mut host = Self::without_repository();
+        host.repository = PathBuf::from(server.location());
+        host.restic_repository = PathBuf::from(server.restic_location());
+        host.restic_arguments = server.restic_arguments().to_vec();
+        host.environment = server.environment().to_vec();
+        host.ok(["repository", "init"]);
+        host
     }
 
     /// Another host that has the repository of this one.
     pub fn neighbour(&self) -> Self {
         let mut host = Self::without_repository();
         host.repository.clone_from(&self.repository);
+        host.restic_repository.clone_from(&self.restic_repository);
         host
     }
 
@@ -71,6 +90,7 @@ impl Host {
     pub fn with_repository_at(repository: &Path) -> Self {
         let mut host = Self::without_repository();
         host.repository = repository.to_owned();
+        host.restic_repository = repository.to_owned();
         host.ok(["repository", "init"]);
         host
     }
@@ -111,6 +131,7 @@ impl Host {
             .env("KVMSNAP_PASSWORD_FILE", self.password_file())
             .env("KVMSNAP_STATE_DIR", self.state())
             .env("KVMSNAP_RUN_DIR", self.folder().join("run"))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         command
     }
@@ -169,10 +190,12 @@ impl Host {
         let mut command = Command::new("restic");
         command
             .args(["--no-cache", "--repo"])
-            .arg(&self.repository)
+            .arg(&self.restic_repository)
             .arg("--password-file")
             .arg(self.password_file())
+            .args(&self.restic_arguments)
             .args(arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         command
     }

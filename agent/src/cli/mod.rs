@@ -3,6 +3,7 @@
 mod alert;
 mod backup;
 mod config;
+mod copy;
 mod create;
 mod doctor;
 mod forget;
@@ -157,6 +158,7 @@ enum Command {
     Show(show::ShowArgs),
     Restore(restore::RestoreArgs),
     Verify(verify::VerifyArgs),
+    Copy(copy::CopyArgs),
     Forget(Box<forget::ForgetArgs>),
     Protect(protect::ProtectArgs),
     Prune(prune::PruneArgs),
@@ -240,6 +242,7 @@ impl Cli {
             Command::List(args) => context.until_interrupted(list::run(args, &context)).await,
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
+            Command::Copy(args) => copy::run(args, &context).await,
             Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
             Command::Forget(args) => forget::run(*args, &context).await,
             Command::Protect(args) => protect::run(args, &context).await,

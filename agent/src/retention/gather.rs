@@ -35,15 +35,9 @@ pub struct NotCopied {
 impl NotCopied {
     /// A replica with these snapshots.
     pub fn to(name: &str, replica: &[(FileId, SnapshotFile)]) -> Self {
-        let known = replica.iter().map(|(id, file)| name_of(id, file)).collect();
+        let known = replica.iter().map(|(id, file)| file.first_id(id)).collect();
         Self { name: name.to_owned(), known }
     }
-}
-
-/// What a snapshot is called in all repositories: a copy, and one whose tags were changed, tell of the one
-/// that they were made from.
-fn name_of(id: &FileId, file: &SnapshotFile) -> FileId {
-    file.original.unwrap_or(*id)
 }
 
 /// Collects what is to be known of the snapshots that `wanted` accepts, and of what replicas lack.
@@ -160,7 +154,7 @@ fn compare(
 ) {
     for &place in places.iter().rev() {
         let candidate = &mut candidates[place];
-        if replica.known.contains(&name_of(&candidate.id, files[&candidate.id])) {
+        if replica.known.contains(&files[&candidate.id].first_id(&candidate.id)) {
             candidate.last_in.push(replica.name.clone());
             return;
         }

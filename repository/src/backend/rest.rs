@@ -10,7 +10,7 @@ use url::Url;
 use super::{
     Access, Backend, BackendError, Begun, FileKind, FileRef,
     http::{Call, Client},
-    retry::{retry, retry_removal},
+    retry::Patience,
 };
 use crate::FileId;
 
@@ -28,6 +28,7 @@ pub struct RestServer {
     shown: String,
     /// Who we are, as HTTP says it.
     authorization: Option<String>,
+    patience: Patience,
     access: Arc<Access>,
 }
 
@@ -54,7 +55,14 @@ impl RestServer {
         // The user is in a header of its own.
         let _ = base.set_username("");
         let client = Client::new(access)?;
-        Ok(Self { client, base, shown, authorization, access: Arc::clone(access) })
+        Ok(Self {
+            client,
+            base,
+            shown,
+            authorization,
+            patience: Patience::default(),
+            access: Arc::clone(access),
+        })
     }
 
     /// Makes an empty place for a repository.
@@ -65,7 +73,9 @@ impl RestServer {
         let server = Self::new(url, access)?;
         let url = format!("{}?create=true", server.base);
         let content = Some([].as_slice());
-        retry(|| server.call(Method::POST, &url, content, "create", &server.shown, &[]).map(drop))?;
+        server.patience.retry(|| {
+            server.call(Method::POST, &url, content, "create", &server.shown, &[]).map(drop)
+        })?;
         Ok(server)
     }
 
@@ -109,13 +119,14 @@ impl RestServer {
         let (headers, content) = (headers.as_slice(), None);
         let method = Method::GET;
         let call = Call { method, url, headers, content, operation, file, answer_len_max };
-        retry(|| self.client.ask(&call, &[wanted])?.content(&call))
+        self.patience.retry(|| self.client.ask(&call, &[wanted])?.content(&call))
     }
 
     /// The length of a file.
     fn len(&self, kind: FileKind, id: &FileId) -> Result<Option<u64>, BackendError> {
         let (url, file) = (self.url(kind, id), self.file(kind, id));
-        let asked = retry(|| self.call(Method::HEAD, &url, None, "look at", &file, &[]));
+        let asked =
+            self.patience.retry(|| self.call(Method::HEAD, &url, None, "look at", &file, &[]));
         match asked {
             Ok(len) => Ok(Some(len.unwrap_or(0))),
             Err(error) if error.is_not_found() => Ok(None),
@@ -182,7 +193,7 @@ impl Backend for RestServer {
             return Err(BackendError::Exists { file });
         }
         let headers = [("Content-Type", "application/octet-stream")];
-        retry(|| {
+        self.patience.retry(|| {
             match self.call(Method::POST, &url, Some(content), "write", &file, &headers) {
                 // Servers that only append refuse a file that is there already, so a second try of
                 // what was stored after all. Its name is that of its content.
@@ -207,7 +218,8 @@ impl Backend for RestServer {
 
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
         let (url, file) = (self.url(kind, id), self.file(kind, id));
-        retry_removal(|| self.call(Method::DELETE, &url, None, "remove", &file, &[]).map(drop))
+        self.patience
+            .retry_removal(|| self.call(Method::DELETE, &url, None, "remove", &file, &[]).map(drop))
     }
 
     fn location(&self) -> String {

@@ -2,6 +2,7 @@
 
 use std::{
     io::ErrorKind,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -11,39 +12,61 @@ use super::BackendError;
 /// Waits before the second and the third try.
 const WAITS: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
 /// Nothing is begun again that has taken so long already: whoever waits for it has a deadline too.
-const BEGIN_AGAIN_WITHIN: Duration = Duration::from_secs(45);
+const BEGIN_AGAIN_WITHIN: Duration = Duration::from_secs(20);
 
-/// Does something that may be done twice, up to three times.
-pub(super) fn retry<T>(
-    mut attempt: impl FnMut() -> Result<T, BackendError>,
-) -> Result<T, BackendError> {
-    let start = Instant::now();
-    let mut waits = WAITS.into_iter();
-    loop {
-        match (attempt(), waits.next()) {
-            (Err(error), Some(wait))
-                if is_transient(&error) && start.elapsed() + wait < BEGIN_AGAIN_WITHIN =>
-            {
-                tracing::debug!(%error, "trying again");
-                thread::sleep(wait);
-            }
-            (outcome, _) => return outcome,
-        }
-    }
+/// How often things are tried at one store.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    /// The store was silent for as long as it may be: until it answers, nothing is tried twice. So who has
+    /// failed because of it and puts things in order does not wait as long once more.
+    is_spent: AtomicBool,
 }
 
-/// As [`retry`], for a removal: what a first try removed and could not tell of is gone.
-pub(super) fn retry_removal(
-    mut attempt: impl FnMut() -> Result<(), BackendError>,
-) -> Result<(), BackendError> {
-    let mut tries = 0;
-    retry(|| {
-        tries += 1;
-        match attempt() {
-            Err(error) if error.is_not_found() && tries > 1 => Ok(()),
-            other => other,
+impl Patience {
+    /// Does something that may be done twice, up to three times.
+    pub(super) fn retry<T>(
+        &self,
+        mut attempt: impl FnMut() -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        let start = Instant::now();
+        let mut waits = WAITS.into_iter();
+        loop {
+            let outcome = attempt();
+            let error = match &outcome {
+                Err(error) if is_transient(error) => error,
+                _ => {
+                    self.is_spent.store(false, Ordering::Relaxed);
+                    return outcome;
+                }
+            };
+            let goes_on = |wait: &Duration| {
+                !self.is_spent.load(Ordering::Relaxed)
+                    && start.elapsed() + *wait < BEGIN_AGAIN_WITHIN
+            };
+            let Some(wait) = waits.next().filter(goes_on) else {
+                let silent = error.io_kind() == Some(ErrorKind::TimedOut);
+                self.is_spent.fetch_or(silent, Ordering::Relaxed);
+                return outcome;
+            };
+            tracing::debug!(%error, "trying again");
+            thread::sleep(wait);
         }
-    })
+    }
+
+    /// As [`Self::retry`], for a removal: what a first try removed and could not tell of is gone.
+    pub(super) fn retry_removal(
+        &self,
+        mut attempt: impl FnMut() -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        let mut tries = 0;
+        self.retry(|| {
+            tries += 1;
+            match attempt() {
+                Err(error) if error.is_not_found() && tries > 1 => Ok(()),
+                other => other,
+            }
+        })
+    }
 }
 
 fn is_transient(error: &BackendError) -> bool {
@@ -79,7 +102,7 @@ mod tests {
     fn r14_only_what_may_pass_is_tried_again() {
         let count = |kind| {
             let mut tries = 0;
-            let outcome: Result<(), _> = retry(|| {
+            let outcome: Result<(), _> = Patience::default().retry(|| {
                 tries += 1;
                 Err(failure(kind))
             });
@@ -91,10 +114,28 @@ mod tests {
     }
 
     #[test]
+    fn r14_a_store_that_stays_silent_is_not_waited_for_again_until_it_answers() {
+        let patience = Patience::default();
+        let tries = || {
+            let mut tries = 0;
+            let outcome: Result<(), _> = patience.retry(|| {
+                tries += 1;
+                Err(failure(ErrorKind::TimedOut))
+            });
+            assert!(outcome.is_err());
+            tries
+        };
+        assert_eq!((tries(), tries()), (3, 1));
+        patience.retry(|| Ok(())).unwrap();
+        assert_eq!(tries(), 3);
+    }
+
+    #[test]
     fn a_file_that_a_first_try_removed_is_removed() {
         let not_found = || BackendError::NotFound { file: "a".to_owned() };
         let mut answers = vec![Err(not_found()), Err(failure(ErrorKind::TimedOut))];
-        retry_removal(|| answers.pop().unwrap()).unwrap();
-        assert!(retry_removal(|| Err(not_found())).unwrap_err().is_not_found());
+        let patience = Patience::default();
+        patience.retry_removal(|| answers.pop().unwrap()).unwrap();
+        assert!(patience.retry_removal(|| Err(not_found())).unwrap_err().is_not_found());
     }
 }

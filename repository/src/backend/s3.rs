@@ -11,7 +11,7 @@ use ureq::http::Method;
 use super::{
     Access, Backend, BackendError, Begun, FileKind, FileRef, S3Address,
     http::{Call, Client},
-    retry::{retry, retry_removal},
+    retry::Patience,
 };
 use crate::FileId;
 
@@ -31,6 +31,7 @@ pub struct S3Bucket {
     prefix: String,
     /// As a person may see it.
     shown: String,
+    patience: Patience,
     access: Arc<Access>,
 }
 
@@ -62,7 +63,14 @@ impl S3Bucket {
             prefix => format!("{prefix}/"),
         };
         let client = Client::new(access)?;
-        Ok(Self { client, bucket, prefix, shown, access: Arc::clone(access) })
+        Ok(Self {
+            client,
+            bucket,
+            prefix,
+            shown,
+            patience: Patience::default(),
+            access: Arc::clone(access),
+        })
     }
 
     /// Makes the bucket, unless it is there.
@@ -73,7 +81,9 @@ impl S3Bucket {
         let store = Self::new(address, access)?;
         let credentials = store.credentials();
         let head = store.bucket.head_bucket(Some(credentials)).sign(SIGNED_FOR);
-        match retry(|| store.call(Method::HEAD, head.as_str(), None, "look at", &store.shown, &[]))
+        match store
+            .patience
+            .retry(|| store.call(Method::HEAD, head.as_str(), None, "look at", &store.shown, &[]))
         {
             Err(error) if error.is_not_found() => {}
             other => return other.map(|_| store),
@@ -81,7 +91,9 @@ impl S3Bucket {
         let action = store.bucket.create_bucket(credentials);
         let (url, body) = (action.sign(SIGNED_FOR), action.body());
         let content = Some(body.as_bytes());
-        retry(|| store.call(Method::PUT, url.as_str(), content, "create", &store.shown, &[]))?;
+        store.patience.retry(|| {
+            store.call(Method::PUT, url.as_str(), content, "create", &store.shown, &[])
+        })?;
         Ok(store)
     }
 
@@ -119,7 +131,7 @@ impl S3Bucket {
         answer_len_max: u64,
         wanted: u16,
     ) -> Result<Vec<u8>, BackendError> {
-        retry(|| {
+        self.patience.retry(|| {
             let (url, content) = (&*url(), None);
             let method = Method::GET;
             let call = Call { method, url, headers, content, operation, file, answer_len_max };
@@ -131,7 +143,10 @@ impl S3Bucket {
     fn len(&self, kind: FileKind, id: &FileId) -> Result<Option<u64>, BackendError> {
         let (key, file) = (self.key(kind, id), self.file(kind, id));
         let url = self.bucket.head_object(Some(self.credentials()), &key).sign(SIGNED_FOR);
-        match retry(|| self.call(Method::HEAD, url.as_str(), None, "look at", &file, &[])) {
+        match self
+            .patience
+            .retry(|| self.call(Method::HEAD, url.as_str(), None, "look at", &file, &[]))
+        {
             Ok(len) => Ok(Some(len.unwrap_or(0))),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
@@ -168,7 +183,7 @@ impl S3Bucket {
         headers: &[(&str, &str)],
     ) -> Result<(), BackendError> {
         let (key, file) = (self.key(kind, id), self.file(kind, id));
-        retry(|| {
+        self.patience.retry(|| {
             let url = self.bucket.put_object(Some(self.credentials()), &key).sign(SIGNED_FOR);
             let call = Call {
                 method: Method::PUT,
@@ -266,7 +281,7 @@ impl Backend for S3Bucket {
             return Err(BackendError::NotFound { file });
         }
         let url = self.bucket.delete_object(Some(self.credentials()), &key).sign(SIGNED_FOR);
-        retry_removal(|| {
+        self.patience.retry_removal(|| {
             self.call(Method::DELETE, url.as_str(), None, "remove", &file, &[]).map(drop)
         })
     }

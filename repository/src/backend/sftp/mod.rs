@@ -16,8 +16,7 @@ use self::{
     wire::{POSIX_RENAME, Request, status},
 };
 use super::{
-    Access, Backend, BackendError, Begun, FileKind, FileRef, SftpAddress,
-    retry::{retry, retry_removal},
+    Access, Backend, BackendError, Begun, FileKind, FileRef, SftpAddress, retry::Patience,
 };
 use crate::FileId;
 
@@ -34,6 +33,7 @@ pub struct SftpFolder {
     access: Arc<Access>,
     pool: Mutex<Pool>,
     returned: Condvar,
+    patience: Patience,
 }
 
 #[derive(Default)]
@@ -46,7 +46,13 @@ impl SftpFolder {
     /// The folder at an address. Nobody is asked yet.
     pub fn new(address: &SftpAddress, access: &Arc<Access>) -> Self {
         let (address, access) = (address.clone(), Arc::clone(access));
-        Self { address, access, pool: Mutex::default(), returned: Condvar::new() }
+        Self {
+            address,
+            access,
+            pool: Mutex::default(),
+            returned: Condvar::new(),
+            patience: Patience::default(),
+        }
     }
 
     /// Makes the folder with its parents and subfolders; what exists is left as it is.
@@ -80,7 +86,7 @@ impl SftpFolder {
         path: &str,
         work: impl Fn(&mut Session) -> Result<T, SftpError>,
     ) -> Result<T, BackendError> {
-        retry(|| self.run_once(operation, path, &work))
+        self.patience.retry(|| self.run_once(operation, path, &work))
     }
 
     fn run_once<T>(
@@ -275,7 +281,7 @@ impl Backend for SftpFolder {
         let path = self.path(FileRef { kind, id: *id });
         let mut truncated = false;
         let end = offset.saturating_add(buffer.len() as u64);
-        retry(|| {
+        self.patience.retry(|| {
             self.run_once("read", &path, |session| {
                 match session.read_range(&path, offset, buffer, &self.access.pace) {
                     Err(SftpError::Truncated) => {
@@ -298,7 +304,7 @@ impl Backend for SftpFolder {
             _ => FileRef { kind, id: *id }.to_string(),
         };
         let path = self.path(name);
-        retry(|| self.write_once(kind, &path, content))
+        self.patience.retry(|| self.write_once(kind, &path, content))
     }
 
     fn begin(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<Begun, BackendError> {
@@ -311,7 +317,7 @@ impl Backend for SftpFolder {
 
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
         let path = self.path(FileRef { kind, id: *id });
-        retry_removal(|| {
+        self.patience.retry_removal(|| {
             self.run_once("remove", &path, |session| session.call(&Request::Remove { path: &path }))
         })
     }

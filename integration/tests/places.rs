@@ -1,0 +1,103 @@
+//! Repositories elsewhere: backups over SFTP, S3 and REST, on real servers. R14, S09, S12.
+
+use std::time::Duration;
+
+use integration::faults::{Contents, assert_says, kinds};
+use integration::{Host, assert_guest_is_free, finish, spawn};
+use vm_fixtures::servers::{REST_PASSWORD, Rest, S3_SECRET, Server};
+use vm_fixtures::{Disk, Guest, MIB};
+
+fn machine(size: u64) -> Option<(Guest, Contents)> {
+    let guest = Guest::without_os().disk(Disk::new("vda", size)).boot()?;
+    Some((guest, Contents::new(&["vda"], size)))
+}
+
+/// A full backup, an incremental one, restores, and stock restic's opinion.
+fn keeps_backups(server: &Server) {
+    let Some((guest, mut contents)) = machine(8 * MIB) else { return };
+    let host = Host::with_repository_on(server);
+    contents.write_noise(&guest, "vda", 0, 3 << 20, 1);
+    let full = host.backup_and_compare(&guest, &contents, &[]);
+    assert_eq!(kinds(&full)["vda"], "full");
+    contents.scribble(&guest, 2);
+    let next = host.backup_and_compare(&guest, &contents, &[]);
+    assert_eq!(kinds(&next)["vda"], "incremental");
+    assert_guest_is_free(&guest, &["vda"]);
+    host.ok(["verify", "--read-data"]);
+    host.assert_restic_is_content();
+    assert_eq!(host.list().len(), 2);
+}
+
+#[test]
+fn p7_backups_over_sftp_restore_and_restic_reads_them() {
+    let Some(server) = Server::sftp() else { return };
+    keeps_backups(&server);
+}
+
+#[test]
+fn p7_backups_into_s3_restore_and_restic_reads_them() {
+    let Some(server) = Server::s3() else { return };
+    keeps_backups(&server);
+}
+
+#[test]
+fn p7_backups_to_a_rest_server_restore_and_restic_reads_them() {
+    let Some(server) = Server::rest(Rest::Free) else { return };
+    keeps_backups(&server);
+}
+
+#[test]
+fn s12_where_nothing_can_be_removed_backups_go_on_and_forget_says_why_not() {
+    let Some(server) = Server::rest(Rest::AppendOnly) else { return };
+    let Some((guest, mut contents)) = machine(4 * MIB) else { return };
+    let host = Host::with_repository_on(&server);
+    let first = host.backup(&guest, &[]);
+    contents.scribble(&guest, 1);
+    let next = host.backup_and_compare(&guest, &contents, &[]);
+    assert_eq!(kinds(&next)["vda"], "incremental");
+
+    let refused = host.run(["forget", "--snapshot", first["id"].as_str().unwrap()]);
+
+    assert_says(&refused, 1, "cannot remove rest:http://keeper@");
+    assert!(refused.stderr.contains("forget and prune where it is kept"), "{refused:?}");
+    assert_eq!(host.list().len(), 2);
+}
+
+#[test]
+fn s09_neither_errors_nor_logs_show_a_password_or_a_key() {
+    let Some(server) = Server::rest(Rest::Free) else { return };
+    let Some((guest, _)) = machine(4 * MIB) else { return };
+    let host = Host::with_repository_on(&server);
+    let said = host.try_backup(&guest, &["-v", "-v"]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    assert!(!said.stderr.contains(REST_PASSWORD), "{}", said.stderr);
+    let mut command = host.command(["list", "-v", "-v"]);
+    command.env("KVMSNAP_REST_PASSWORD", "canary");
+    let refused = finish(spawn(command));
+    assert_says(&refused, 1, "401");
+    assert!(!refused.stderr.contains("canary"), "{}", refused.stderr);
+
+    let Some(server) = Server::s3() else { return };
+    let host = Host::with_repository_on(&server);
+    let said = host.run(["list", "-v", "-v"]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    let leaks = |text: &str| text.contains(S3_SECRET) || text.contains("X-Amz-Signature");
+    assert!(!leaks(&said.stderr), "{}", said.stderr);
+    let mut command = host.command(["list"]);
+    command.env("KVMSNAP_REPOSITORY", "rest:http://keeper:canary@127.0.0.1/");
+    let refused = finish(spawn(command));
+    assert_says(&refused, 2, "must not hold a password");
+    assert!(!refused.stderr.contains("canary"), "{}", refused.stderr);
+}
+
+#[test]
+fn r14_a_server_that_is_away_is_no_repository_for_now() {
+    let Some(mut server) = Server::rest(Rest::Free) else { return };
+    let host = Host::with_repository_on(&server);
+    server.kill();
+    let refused = host.run(["list"]);
+    assert_says(&refused, 10, "connection refused");
+    assert!(refused.took < Duration::from_secs(20), "{refused:?}");
+    server.restart();
+    host.ok(["list"]);
+}
