@@ -512,7 +512,7 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
         }
         RepositoryError::Backend { source } => store_hint(source)?,
         RepositoryError::InUseUnknown { .. } => {
-            "`kvmsnap verify` tells what is damaged and whom it affects"
+            "`kvmsnap verify` tells what is damaged and whom it affects, `--repair` mends it"
         }
         RepositoryError::SnapshotNotFound { .. } | RepositoryError::SnapshotAmbiguous { .. } => {
             "`kvmsnap list` shows what there is"

@@ -93,7 +93,9 @@ fn p6_prunes_and_forgets_of_several_hosts_beside_backups_lose_nothing() {
                         std::time::Duration::from_secs(60),
                         &|_| Ok(()),
                     );
-                    let Ok(lock) = lock.and_then(|lock| lock.settle()) else { continue };
+                    let Ok(lock) = lock.and_then(repository::AnnouncedLock::settle) else {
+                        continue;
+                    };
                     let content = [noise(number % 3, 4 * CHUNK), noise(number, CHUNK)].concat();
                     let time = first + SignedDuration::from_hours(number as i64);
                     made.push((host.back_up(&Backup::of(domain, time, content.clone())), content));
@@ -150,5 +152,39 @@ fn prune_says_what_it_would_do_and_does_it() {
     let refused = host.kvmsnap(&["prune", "--wait=1"]);
     assert_eq!(refused.status.code(), Some(11));
     lock.release().unwrap();
+    host.judge();
+}
+
+#[test]
+fn p4_verify_repairs_from_a_replica_and_names_whom_damage_affects_before_and_after() {
+    let (host, replica) = (Host::in_folder(place()), Host::in_folder(place()));
+    forgetful(&host);
+    let snapshots = host.snapshots();
+    // The replica is a copy of the folder: the same blobs, by the same ids.
+    fs::remove_dir_all(&replica.folder).unwrap();
+    let copied = std::process::Command::new("cp")
+        .arg("-a")
+        .args([&host.folder, &replica.folder])
+        .status()
+        .unwrap();
+    assert!(copied.success());
+    let packs = files(&host.folder.join("data"));
+    let (largest, content) = packs.iter().max_by_key(|(_, content)| content.len()).unwrap();
+    let mut damaged = content.clone();
+    damaged[50] ^= 1;
+    fs::write(largest, &damaged).unwrap();
+    let verify = host.kvmsnap(&["verify", "--read-data"]);
+    assert_eq!(verify.status.code(), Some(1));
+
+    let mended = host.kvmsnap(&["verify", "--read-data", "--repair"]);
+
+    let told = String::from_utf8_lossy(&mended.stdout).into_owned();
+    assert!(told.contains("1 lost") && told.matches("affects").count() >= 2, "{told}");
+    assert_eq!(mended.status.code(), Some(1), "what was lost is still missing");
+    let location = replica.folder.to_str().unwrap();
+    let told = host.ok(&["verify", "--repair", "--from", location]);
+    assert!(told.contains("1 fetched, 0 lost"), "{told}");
+    assert_eq!(host.snapshots(), snapshots);
+    host.ok(&["verify", "--read-data"]);
     host.judge();
 }

@@ -22,6 +22,7 @@ mod pack;
 mod polynomial;
 mod prune;
 mod reader;
+mod repair;
 mod repository;
 mod snapshot;
 mod tree;
@@ -43,6 +44,7 @@ pub use self::{
     pack::BlobKind,
     prune::{PruneOptions, PruneProgress, PruneReport},
     reader::Reader,
+    repair::{RepairOptions, RepairProgress, RepairReport},
     repository::Repository,
     snapshot::{SnapshotFile, Snapshots},
     tree::{Node, NodeKind, Tree},

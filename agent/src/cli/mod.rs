@@ -243,7 +243,7 @@ impl Cli {
             Command::Show(args) => context.until_interrupted(show::run(args, &context)).await,
             Command::Restore(args) => restore::run(args, &context).await,
             Command::Copy(args) => copy::run(args, &context).await,
-            Command::Verify(args) => context.until_interrupted(verify::run(args, &context)).await,
+            Command::Verify(args) => verify::run(args, &context).await,
             Command::Forget(args) => forget::run(*args, &context).await,
             Command::Protect(args) => protect::run(args, &context).await,
             Command::Prune(args) => prune::run(args, &context).await,

@@ -1,12 +1,18 @@
 //! `kvmsnap verify`
 
+use std::cell::Cell;
 use std::io::Write;
+use std::mem::discriminant;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use ::repository::{AnnouncedLock, CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef};
+use ::repository::{
+    AnnouncedLock, CheckOptions, CheckProgress, CheckReport, FileId, Problem, RepairOptions,
+    RepairProgress, RepairReport, Repository, SnapshotRef,
+};
 use clap::Args;
 
-use super::{Context, announce_lock_to_read};
+use super::{Context, Wanted, announce_lock_to_read};
 use crate::catalog::{Catalog, SnapshotName, short};
 use crate::error::CommandError;
 use crate::progress::human_bytes;
@@ -20,7 +26,9 @@ Examples:
   kvmsnap verify                    every chunk of every snapshot is where the index says
   kvmsnap verify --read-data        … and has the content its name promises
   kvmsnap verify --read-data=10%    … for a random tenth of the packs
-  kvmsnap verify --read-data=3/30   … for the third of thirty parts, which together are all")]
+  kvmsnap verify --read-data=3/30   … for the third of thirty parts, which together are all
+  kvmsnap verify --read-data --repair --from offsite
+                                    … and mend what is damaged, with what a replica has")]
 pub struct VerifyArgs {
     /// Only tell of these snapshots
     snapshots: Vec<SnapshotName>,
@@ -28,6 +36,15 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true,
           default_missing_value = "100%", value_parser = parse_read)]
     read_data: Option<Read>,
+    /// Save what is good of damaged packs, and have the next backup store anew what is not
+    #[arg(long)]
+    repair: bool,
+    /// Fetch what is damaged or missing from this repository
+    #[arg(long, value_name = "REPOSITORY", requires = "repair")]
+    from: Option<String>,
+    /// The password of that repository; by default that of this one
+    #[arg(long, value_name = "FILE", requires = "from")]
+    from_password_file: Option<PathBuf>,
 }
 
 /// What is read.
@@ -44,18 +61,62 @@ enum Read {
 /// [`CommandError::Damaged`] after naming each problem.
 pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError> {
     let repository = context.open().await?;
+    let (wanted, read) = (args.snapshots, args.read_data);
+    let mut report = look(&repository, &wanted, read, context).await?;
+    let replica = args.from.map(|name| context.another(&name, args.from_password_file.as_deref()));
+    let replica = replica.transpose()?;
+    if args.repair && !report.is_clean() {
+        let mended = mend(&repository, report, replica, context).await?;
+        print_mended(&mended, context)?;
+        // What was mended was read; whom the rest affects shows without.
+        report = look(&repository, &wanted, None, context).await?;
+    }
+    match report.problems.len() {
+        0 => Ok(()),
+        problems => Err(CommandError::Damaged { problems }),
+    }
+}
+
+/// Checks the repository and prints what concerns the snapshots that were named; the report has no more.
+async fn look(
+    repository: &Repository,
+    names: &[SnapshotName],
+    read: Option<Read>,
+    context: &Context,
+) -> Result<CheckReport, CommandError> {
+    let (mut report, wanted) =
+        context.until_interrupted(check(repository, names, read, context)).await?;
+    context.progress.finish();
+    let concerns = |problem: &Problem| {
+        // What affects nobody that is known may affect anybody.
+        wanted.is_empty()
+            || problem.affected.is_empty()
+            || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
+    };
+    report.problems.retain(concerns);
+    print(&report, context)?;
+    Ok(report)
+}
+
+async fn check(
+    repository: &Repository,
+    names: &[SnapshotName],
+    read: Option<Read>,
+    context: &Context,
+) -> Result<(CheckReport, Vec<FileId>), CommandError> {
     let reading = repository.clone();
     let lock = blocking(move || announce_lock_to_read(&reading)).await?;
     let settling = async {
         let lock = blocking(move || lock.map(AnnouncedLock::settle).transpose()).await?;
         Ok::<_, CommandError>(lock)
     };
-    let options = match args.read_data {
+    let options = match read {
         None => CheckOptions::default(),
         Some(Read::Share(share)) => CheckOptions::new(Some(share.percent())),
         Some(Read::Part(part, of)) => CheckOptions::part(part, of),
     };
-    let (progress, names) = (context.progress.clone(), args.snapshots);
+    let (repository, progress, names) =
+        (repository.clone(), context.progress.clone(), names.to_vec());
     let checking = blocking(move || {
         let (index, _) = repository.index_of_readable()?;
         let catalog = Catalog::new(&repository, Arc::new(index));
@@ -66,20 +127,61 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         Ok::<_, CommandError>((report, wanted))
     });
     // Held here and not by the thread that reads: an interrupted check lets go of it at once.
-    let (_lock, (report, wanted)) = tokio::try_join!(settling, checking)?;
+    let (_lock, checked) = tokio::try_join!(settling, checking)?;
+    Ok(checked)
+}
+
+/// Mends what was found.
+async fn mend(
+    repository: &Repository,
+    found: CheckReport,
+    replica: Option<Wanted>,
+    context: &Context,
+) -> Result<RepairReport, CommandError> {
+    let (repository, progress) = (repository.clone(), context.progress.clone());
+    let mended = context
+        .until_stopped(move |stop| {
+            let replica = replica.map(|wanted| wanted.open()).transpose()?;
+            let options = RepairOptions::default();
+            let last = Cell::new(None);
+            let step = |step: RepairProgress| {
+                if last.replace(Some(discriminant(&step))) != Some(discriminant(&step)) {
+                    match &step {
+                        RepairProgress::Waiting { held } => {
+                            progress.phase(&format!("waiting: {held}"));
+                        }
+                        _ => progress.phase("mending what is damaged"),
+                    }
+                }
+                stop.check()
+            };
+            Ok(repository.repair(&found, replica.as_ref(), &options, &step)?)
+        })
+        .await?;
     context.progress.finish();
-    let concerns = |problem: &&Problem| {
-        // What affects nobody that is known may affect anybody.
-        wanted.is_empty()
-            || problem.affected.is_empty()
-            || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
-    };
-    let problems: Vec<&Problem> = report.problems.iter().filter(concerns).collect();
-    print(&report, &problems, context)?;
-    match problems.len() {
-        0 => Ok(()),
-        problems => Err(CommandError::Damaged { problems }),
+    Ok(mended)
+}
+
+fn print_mended(mended: &RepairReport, context: &Context) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    if context.global.json {
+        let line = serde_json::json!({
+            "repaired_packs": mended.packs, "repaired_index_files": mended.index_files,
+            "blobs_saved": mended.blobs_saved, "blobs_fetched": mended.blobs_fetched,
+            "blobs_lost": mended.blobs_lost,
+        });
+        return context.print_json(&mut out, &line);
     }
+    let RepairReport { packs, index_files, blobs_saved, blobs_fetched, blobs_lost, .. } = mended;
+    writeln!(
+        out,
+        "mended {packs} packs and {index_files} index files: {blobs_saved} blobs saved, \
+         {blobs_fetched} fetched, {blobs_lost} lost"
+    )?;
+    if *blobs_lost > 0 {
+        tracing::warn!("the next backup of each guest stores what it still has of what was lost");
+    }
+    Ok(())
 }
 
 fn tell(progress: &crate::progress::Progress, step: CheckProgress) {
@@ -91,13 +193,9 @@ fn tell(progress: &crate::progress::Progress, step: CheckProgress) {
     }
 }
 
-fn print(
-    report: &CheckReport,
-    problems: &[&Problem],
-    context: &Context,
-) -> Result<(), CommandError> {
+fn print(report: &CheckReport, context: &Context) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
-    for problem in problems {
+    for problem in &report.problems {
         let affected: Vec<_> = problem.affected.iter().map(|s| s.id.to_string()).collect();
         if context.global.json {
             let line = serde_json::json!({
@@ -122,7 +220,7 @@ fn print(
     if context.global.json {
         let line = serde_json::json!({
             "snapshots": report.snapshots, "packs": report.packs, "packs_read": report.packs_read,
-            "bytes_read": report.bytes_read, "problems": problems.len(),
+            "bytes_read": report.bytes_read, "problems": report.problems.len(),
             "unreferenced_packs": report.unreferenced_packs.len(),
         });
         return context.print_json(&mut out, &line);
@@ -132,7 +230,7 @@ fn print(
         packs => format!("{packs} of them read ({})", human_bytes(report.bytes_read)),
     };
     let (snapshots, packs) = (report.snapshots, report.packs);
-    let found = problems.len();
+    let found = report.problems.len();
     writeln!(out, "{snapshots} snapshots, {packs} packs, {read}: {found} problems")?;
     if !report.unreferenced_packs.is_empty() {
         let count = report.unreferenced_packs.len();

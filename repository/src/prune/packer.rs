@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use zstd::bulk::Decompressor;
+use zstd::bulk::{Compressor, Decompressor};
 
 use crate::{
-    Begun, BlobKind, Defect, FileId, FileKind, Repository, RepositoryError, blob,
+    Begun, BlobId, BlobKind, Defect, FileId, FileKind, Repository, RepositoryError, blob,
     index::file::{BlobEntry, IndexFile, PackEntry},
     pack::PackedBlob,
     writer::{INDEX_BLOBS_MAX, builder::PackBuilder},
@@ -15,6 +15,8 @@ use crate::{
 const PACK_LEN: usize = 16 << 20;
 /// So many bytes of packs are made durable at once.
 const UNSETTLED_LEN_MAX: usize = 64 << 20;
+/// How well what is stored anew is compressed.
+const LEVEL: i32 = 1;
 
 /// New packs in the making.
 pub(crate) struct Packer<'a> {
@@ -71,6 +73,28 @@ impl<'a> Packer<'a> {
         };
         builder.add_sealed(blob, sealed)?;
         self.write_full(blob.kind)
+    }
+
+    /// Stores a plain blob.
+    pub(crate) fn add(
+        &mut self,
+        kind: BlobKind,
+        id: BlobId,
+        plain: &[u8],
+    ) -> Result<(), RepositoryError> {
+        let key = self.repository.key();
+        match kind {
+            BlobKind::Data => {
+                let mut compressor = Compressor::new(LEVEL)
+                    .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
+                self.data.add(key, &mut compressor, id, plain)?
+            }
+            BlobKind::Tree => {
+                let len = plain.len() as u64;
+                self.trees.add_streamed(key, LEVEL, id, len, |to| to.write_all(plain))?
+            }
+        };
+        self.write_full(kind)
     }
 
     /// Makes all of it durable, and known to the index.

@@ -1,0 +1,304 @@
+//! Makes a damaged repository one that can be written to again: what is good of damaged packs is saved, what
+//! is not is fetched from a replica or dropped from the index. Then the next backup, which reuses only what
+//! the index knows, stores it anew, and snapshots that need it are whole again.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    BlobId, BlobKind, CheckReport, FileId, FileKind, FileRef, Index, Lock, LockMode, Problem,
+    Reader, Repository, RepositoryError, Tree,
+    index::file::{BlobEntry, IndexFile, PackEntry},
+    pack::PackedBlob,
+    prune::{packer::Packer, rewrite::Remover},
+    repository::ignore_missing,
+};
+
+/// How to repair.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RepairOptions {
+    /// So long others have to let go of the repository.
+    pub patience: Duration,
+}
+
+impl Default for RepairOptions {
+    fn default() -> Self {
+        Self { patience: Duration::from_secs(600) }
+    }
+}
+
+/// How far it is.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum RepairProgress {
+    /// Somebody else uses the repository.
+    Waiting {
+        /// Who.
+        held: RepositoryError,
+    },
+    /// Damaged packs are being looked through.
+    Packs {
+        /// Packs done.
+        done: u64,
+        /// Packs to do.
+        total: u64,
+    },
+    /// Folders are being looked through for what is missing.
+    Trees {
+        /// Folders read so far.
+        done: u64,
+    },
+    /// Damaged packs are being taken away.
+    Removing,
+}
+
+/// What was done.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RepairReport {
+    /// Damaged packs that the index does not mention any more.
+    pub packs: u64,
+    /// Blobs of those that were good.
+    pub blobs_saved: u64,
+    /// Blobs that a replica had.
+    pub blobs_fetched: u64,
+    /// Blobs that nobody has: the next backup may.
+    pub blobs_lost: u64,
+    /// Damaged index files whose content was found in the packs.
+    pub index_files: u64,
+}
+
+/// Says how far it is, and fails where it is to stop.
+type Step<'a> = &'a dyn Fn(RepairProgress) -> Result<(), RepositoryError>;
+
+impl Repository {
+    /// Mends what a check found in packs and index files, and fetches what is missing from a replica. Damaged
+    /// snapshots and keys stay as they are. Whatever interrupts it, nothing is lost that was not before.
+    pub fn repair(
+        &self,
+        found: &CheckReport,
+        replica: Option<&Repository>,
+        options: &RepairOptions,
+        progress: Step<'_>,
+    ) -> Result<RepairReport, RepositoryError> {
+        let replica = replica.map(Replica::open).transpose()?;
+        let waiting =
+            |held: &RepositoryError| progress(RepairProgress::Waiting { held: held.clone() });
+        let lock = self.lock_within(LockMode::Exclusive, options.patience, &waiting)?;
+        let mut report = RepairReport::default();
+        self.mend_index(&lock, &mut report)?;
+        let mut lost = HashSet::new();
+        self.mend_packs(&lock, found, replica.as_ref(), progress, &mut report, &mut lost)?;
+        if let Some(replica) = &replica {
+            self.fetch_missing(replica, progress, &mut report, &mut lost)?;
+        }
+        report.blobs_lost = lost.len() as u64;
+        lock.release()?;
+        Ok(report)
+    }
+
+    /// What damaged index files said is in the headers of the packs that no other mentions.
+    fn mend_index(&self, lock: &Lock, report: &mut RepairReport) -> Result<(), RepositoryError> {
+        let (index, damaged) = self.index_of_readable()?;
+        if damaged.is_empty() {
+            return Ok(());
+        }
+        let known: HashSet<FileId> = index.packs().iter().map(|pack| pack.id).collect();
+        let mut found = Vec::new();
+        for (id, len) in self.backend().list(FileKind::Pack)? {
+            match self.read_pack_header(&id, len) {
+                _ if known.contains(&id) => {}
+                Ok(blobs) => {
+                    let blobs = blobs.into_iter().map(BlobEntry).collect();
+                    found.push(PackEntry { id, blobs });
+                }
+                Err(error) => tracing::error!(pack = %id, %error, "a pack cannot be told of"),
+            }
+        }
+        if !found.is_empty() {
+            lock.verify()?;
+            self.write_json(FileKind::Index, &IndexFile { packs: &found })?;
+        }
+        for (FileRef { id, .. }, _) in damaged {
+            lock.verify()?;
+            ignore_missing(self.backend().remove(FileKind::Index, &id))?;
+            report.index_files += 1;
+        }
+        Ok(())
+    }
+
+    /// Saves what is good of damaged packs, then takes them out of the index and away.
+    fn mend_packs(
+        &self,
+        lock: &Lock,
+        found: &CheckReport,
+        replica: Option<&Replica>,
+        progress: Step<'_>,
+        report: &mut RepairReport,
+        lost: &mut HashSet<(BlobKind, BlobId)>,
+    ) -> Result<(), RepositoryError> {
+        let damaged: HashSet<FileId> = found.problems.iter().filter_map(pack_of).collect();
+        let index = Arc::new(self.index()?);
+        let numbers = index.packs().iter().zip(0_u32..);
+        let going: HashMap<u32, FileId> = numbers
+            .filter(|(pack, _)| damaged.contains(&pack.id))
+            .map(|(pack, number)| (number, pack.id))
+            .collect();
+        if going.is_empty() {
+            return Ok(());
+        }
+        let mut blobs = blobs_of(&index, &going);
+        let reader = Reader::new(self, Arc::clone(&index), 0);
+        let mut packer = Packer::new(self)?;
+        let mut unreadable = HashSet::new();
+        for (done, (number, id)) in going.iter().enumerate() {
+            progress(RepairProgress::Packs { done: done as u64, total: going.len() as u64 })?;
+            for blob in blobs.remove(number).unwrap_or_default() {
+                match self.read_sealed(id, &blob, &mut packer) {
+                    Ok(Some(sealed)) => {
+                        packer.copy(&blob, &sealed)?;
+                        report.blobs_saved += 1;
+                        continue;
+                    }
+                    Ok(None) => {}
+                    // What a store cannot read today it may read tomorrow.
+                    Err(error) => {
+                        tracing::error!(pack = %id, %error, "the file of a pack stays");
+                        unreadable.insert(*id);
+                    }
+                }
+                // Another pack may have a good copy, which a read finds.
+                if let Ok(plain) = reader.read(blob.kind, &blob.id) {
+                    packer.add(blob.kind, blob.id, &plain)?;
+                    report.blobs_saved += 1;
+                } else if let Some(plain) = replica.and_then(|r| r.read(blob.kind, &blob.id)) {
+                    packer.add(blob.kind, blob.id, &plain)?;
+                    report.blobs_fetched += 1;
+                } else {
+                    lost.insert((blob.kind, blob.id));
+                }
+            }
+        }
+        packer.finish()?;
+        let lens = self.backend().list(FileKind::Pack)?;
+        let present = lens.into_iter().map(|(id, _)| id);
+        let present = present.filter(|id| damaged.contains(id) && !unreadable.contains(id));
+        let mut step = || progress(RepairProgress::Removing);
+        let numbers = going.keys().copied().collect();
+        Remover::new(self, lock, &index, &numbers, present.collect(), &mut step).run()?;
+        report.packs = going.len() as u64;
+        Ok(())
+    }
+
+    /// A sealed blob, if it is what it should be.
+    fn read_sealed(
+        &self,
+        pack: &FileId,
+        blob: &PackedBlob,
+        packer: &mut Packer<'_>,
+    ) -> Result<Option<Vec<u8>>, RepositoryError> {
+        let mut sealed = vec![0; blob.len as usize];
+        let mut read = || {
+            self.backend().read_range(FileKind::Pack, pack, blob.offset.into(), &mut sealed)?;
+            Ok(packer.verify(blob, &sealed).is_ok())
+        };
+        // Once more: a transfer may have gone wrong.
+        match read().and_then(|is_good| if is_good { Ok(true) } else { read() }) {
+            Ok(true) => Ok(Some(sealed)),
+            Ok(false)
+            | Err(crate::BackendError::NotFound { .. } | crate::BackendError::Truncated { .. }) => {
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Walks all snapshots for what the index lacks, and fetches it.
+    fn fetch_missing(
+        &self,
+        replica: &Replica,
+        progress: Step<'_>,
+        report: &mut RepairReport,
+        lost: &mut HashSet<(BlobKind, BlobId)>,
+    ) -> Result<(), RepositoryError> {
+        let reader = Reader::new(self, Arc::new(self.index()?), 0);
+        let mut packer = Packer::new(self)?;
+        let snapshots = self.snapshots()?.good;
+        let mut todo: Vec<BlobId> = snapshots.into_iter().map(|(_, file)| file.tree).collect();
+        let mut seen: HashSet<(BlobKind, BlobId)> = HashSet::new();
+        let mut done = 0;
+        let mut fetch = |kind, id: BlobId, lost: &mut HashSet<_>| {
+            let Some(plain) = replica.read(kind, &id) else {
+                lost.insert((kind, id));
+                return Ok::<_, RepositoryError>(None);
+            };
+            packer.add(kind, id, &plain)?;
+            lost.remove(&(kind, id));
+            report.blobs_fetched += 1;
+            Ok(Some(plain))
+        };
+        while let Some(id) = todo.pop() {
+            if !seen.insert((BlobKind::Tree, id)) {
+                continue;
+            }
+            done += 1;
+            progress(RepairProgress::Trees { done })?;
+            let tree = match reader.tree(&id) {
+                Ok(tree) => tree,
+                Err(_) => match fetch(BlobKind::Tree, id, lost)? {
+                    Some(plain) => Tree::from_json(&id, &plain)?,
+                    None => continue,
+                },
+            };
+            for node in &tree.nodes {
+                todo.extend(node.subtree);
+                for id in node.content() {
+                    let is_known = reader.index().contains(id);
+                    if !is_known && seen.insert((BlobKind::Data, *id)) {
+                        fetch(BlobKind::Data, *id, lost)?;
+                    }
+                }
+            }
+        }
+        packer.finish()
+    }
+}
+
+/// The pack that a problem is about.
+fn pack_of(problem: &Problem) -> Option<FileId> {
+    problem.file.filter(|file| file.kind == FileKind::Pack).map(|file| file.id)
+}
+
+/// The blobs of these packs, by the pack's number, in the order they have there.
+fn blobs_of(index: &Index, packs: &HashMap<u32, FileId>) -> HashMap<u32, Vec<PackedBlob>> {
+    let mut found: HashMap<u32, Vec<PackedBlob>> = HashMap::new();
+    index.for_each_blob(|_, copies| {
+        for copy in copies.iter().filter(|copy| packs.contains_key(&copy.pack)) {
+            found.entry(copy.pack).or_default().push(copy.blob);
+        }
+    });
+    found.values_mut().for_each(|blobs| blobs.sort_unstable_by_key(|blob| blob.offset));
+    found
+}
+
+/// Another repository with copies of the same snapshots.
+struct Replica(Reader);
+
+impl Replica {
+    fn open(repository: &Repository) -> Result<Self, RepositoryError> {
+        let (index, unreadable) = repository.index_salvaged()?;
+        for (file, error) in unreadable {
+            tracing::warn!(%file, %error, "an index file of the replica is passed over");
+        }
+        Ok(Self(Reader::new(repository, Arc::new(index), 0)))
+    }
+
+    /// A blob, verified, if it has it.
+    fn read(&self, kind: BlobKind, id: &BlobId) -> Option<Vec<u8>> {
+        self.0.read(kind, id).ok()
+    }
+}

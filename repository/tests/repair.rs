@@ -1,0 +1,137 @@
+//! P4, R19, R20: damage is mended as far as anything good is left, and the next backup does the rest.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::{CHUNK, folder, init, memory::Memory, noise, open, restic_ok, restore, store};
+use repository::{
+    BlobId, BlobKind, CheckOptions, CheckReport, FileId, FileKind, RepairOptions, RepairReport,
+    Repository,
+};
+
+fn check(repository: &Repository) -> CheckReport {
+    repository.check(&CheckOptions::new(Some(100.0)), &|_| {}).unwrap()
+}
+
+fn repair(repository: &Repository, replica: Option<&Repository>) -> RepairReport {
+    let found = check(repository);
+    repository.repair(&found, replica, &RepairOptions::default(), &|_| Ok(())).unwrap()
+}
+
+/// Disks of three chunks, the first of which all have.
+fn disk(number: u64) -> Vec<u8> {
+    [noise(1, CHUNK), noise(10 + number, 2 * CHUNK)].concat()
+}
+
+fn back_up_three(repository: &Repository) -> BTreeMap<FileId, Vec<u8>> {
+    let one = |number| (store(repository, "vm", &disk(number), CHUNK).unwrap().0, disk(number));
+    (0..3).map(one).collect()
+}
+
+/// The packs that hold chunks of the disks.
+fn packs_of_disks(repository: &Repository) -> BTreeSet<FileId> {
+    let index = repository.index().unwrap();
+    let disks = (0..3).flat_map(|number| {
+        let disk = disk(number);
+        disk.chunks(CHUNK).map(BlobId::of).collect::<Vec<_>>()
+    });
+    disks.map(|chunk| index.locate(BlobKind::Data, &chunk).unwrap().pack).collect()
+}
+
+#[test]
+fn p4_the_next_backup_heals_what_was_damaged_and_older_snapshots_with_it() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let snapshots = back_up_three(&repository);
+    let whole = memory.files.lock().unwrap().clone();
+    for pack in packs_of_disks(&repository) {
+        *memory.files.lock().unwrap() = whole.clone();
+        memory.files.lock().unwrap().get_mut(&(FileKind::Pack, pack)).unwrap()[20] ^= 1;
+        let repository = open(memory.clone()).unwrap();
+        let found = check(&repository);
+        let affected: Vec<FileId> =
+            found.problems.iter().flat_map(|p| p.affected.iter().map(|s| s.id)).collect();
+        assert!(!affected.is_empty());
+
+        let report = repair(&repository, None);
+
+        assert_eq!((report.packs, report.blobs_lost), (1, 1), "{report:?}");
+        for (id, content) in &snapshots {
+            match affected.contains(id) {
+                true => assert!(restore(&repository, id).is_err()),
+                false => assert_eq!(restore(&repository, id).unwrap(), *content),
+            }
+        }
+        // The guests still have what was lost.
+        for number in 0..3 {
+            store(&repository, "vm", &disk(number), CHUNK).unwrap();
+        }
+        assert!(check(&repository).is_clean());
+        for (id, content) in &snapshots {
+            assert_eq!(restore(&repository, id).unwrap(), *content);
+        }
+    }
+}
+
+#[test]
+fn p4_a_replica_heals_all_of_it() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let snapshots = back_up_three(&repository);
+    let copy = Memory::new();
+    *copy.files.lock().unwrap() = memory.files.lock().unwrap().clone();
+    let replica = open(copy).unwrap();
+    let whole = memory.files.lock().unwrap().clone();
+    let files = whole.keys().filter(|(kind, _)| matches!(kind, FileKind::Pack | FileKind::Index));
+    for (at, file) in files.enumerate() {
+        *memory.files.lock().unwrap() = whole.clone();
+        match at % 3 {
+            0 => drop(memory.files.lock().unwrap().remove(file)),
+            1 => memory.files.lock().unwrap().get_mut(file).unwrap().truncate(50),
+            _ => memory.files.lock().unwrap().get_mut(file).unwrap()[40] ^= 1,
+        }
+        let repository = open(memory.clone()).unwrap();
+        let report = repair(&repository, Some(&replica));
+        assert_eq!(report.blobs_lost, 0, "{report:?}");
+        let after = check(&repository);
+        assert!(after.is_clean(), "{file:?}: {after:?}");
+        for (id, content) in &snapshots {
+            assert_eq!(restore(&repository, id).unwrap(), *content);
+        }
+    }
+}
+
+#[test]
+fn r20_damaged_index_files_are_made_anew_from_the_packs() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("r");
+    let repository = init(folder(&path));
+    let snapshots = back_up_three(&repository);
+    for (id, _) in repository.backend().list(FileKind::Index).unwrap() {
+        std::fs::write(path.join(format!("index/{id}")), b"rubbish").unwrap();
+    }
+    assert!(repository.index().is_err());
+
+    let report = repair(&repository, None);
+
+    assert_eq!((report.index_files, report.blobs_lost), (3, 0), "{report:?}");
+    assert!(check(&repository).is_clean());
+    for (id, content) in &snapshots {
+        assert_eq!(restore(&repository, id).unwrap(), *content);
+    }
+    if common::has_restic() {
+        restic_ok(&path, &["check", "--read-data"]);
+    }
+}
+
+#[test]
+fn a_repair_of_what_is_whole_changes_nothing() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    back_up_three(&repository);
+    let before = memory.names();
+    assert_eq!(repair(&repository, None), RepairReport::default());
+    assert_eq!(repair(&repository, Some(&repository)), RepairReport::default());
+    assert_eq!(memory.names(), before);
+}
