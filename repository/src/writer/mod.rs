@@ -249,7 +249,7 @@ impl Writer {
 
     /// As [`Writer::save_blob`], of a blob whose id has been verified.
     pub(crate) fn save_verified(&self, id: BlobId, content: Bytes) -> Result<(), RepositoryError> {
-        self.shared.submit(Job { plain: content, id: Some(id), report: None })
+        self.shared.submit(Job::Blob(id, content))
     }
 
     /// Stores a folder as another program has written it; its id has been verified.
