@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::{Disk, Guest, MIB};
 
-const COMMANDS: [&[&str]; 17] = [
+const COMMANDS: [&[&str]; 22] = [
     &[],
     &["repository"],
     &["repository", "init"],
@@ -31,6 +31,11 @@ const COMMANDS: [&[&str]; 17] = [
     &["image", "info"],
     &["image", "check"],
     &["doctor"],
+    &["run"],
+    &["history"],
+    &["config"],
+    &["config", "check"],
+    &["config", "example"],
     &["completions"],
     &["man"],
 ];
@@ -76,9 +81,11 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     let host = Host::without_repository();
     let folder = host.new_folder();
     host.ok(["man".as_ref(), folder.as_os_str()]);
-    for page in ["kvmsnap.1", "kvmsnap-backup.1", "kvmsnap-restore.1", "kvmsnap-doctor.1"] {
+    for page in
+        ["kvmsnap.1", "kvmsnap-backup.1", "kvmsnap-restore.1", "kvmsnap-doctor.1", "kvmsnap.toml.5"]
+    {
         let page = fs::read_to_string(folder.join(page)).expect("a page");
-        assert!(page.contains(".TH") && page.contains("SYNOPSIS"), "{page}");
+        assert!(page.contains(".TH") && page.contains(".SH DESCRIPTION"), "{page}");
     }
     for (shell, word) in [("bash", "complete"), ("zsh", "#compdef"), ("fish", "complete -c")] {
         let script = host.ok(["completions", shell]);

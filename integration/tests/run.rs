@@ -33,7 +33,10 @@ struct Unattended {
 
 impl Unattended {
     fn new(machines: &[(&str, &Path)], job: &str) -> Self {
-        let host = Host::new();
+        Self::on(Host::new(), machines, job)
+    }
+
+    fn on(host: Host, machines: &[(&str, &Path)], job: &str) -> Self {
         let named = machines.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>();
         let sockets = machines
             .iter()
@@ -319,4 +322,102 @@ fn snapshots_are_thinned_out_by_the_rules_of_the_job() {
     let names: Vec<&str> = left.iter().map(|line| text(line, "domain")).collect();
     assert_eq!(names, ["theirs", "web", "web"]);
     there.host.assert_holds(&left[2], &contents);
+}
+
+#[test]
+fn config_check_says_in_words_what_will_happen_and_when() {
+    let nobody = Path::new("/run/no-such.qmp");
+    let there = Unattended::new(
+        &[("web", nobody), ("db", nobody)],
+        "keep = { daily = 14 }\nverify = { read-all-in = \"30d\" }\nwindow = \"2h\"",
+    );
+    let told = there.host.ok(["config", "check"]);
+    for words in [
+        "kvmsnap.toml makes sense",
+        "Repository main: ",
+        "Job nightly: 03:00.",
+        "Next: ",
+        " 03:00 UTC",
+        "at most 2 h after its time",
+        "Backs up db, web, one after the other.",
+        "Into the repository main.",
+        "stay: daily 14.",
+        "all data is read in 30 d",
+        "Alarm when the last good backup of web is older than 2 d.",
+    ] {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+    let example = there.host.ok(["config", "example"]);
+    fs::write(there.host.config(), &example).expect("a configuration");
+    assert!(there.host.ok(["config", "check"]).contains("No job is configured"));
+    fs::write(there.host.config(), "[repository.main]\nlocaton = \"/srv\"\n")
+        .expect("a configuration");
+    assert_says(
+        &there.host.run(["config", "check"]),
+        2,
+        "kvmsnap.toml:2:1: unknown field `locaton`",
+    );
+    assert_says(&there.host.run(["config", "check"]), 2, "did you mean `location`?");
+    // A location with a slash needs no configuration: so backups come back where that is broken.
+    there.host.ok(["list"]);
+}
+
+/// Random enough to kill at, and the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+#[test]
+fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_random() {
+    let job = "keep = { last = 2 }\nverify = false\nretries = 4";
+    let mut hosts = Vec::new();
+    let first = Host::new();
+    for (index, name) in ["web", "db", "mail"].into_iter().enumerate() {
+        let Some((guest, contents)) = machine() else { return };
+        let host = first.neighbour();
+        let there = Unattended::on(host, &[(name, &guest.qmp())], job);
+        hosts.push((there, guest, contents, index + 1));
+    }
+    let mut dice = Dice(20_261_121);
+    for day in 1..=4 {
+        let at = format!("2040-03-0{day}T03:05:00Z");
+        let mut running = Vec::new();
+        for (there, guest, contents, turn) in &mut hosts {
+            contents.scribble(guest, *turn);
+            *turn += 3;
+            running.push(spawn(there.command(&at, &[])));
+        }
+        running.push(spawn(first.command(["prune", "--wait", "20", "--max-unused", "0%"])));
+        // Two of the four are killed, as by a power cut.
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_millis(dice.below(1200)));
+            let victim = usize::try_from(dice.below(4)).expect("it is small");
+            signal(running[victim].pid(), Signal::SIGKILL);
+        }
+        running.into_iter().for_each(|it| drop(finish(it)));
+        for (there, guest, ..) in &hosts {
+            wait_until(WAIT, "what was killed is undone", || there.host.undo_records() == 0);
+            assert_guest_is_free(guest, &["vda"]);
+        }
+    }
+
+    for (there, guest, contents, turn) in &mut hosts {
+        contents.scribble(guest, *turn);
+        let steps = there.steps("2040-03-09T03:05:00Z");
+        assert_eq!(steps[0]["outcome"], "done", "{steps:?}");
+        let mine = |line: &&Value| line["domain"] == steps[0]["domain"];
+        let listed = there.host.list();
+        let last = listed.iter().rfind(mine).expect("a snapshot");
+        there.host.assert_holds(last, contents);
+        assert_eq!(listed.iter().filter(mine).count(), 2, "by its rules");
+    }
+    first.ok(["prune", "--max-unused", "0%"]);
+    first.ok(["verify", "--read-data"]);
+    first.assert_restic_is_content();
 }

@@ -11,6 +11,7 @@ use super::run::{host, in_zone, machines, of_job};
 use crate::config::example::EXAMPLE;
 use crate::config::{Config, Length, PATH, Prune};
 use crate::error::CommandError;
+use crate::retention::Policy;
 use crate::run::due::{self, Due};
 use crate::run::state::State;
 use crate::run::{Machine, wanted};
@@ -98,6 +99,13 @@ async fn check(context: &Context) -> Result<(), CommandError> {
     Ok(())
 }
 
+/// Rules of retention, in words.
+fn rules(keep: &Policy) -> String {
+    let rules = keep.to_args();
+    let rules = rules.iter().map(|rule| rule.trim_start_matches("--keep-").replace('=', " "));
+    rules.collect::<Vec<_>>().join(", ")
+}
+
 /// The next times of a job.
 fn times(due: &Due<'_>, host: &str, now: Timestamp) -> Vec<Timestamp> {
     let seed = due::seed(host, due.name);
@@ -148,14 +156,14 @@ fn describe(
     }
     match job.keep.as_ref().filter(|keep| !keep.is_empty()) {
         None => say("All snapshots stay: the repository grows without end.".to_owned()),
-        Some(keep) => {
-            let rules: Vec<_> = keep
-                .to_args()
-                .iter()
-                .map(|rule| rule.trim_start_matches("--keep-").replace('=', " "))
-                .collect();
-            say(format!("Of the snapshots of each domain stay: {}.", rules.join(", ")));
-        }
+        Some(keep) => say(format!("Of the snapshots of each domain stay: {}.", rules(keep))),
+    }
+    for copy in &job.copy {
+        let keep = match &copy.keep {
+            None => "all stay there".to_owned(),
+            Some(keep) => format!("there stay: {}", rules(keep)),
+        };
+        say(format!("They are copied to {}; {keep}.", copy.to.get_ref()));
     }
     match job.prune() {
         Prune::Never => say("What nothing needs is not pruned here.".to_owned()),

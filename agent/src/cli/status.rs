@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::list::local_time;
 use super::{Context, OpenRepository, overlays};
 use crate::catalog::Backup;
+use crate::config::Config;
 use crate::error::CommandError;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::hypervisor::libvirt::shut_off::ShutOffDomain;
@@ -24,6 +25,8 @@ use crate::names::DomainName;
 use crate::overlay::fill::{Fill, LOW};
 use crate::overlay::record::{Held, Purpose, Record, Records};
 use crate::plan;
+use crate::run::due;
+use crate::run::state::{DomainState, State};
 use crate::store::blocking;
 
 /// Show for each domain its last backup, how the next one will be taken and why, and what is left
@@ -57,6 +60,10 @@ struct Line {
     leftovers: Vec<String>,
     /// How full the overlays are that track its changes.
     overlays: Vec<Fill>,
+    /// When a job backs it up next.
+    due: Option<Timestamp>,
+    /// Why its backups are not young or many enough for a job.
+    stale: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -124,12 +131,41 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
             tracing::warn!("{}: {fill}: {LOW}", line.domain);
         }
     }
+    match context.config() {
+        Ok(config) => look_at_jobs(&mut lines, config, &backups, &context.global.state_dir),
+        Err(error) => tracing::warn!(%error, "what jobs do is not shown"),
+    }
     lines.sort_by(|a, b| a.domain.cmp(&b.domain));
     let mut out = std::io::stdout().lock();
     if context.global.json {
         return lines.iter().try_for_each(|line| context.print_json(&mut out, line));
     }
     Ok(writeln!(out, "{}", table(&lines))?)
+}
+
+/// When jobs back up domains next, and whether their backups are young and many enough.
+fn look_at_jobs(lines: &mut [Line], config: &Config, backups: &[Backup], state_dir: &Path) {
+    let (state, host, now) = (State::load(state_dir), super::run::host(), Timestamp::now());
+    for due in due::all(config, &state, &host, now) {
+        // What is no longer here is not backed up here.
+        let is_named = |name: &str| config.unmanaged().any(|(named, _)| named == name);
+        let of_job = lines.iter_mut().filter(|line| {
+            due.job.is_about(&line.domain) && (line.state != "not here" || is_named(&line.domain))
+        });
+        for line in of_job {
+            line.due = line.due.into_iter().chain(due.next).min();
+            let of_it = |backup: &&Backup| backup.manifest.domain.as_str() == line.domain;
+            let known = state.jobs.get(due.name).and_then(|job| job.domains.get(&line.domain));
+            let known = DomainState {
+                since: known.and_then(|known| known.since),
+                last_good: line.last.as_ref().map(|last| last.time),
+                snapshots: Some(backups.iter().filter(of_it).count() as u64),
+                ..DomainState::default()
+            };
+            let wanted = crate::run::wanted(config, due.job, &line.domain, now);
+            line.stale = line.stale.take().or(wanted.lacks(&known, now));
+        }
+    }
 }
 
 /// How full the overlays are that track the changes of a domain.
@@ -176,6 +212,8 @@ async fn line<L>(
             Reach::Monitor(_) => false,
         }),
         overlays: Vec::new(),
+        due: None,
+        stale: None,
     };
     let planned = async {
         let domain: DomainName = known.name.parse()?;
@@ -256,6 +294,8 @@ fn elsewhere<'a>(
                 .map(|record| record.run.to_string())
                 .collect(),
             overlays: Vec::new(),
+            due: None,
+            stale: None,
         })
     })
 }
@@ -284,6 +324,10 @@ fn table(lines: &[Line]) -> String {
     // A column for what mostly is nothing would only be in the way.
     let tracks = lines.iter().any(|line| !line.overlays.is_empty());
     header.extend(tracks.then_some("OVERLAYS"));
+    let has_jobs = lines.iter().any(|line| line.due.is_some());
+    header.extend(has_jobs.then_some("DUE"));
+    let is_stale = lines.iter().any(|line| line.stale.is_some());
+    header.extend(is_stale.then_some("STALE"));
     table.set_header(header);
     for line in lines {
         let (time, id) = match &line.last {
@@ -300,6 +344,8 @@ fn table(lines: &[Line]) -> String {
         ];
         let fills: Vec<_> = line.overlays.iter().map(Fill::to_string).collect();
         row.extend(tracks.then(|| fills.join("; ")));
+        row.extend(has_jobs.then(|| line.due.map(local_time).unwrap_or_default()));
+        row.extend(is_stale.then(|| line.stale.clone().unwrap_or_default()));
         table.add_row(row);
     }
     table.trim_fmt()

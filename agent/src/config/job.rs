@@ -54,6 +54,9 @@ pub struct Job {
     pub repository: Option<Spanned<OneOrMany>>,
     /// Which snapshots stay; all unless given.
     pub keep: Option<Policy>,
+    /// Where its snapshots are copied to.
+    #[serde(default)]
+    pub copy: Vec<Copy>,
     /// Whether and when freed space is given back.
     pub prune: Option<UnlessFalse<Schedule>>,
     /// Whether and how its repositories are verified.
@@ -211,6 +214,16 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for UnlessFalse<T> {
         }
         deserializer.deserialize_any(Either(PhantomData))
     }
+}
+
+/// A replica of a job's repository.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Copy {
+    /// The repository that receives copies.
+    pub to: Spanned<String>,
+    /// Which snapshots stay there; all unless given.
+    pub keep: Option<Policy>,
 }
 
 /// When freed space is given back.

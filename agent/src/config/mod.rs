@@ -14,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use toml::Spanned;
 
 use crate::metrics::Metrics;
 use crate::names::DomainName;
@@ -103,13 +104,14 @@ impl Config {
     /// What the types cannot say.
     fn check(&self, text: &str) -> Result<(), Problem> {
         for (name, job) in &self.job {
-            let Some(named) = &job.repository else { continue };
-            for wanted in job.repositories() {
+            let place = job.repository.as_ref().map(Spanned::span).unwrap_or_default();
+            let named = job.repositories().into_iter().map(|wanted| (wanted, place.clone()));
+            let copies = job.copy.iter().map(|copy| (copy.to.get_ref().as_str(), copy.to.span()));
+            for (wanted, place) in named.chain(copies) {
                 if !self.repository.contains_key(wanted) {
                     let message = format!("job `{name}` names an unknown repository `{wanted}`");
                     let known = self.repository.keys().map(Name::as_str);
-                    let problem = Problem::at(named.span(), text, message);
-                    return Err(problem.suggesting(wanted, known));
+                    return Err(Problem::at(place, text, message).suggesting(wanted, known));
                 }
             }
         }
@@ -185,6 +187,12 @@ mod tests {
         );
         assert!(told.starts_with("5:14: job `a` names an unknown repository `ofsite`"), "{told}");
         assert!(told.ends_with("did you mean `offsite`?"), "{told}");
+
+        let told = problem(
+            "[repository.offsite]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
+             copy = [{ to = \"offside\" }]\n",
+        );
+        assert!(told.starts_with("5:16: job `a` names an unknown repository `offside`"), "{told}");
 
         let told = problem("[job.a]\nschedule = \"03:00\"\nverify = {read-al-in = \"3d\"}\n");
         assert!(told.starts_with("3:11: unknown field `read-al-in`"), "{told}");

@@ -29,6 +29,7 @@ pub fn subject(step: &Step) -> Subject {
     let job = Some(step.job.clone()).filter(|job| !job.is_empty());
     let work = match (step.work.as_str(), &step.repository) {
         ("backup", _) | (_, None) => step.work.clone(),
+        (work, _) if work.starts_with("copy") => work.to_owned(),
         ("repository", Some(repository)) => format!("repository {repository}"),
         (work, Some(repository)) => format!("{work} in {repository}"),
     };

@@ -11,6 +11,7 @@ use super::due;
 use super::history::{Outcome, Step};
 use crate::config::{Job, Length, Prune, VerifyPlan};
 use crate::progress::human_bytes;
+use crate::retention::Policy;
 
 /// How long one such step may take.
 const TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
@@ -26,7 +27,21 @@ const PARTS_MAX: u64 = 10_000;
 impl<F: FnMut(&Step)> Runner<'_, F> {
     /// Does what is due in the repository that a job has used.
     pub(super) async fn upkeep(&mut self, named: (&str, &Job), repository: &str) {
-        self.forget(named, repository).await;
+        let job = named.1;
+        let mut replicas = Vec::new();
+        for copy in &job.copy {
+            let to = copy.to.get_ref().as_str();
+            // Backups went there because another repository is away.
+            if to == repository {
+                continue;
+            }
+            replicas.push(to);
+            if self.copy(named, repository, to).await == Outcome::Done {
+                self.forget(named, to, copy.keep.as_ref(), &[]).await;
+                self.prune(named, to).await;
+            }
+        }
+        self.forget(named, repository, job.keep.as_ref(), &replicas).await;
         self.prune(named, repository).await;
         self.verify(named, repository).await;
         self.count(named, repository).await;
@@ -51,17 +66,42 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         outcome
     }
 
-    /// Drops the snapshots of the job's domains that its rules do not keep.
-    async fn forget(&mut self, (name, job): (&str, &Job), repository: &str) {
-        let Some(keep) = job.keep.as_ref().filter(|keep| !keep.is_empty()) else { return };
+    /// The domains of a job by name: other hosts may have domains in the same repository that its patterns
+    /// mean too.
+    fn domains(&mut self, (name, job): (&str, &Job)) -> Vec<String> {
         let known = self.with.state.job(name).domains.keys().filter(|domain| job.is_about(domain));
-        let mut arguments = vec!["forget".to_owned()];
-        // Names, not patterns: other hosts have domains in there too.
-        arguments.extend(known.map(|domain| glob::Pattern::escape(domain)));
-        if arguments.len() == 1 {
+        known.map(|domain| glob::Pattern::escape(domain)).collect()
+    }
+
+    /// Copies the snapshots of the job's domains into another repository.
+    async fn copy(&mut self, named: (&str, &Job), repository: &str, to: &str) -> Outcome {
+        let mut arguments = vec!["copy".to_owned(), "--to".to_owned(), to.to_owned()];
+        let domains = self.domains(named);
+        if domains.is_empty() {
+            return Outcome::Aborted;
+        }
+        arguments.extend(domains);
+        let summary = |_: &Answer| String::new();
+        self.step((named.0, &format!("copy to {to}"), repository), &arguments, summary).await
+    }
+
+    /// Drops the snapshots of the job's domains that no rule keeps, but what a replica has to get yet.
+    async fn forget(
+        &mut self,
+        named: (&str, &Job),
+        repository: &str,
+        keep: Option<&Policy>,
+        replicas: &[&str],
+    ) {
+        let Some(keep) = keep.filter(|keep| !keep.is_empty()) else { return };
+        let (name, domains) = (named.0, self.domains(named));
+        if domains.is_empty() {
             return;
         }
+        let mut arguments = vec!["forget".to_owned()];
+        arguments.extend(domains);
         arguments.extend(keep.to_args());
+        arguments.extend(replicas.iter().map(|to| format!("--not-copied-to={to}")));
         let summary = |answer: &Answer| {
             let Some(last) = answer.lines.last().filter(|line| line["kept"].is_u64()) else {
                 return String::new();
