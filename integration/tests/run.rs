@@ -421,3 +421,29 @@ fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_ra
     first.ok(["verify", "--read-data"]);
     first.assert_restic_is_content();
 }
+
+#[test]
+fn snapshots_are_copied_to_a_replica_with_rules_of_its_own() {
+    let Some((guest, mut contents)) = machine() else { return };
+    let there = Unattended::new(
+        &[("web", &guest.qmp())],
+        "keep = { last = 1 }\ncopy = [{ to = \"replica\", keep = { last = 3 } }]\nverify = false",
+    );
+    let replica = there.host.folder().join("replica");
+    let replica_text = replica.to_str().expect("a plain path");
+    there.host.ok(["repository", "init", "--repository", replica_text]);
+    let password = there.host.password_file();
+    there.configure(&format!(
+        "[repository.replica]\nlocation = {replica:?}\npassword-file = {password:?}\n"
+    ));
+    for day in 1..=4 {
+        contents.scribble(&guest, day);
+        let done = there.done(&format!("2040-03-0{day}T03:05:00Z"));
+        let works: Vec<&str> = done.iter().map(|(work, _)| work.as_str()).collect();
+        assert_eq!(works, ["backup", "copy to replica", "forget", "forget"]);
+        assert!(done.iter().all(|(_, outcome)| outcome == "done"), "{done:?}");
+    }
+    let copies = there.host.ok(["list", "--json", "--repository", replica_text]);
+    assert_eq!(copies.lines().count(), 3, "{copies}");
+    assert!(there.host.list().len() < 3, "there are fewer at home");
+}
