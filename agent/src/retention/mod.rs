@@ -13,6 +13,8 @@ mod gather;
 mod policy;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod year;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
