@@ -30,7 +30,7 @@ tests := $(sort $(basename $(notdir $(wildcard */tests/*.rs))))
 test-libvirt: wanted := $(filter libvirt%,$(tests))
 test-others: wanted := $(filter-out libvirt%,$(tests))
 test-libvirt test-others:
-	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace $(addprefix --test ,$(wanted))
+	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --no-fail-fast $(addprefix --test ,$(wanted))
 
 test-next:
 	scripts/packages test
