@@ -158,7 +158,12 @@ fn one_broken_domain_is_tried_again_and_keeps_nobody_from_the_others() {
     let script = there.host.folder().join("tell");
     fs::write(&script, format!("#!/bin/sh\ncat >> {}\n", told.display())).expect("a script");
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("a file of ours");
-    there.configure(&format!("[[alerts.command]]\nrun = [{script:?}]\n"));
+    let figures = there.host.folder().join("kvmsnap.prom");
+    let alerts = format!(
+        "[alerts]\ndigest = \"10:00\"\n[[alerts.command]]\nrun = [{script:?}]\n\
+         [metrics]\nfile = {figures:?}\n"
+    );
+    there.configure(&alerts);
 
     let outcome = there.run_at(MORNING, &[]);
 
@@ -172,22 +177,35 @@ fn one_broken_domain_is_tried_again_and_keeps_nobody_from_the_others() {
     let told_of = || -> Vec<(String, String)> {
         let lines = fs::read_to_string(&told).unwrap_or_default();
         let events = lines.lines().map(|line| serde_json::from_str(line).expect("an object"));
-        let pair = |event: Value| (word(&event, "kind"), word(&event, "domain"));
-        events.map(pair).collect()
+        let named = events.filter(|event: &Value| event["domain"].is_string());
+        named.map(|event| (word(&event, "kind"), word(&event, "domain"))).collect()
     };
+    let digests = || {
+        let told = fs::read_to_string(&told).unwrap_or_default();
+        told.lines().filter(|line| line.contains("\"digest\"")).count()
+    };
+    assert_eq!(digests(), 0);
     assert_eq!(told_of(), pairs(&[("failure", "broken")]));
 
     // It is well again the next night, and people are told so.
     let mended = there.text.replace("/run/no-such.qmp", &guest.qmp().to_string_lossy());
     let mended = mended.replace("retries = 1", "retries = 9");
-    fs::write(there.host.config(), format!("{mended}[[alerts.command]]\nrun = [{script:?}]\n"))
-        .expect("a configuration");
+    fs::write(there.host.config(), format!("{mended}{alerts}")).expect("a configuration");
     let outcome = there.run_at("2040-03-02T03:05:00Z", &[]);
     // Two names of one monitor: whoever comes second waits for its turn, or tries again.
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_eq!(told_of(), pairs(&[("failure", "broken"), ("recovery", "broken")]));
     let history = there.host.ok(["history", "--json", "--failed"]);
     assert_eq!(history.lines().count(), 1, "{history}");
+    let metrics = fs::read_to_string(figures).expect("figures");
+    for name in ["domain_last_success_timestamp_seconds", "backup_stored_bytes", "repository_bytes"]
+    {
+        assert!(metrics.contains(&format!("\nkvmsnap_{name}{{")), "{name}: {metrics}");
+    }
+    // Ten o'clock has passed since the first run, and only once.
+    assert_eq!(digests(), 1);
+    there.run_at("2040-03-02T03:06:00Z", &[]);
+    assert_eq!(digests(), 1);
     let table = there.host.ok(["history", "--steps"]);
     assert!(table.contains("backup of broken") && table.contains("failed"), "{table}");
 }

@@ -36,6 +36,9 @@ Examples:
     /// Fails unless a repository can be reached and opened
     #[command(hide = true)]
     Answers,
+    /// Says how many bytes its packs take, and reads nothing for it
+    #[command(hide = true)]
+    Size,
 }
 
 #[derive(Serialize)]
@@ -59,6 +62,7 @@ pub async fn run(command: RepositoryCommand, context: &Context) -> Result<(), Co
         RepositoryCommand::Init => init(context).await,
         RepositoryCommand::Info => info(context).await,
         RepositoryCommand::Answers => context.open().await.map(drop),
+        RepositoryCommand::Size => size(context).await,
     }
 }
 
@@ -113,6 +117,21 @@ async fn info(context: &Context) -> Result<(), CommandError> {
         return Err(CommandError::Damaged { problems: info.damaged_snapshots });
     }
     Ok(())
+}
+
+async fn size(context: &Context) -> Result<(), CommandError> {
+    let repository = context.open().await?;
+    let packs = blocking(move || {
+        let packs = repository.backend().list(::repository::FileKind::Pack);
+        packs.map_err(::repository::RepositoryError::from)
+    })
+    .await?;
+    let bytes: u64 = packs.iter().map(|(_, len)| len).sum();
+    let mut out = std::io::stdout().lock();
+    match context.global.json {
+        true => context.print_json(&mut out, &serde_json::json!({"bytes": bytes})),
+        false => Ok(writeln!(out, "{bytes}")?),
+    }
 }
 
 fn short(id: &str) -> &str {

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::schedule::Schedule;
+
 pub use self::command::Program;
 pub use self::log::Log;
 pub use self::mail::Mail;
@@ -84,6 +86,8 @@ pub struct Alerts {
     pub on: Vec<Kind>,
     /// After how many hours a failure that lasts is told again.
     pub remind_hours: u32,
+    /// When a digest of what happened is told, by the host's clock.
+    pub digest: Option<Schedule>,
     /// By mail.
     pub mail: Option<Mail>,
     /// To web services.
@@ -101,6 +105,7 @@ impl Default for Alerts {
         Self {
             on: vec![Kind::Failure, Kind::Warning, Kind::Recovery, Kind::Digest],
             remind_hours: 24,
+            digest: None,
             mail: None,
             webhook: Vec::new(),
             command: Vec::new(),

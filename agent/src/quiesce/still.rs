@@ -35,7 +35,7 @@ impl Still {
     }
 
     /// Has them hold still: first the servers write out what they hold, while everybody goes on, then hooks are
-    /// told, and at last the servers are locked. May be dropped at any point; then [`Self::let_go`] follows.
+    /// told, and at last the servers are locked. May be dropped at any point; then [`Self::release`] follows.
     ///
     /// Returns false where one that is required failed: then the rest is not tried.
     pub async fn hold(&mut self) -> bool {

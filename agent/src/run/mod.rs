@@ -4,6 +4,7 @@
 
 mod backups;
 pub mod child;
+mod digest;
 pub mod due;
 mod fresh;
 pub mod history;
@@ -15,10 +16,11 @@ mod upkeep;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::config::{Config, Job, Length};
-use crate::metrics::{DomainFigures, Figures, JobFigures};
+use crate::metrics::{DomainFigures, Figures, JobFigures, RepositoryFigures};
 use crate::notify::{Event, Subject};
 use crate::schedule::Verdict;
 use crate::units::human_duration;
@@ -134,6 +136,7 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
         for (name, job) in &self.with.config.job {
             self.look_at_age((name.as_str(), job), &mut events, &mut well);
         }
+        events.extend(self.digest());
         self.with.state.save(&self.with.state_dir)?;
         Ok(Ended { figures: self.figures(), record: self.record, events, well })
     }
@@ -257,6 +260,21 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
         }
     }
 
+    /// What happened since the last digest, where one is due. The first one is due after it was asked for.
+    fn digest(&mut self) -> Option<Event> {
+        let schedule = self.with.config.alerts.digest.as_ref()?;
+        let now = self.with.clock.now();
+        let since = *self.with.state.last_digest.get_or_insert(self.record.started);
+        let due = schedule.last(now, &TimeZone::system())?;
+        if due <= since {
+            return None;
+        }
+        self.with.state.last_digest = Some(now);
+        let mut records = Record::load(&self.with.state_dir, usize::MAX);
+        records.retain(|record| record.started >= since);
+        Some(digest::of(&records, &self.with.state, since))
+    }
+
     /// Whether the backups of a job's domains are young enough, by what is known.
     fn look_at_age(
         &self,
@@ -284,6 +302,10 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
 
     fn figures(&self) -> Figures {
         let mut figures = Figures::default();
+        for (name, known) in &self.with.state.repositories {
+            let figure = |bytes| RepositoryFigures { repository: name.clone(), bytes };
+            figures.repositories.extend(known.bytes.map(figure));
+        }
         for (name, job) in &self.with.config.job {
             let Some(known) = self.with.state.jobs.get(name.as_str()) else { continue };
             figures.jobs.push(JobFigures {

@@ -34,6 +34,8 @@ pub struct State {
     pub jobs: BTreeMap<String, JobState>,
     /// What is known of repositories, by name.
     pub repositories: BTreeMap<String, RepositoryState>,
+    /// Up to when people know by a digest what happened.
+    pub last_digest: Option<Timestamp>,
 }
 
 /// A job.
@@ -84,6 +86,8 @@ pub struct RepositoryState {
     pub last_verify: Option<Timestamp>,
     /// Which part of its data is read next, from 0.
     pub part: u32,
+    /// Bytes that its packs took when they were last counted.
+    pub bytes: Option<u64>,
 }
 
 impl State {

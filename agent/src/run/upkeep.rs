@@ -176,8 +176,12 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         }
     }
 
-    /// Counts the snapshots of the job's domains.
+    /// Counts the snapshots of the job's domains, and the room that the repository takes.
     async fn count(&mut self, (name, job): (&str, &Job), repository: &str) {
+        let size = ["repository", "size"];
+        let answer = self.with.launcher.run(Some(repository), &size, LIST_TIMEOUT).await;
+        let bytes = answer.lines.first().and_then(|line| line["bytes"].as_u64());
+        self.with.state.repository(repository).bytes = bytes;
         let answer = self.with.launcher.run(Some(repository), &["list"], LIST_TIMEOUT).await;
         // A damaged one does not hide the others.
         if answer.code.is_none() || (answer.lines.is_empty() && !answer.is_done()) {
