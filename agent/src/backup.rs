@@ -414,6 +414,7 @@ impl<H: Hypervisor> Run<'_, H> {
             }
         };
         quiesced.warnings.extend(warnings);
+        quiesced.warnings.extend(self.plan.warnings.iter().cloned());
         Ok(Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, files, store })
     }
 

@@ -139,6 +139,11 @@ pub struct History {
 }
 
 impl History {
+    /// Whether a snapshot is among them, by the name that it was given first or that it has now.
+    pub fn has(&self, wanted: &FileId) -> bool {
+        self.snapshots.iter().any(|(id, file, _)| id == wanted || file.first_id(id) == *wanted)
+    }
+
     /// The backups, newest first. One that cannot be read is passed over.
     pub fn newest_first(&self) -> impl Iterator<Item = &Backup> + Clone {
         self.snapshots

@@ -16,6 +16,7 @@ mod guard;
 mod hypervisor;
 mod image;
 mod journal;
+mod last_known;
 mod location;
 mod lock;
 mod manifest;

@@ -89,6 +89,8 @@ pub struct Plan {
     pub files: Vec<Node>,
     /// Dirty bitmaps of this repository that stay, for backups of the machine under other names.
     pub kept: Vec<String>,
+    /// What the operator should know whatever comes of the backup.
+    pub warnings: Vec<String>,
 }
 
 impl Plan {
@@ -237,7 +239,8 @@ pub fn plan<'a>(
     let is_disk = |node: &Node| planned.iter().any(|p| disk_file(&p.disk.target) == node.name);
     let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
     let files = files.into_iter().filter(|node| !is_disk(node)).collect();
-    Ok(Plan { domain, machine, method, parent, disks: planned, files, kept: Vec::new() })
+    let (kept, warnings) = (Vec::new(), Vec::new());
+    Ok(Plan { domain, machine, method, parent, disks: planned, files, kept, warnings })
 }
 
 /// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the

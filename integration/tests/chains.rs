@@ -51,3 +51,23 @@ fn p3_two_repositories_in_turn_are_both_incremental() {
     assert_eq!(third["disks"][0]["bytes_changed"], MIB);
     assert_eq!(fourth["disks"][0]["bytes_changed"], 2 * MIB, "since the second, not the third");
 }
+
+/// S11: who can write to the repository's storage takes the newest snapshot away, or puts an older state back.
+#[test]
+fn s11_a_last_snapshot_that_is_gone_is_told_once() {
+    let Some((guest, mut contents)) = two_disks() else { return };
+    let host = Host::new();
+    let warnings = |snapshot: &Value| snapshot["warnings"].to_string();
+    host.backup(&guest, &[]);
+    contents.write(&guest, "vda", 0, MEBIBYTE, 1);
+    let taken = host.backup(&guest, &[]);
+    assert_eq!(warnings(&taken), "[]");
+    let id = taken["id"].as_str().expect("an id");
+    std::fs::remove_file(host.repository().join("snapshots").join(id)).expect("it is there");
+
+    let next = host.backup_and_compare(&guest, &contents, &[]);
+    let told = warnings(&next);
+    assert!(told.contains(&id[..8]) && told.contains("gone from the repository"), "{told}");
+    let after = host.backup(&guest, &[]);
+    assert_eq!(warnings(&after), "[]", "once is enough");
+}

@@ -26,6 +26,7 @@ use crate::hypervisor::monitor::ANSWER_TIMEOUT;
 use crate::hypervisor::qmp::BareQemu;
 use crate::hypervisor::{Choice, Hypervisor, HypervisorError, Machine, Reach};
 use crate::journal::{Journal, Record};
+use crate::last_known::LastKnown;
 use crate::lock::{DomainLock, LockError};
 use crate::manifest::{Kind, Method};
 use crate::method::{self, Able, TrackBy, Wanted};
@@ -436,7 +437,9 @@ async fn back_up<H: Hypervisor>(
     };
     let newest_first = earlier.newest_first();
     let (index, full) = (&open.index, args.full);
+    let last_known = LastKnown::of(state_dir, open.repository.id(), &domain, &machine.uuid);
     let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
+    plan.warnings.extend(last_known.is_gone(&open.repository, &earlier));
     if args.dry_run {
         return print_plan(&plan, context);
     }
@@ -467,6 +470,9 @@ async fn back_up<H: Hypervisor>(
     };
     context.progress.finish();
     let finished = finished?;
+    if let Err(error) = last_known.remember(finished.id, finished.manifest.time) {
+        tracing::warn!(%error, "should this snapshot be taken away, nobody will notice");
+    }
     print_result(&finished, context)?;
     for disk in finished.manifest.disks.iter().filter(|_| args.qmp.is_some()) {
         if let Some(overlay) = &disk.overlay {
