@@ -41,9 +41,11 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Threads that read, open and write; each holds a few MiB.
+    /// Threads that read, open and write; each holds a few MiB. More than there are processors, for a thread
+    /// that writes past the page cache waits for the disk.
     pub(super) fn threads() -> usize {
-        thread::available_parallelism().map_or(2, Into::into).min(THREADS_MAX)
+        let processors: usize = thread::available_parallelism().map_or(2, Into::into);
+        (2 * processors).min(THREADS_MAX)
     }
 
     /// Writes the chunks that are `wanted` and not zero, each to the offset in the image that `place`
@@ -65,7 +67,11 @@ impl Target<'_> {
             });
             let filled = self.reader.sweep(Self::threads(), wanted, |chunks, content| {
                 self.stop.check()?;
-                effect::about_to("restore: write").map_err(|source| self.failed(source))?;
+                // One for each chunk, though neighbours are written together.
+                for _ in chunks.clone() {
+                    let announced = effect::about_to("restore: write");
+                    announced.map_err(|source| self.failed(source))?;
+                }
                 let start = place(self.reader.chunk_range(chunks.start).start);
                 let mut cached = 0;
                 for (at, data) in data_parts(content) {

@@ -18,7 +18,7 @@ use crate::{BlobId, BlobKind, FileId, FileKind, RepositoryError, blob, pack::Pac
 /// A pack is read in pieces of at most so many bytes, or one blob: they stay in a core's cache.
 const PIECE_LEN: usize = 1 << 20;
 /// Neighbouring chunks are handed on in runs of at most so many bytes, or one chunk.
-const RUN_LEN: usize = 2 << 20;
+const RUN_LEN: usize = 1 << 20;
 /// Blobs that nobody wants are read along when they are not longer than this.
 const GAP_LEN_MAX: usize = 64 << 10;
 
