@@ -310,8 +310,14 @@ fn r10_a_full_store_is_emptied() {
     assert!(memory.len() < before - 2 * CHUNK as u64, "{report:?}");
     assert_whole(&repository, &kept);
     // With the room that each gives the next one does more.
-    let unused = (0..4).map(|_| prune(&repository).unwrap().bytes_unused).collect::<Vec<_>>();
-    assert_eq!(unused.last(), Some(&0), "{unused:?}");
+    let reports: Vec<_> = (0..4).map(|_| prune(&repository).unwrap()).collect();
+    let last = reports.last().expect("four of them");
+    // Which chunks share a pack is chance. What of one is needed may be too much for the room that there is: that
+    // is told, and with more room it goes.
+    assert!(last.bytes_unused == 0 || last.is_full, "{reports:?}");
+    assert_whole(&repository, &kept);
+    memory.capacity.store(memory.len() + 64 * CHUNK as u64, Ordering::SeqCst);
+    assert_eq!(prune(&repository).unwrap().bytes_unused, 0);
     assert_whole(&repository, &kept);
 }
 
