@@ -1,11 +1,10 @@
 //! The chunks of a disk into an image, by several threads at once: verified, sparse, and on their way to
 //! the disk long before the last one is written.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::{io, thread};
 
@@ -19,9 +18,6 @@ use crate::progress::Progress;
 const HOLE: usize = 4096;
 /// Written data is sent to the disk whenever there is so much of it.
 const FLUSH_LEN: u64 = 64 << 20;
-
-/// What is written past the page cache at once, at least: for less the way to the disk takes longer than the copy.
-const DIRECT_LEN_MIN: usize = 512 << 10;
 
 /// More threads would only take memory.
 const THREADS_MAX: usize = 16;
@@ -41,11 +37,9 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Threads that read, open and write; each holds a few MiB. More than there are processors, for a thread
-    /// that writes past the page cache waits for the disk.
+    /// Threads that read, open and write; each holds a few MiB.
     pub(super) fn threads() -> usize {
-        let processors: usize = thread::available_parallelism().map_or(2, Into::into);
-        (2 * processors).min(THREADS_MAX)
+        thread::available_parallelism().map_or(2, Into::into).min(THREADS_MAX)
     }
 
     /// Writes the chunks that are `wanted` and not zero, each to the offset in the image that `place`
@@ -58,7 +52,6 @@ impl Target<'_> {
         wrote: impl Fn(u64, u64) + Sync,
     ) -> Result<(), RestoreError> {
         let written = AtomicU64::new(0);
-        let direct = Direct::beside(self.file);
         let (enough, flushes) = mpsc::sync_channel(1);
         thread::scope(|scope| {
             let flusher = scope.spawn(move || {
@@ -73,19 +66,16 @@ impl Target<'_> {
                     announced.map_err(|source| self.failed(source))?;
                 }
                 let start = place(self.reader.chunk_range(chunks.start).start);
-                let mut cached = 0;
                 for (at, data) in data_parts(content) {
                     let offset = start + at as u64;
-                    if !direct.write(data, offset).map_err(|source| self.failed(source))? {
-                        let outcome = self.file.write_all_at(data, offset);
-                        outcome.map_err(|source| self.failed(source))?;
-                        cached += data.len() as u64;
-                    }
+                    let outcome = self.file.write_all_at(data, offset);
+                    outcome.map_err(|source| self.failed(source))?;
                     wrote(offset, data.len() as u64);
                 }
-                self.progress.read(content.len() as u64);
-                let before = written.fetch_add(cached, Ordering::Relaxed);
-                if before / FLUSH_LEN != (before + cached) / FLUSH_LEN {
+                let len = content.len() as u64;
+                self.progress.read(len);
+                let before = written.fetch_add(len, Ordering::Relaxed);
+                if before / FLUSH_LEN != (before + len) / FLUSH_LEN {
                     // Where one is waiting already, it will flush this too.
                     let _ = enough.try_send(());
                 }
@@ -100,43 +90,6 @@ impl Target<'_> {
     /// The image cannot be written.
     pub(super) fn failed(&self, source: io::Error) -> RestoreError {
         RestoreError::Write { path: self.path.to_owned(), source }
-    }
-}
-
-/// The same file, written to past the page cache: what is restored is not read again before long, and would
-/// push out what the host's guests need. Copying it there takes longer than writing it, too.
-struct Direct {
-    file: Option<File>,
-    /// Whether the file system has refused it.
-    refused: AtomicBool,
-}
-
-impl Direct {
-    fn beside(file: &File) -> Self {
-        let mut options = OpenOptions::new();
-        options.write(true).custom_flags(nix::libc::O_DIRECT);
-        let file = options.open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        // Not every file system can, such as a tmpfs.
-        Self { file: file.ok(), refused: AtomicBool::new(false) }
-    }
-
-    /// Writes what is long enough and lies in whole pages; tells whether it did. No other page may be the
-    /// same: what was written through the cache must not be dirty around it.
-    fn write(&self, data: &[u8], offset: u64) -> io::Result<bool> {
-        let Some(file) = &self.file else { return Ok(false) };
-        let is_aligned = data.as_ptr().addr().is_multiple_of(DiskReader::ALIGNMENT)
-            && data.len().is_multiple_of(DiskReader::ALIGNMENT)
-            && offset.is_multiple_of(DiskReader::ALIGNMENT as u64);
-        if data.len() < DIRECT_LEN_MIN || !is_aligned || self.refused.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        match file.write_all_at(data, offset) {
-            Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
-                self.refused.store(true, Ordering::Relaxed);
-                Ok(false)
-            }
-            written => written.map(|()| true),
-        }
     }
 }
 
