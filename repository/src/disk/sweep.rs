@@ -33,12 +33,9 @@ struct Wanted {
 }
 
 impl DiskReader {
-    /// What the address in memory of the bytes of a sweep is a multiple of: a page, which all disks can take.
-    pub const ALIGNMENT: usize = 4096;
-
     /// Hands all chunks that `wanted` accepts to `take`, verified, but for those that are known to be
     /// zero: on `threads` threads at once, in no order to rely on. Chunks that are neighbours on the disk
-    /// and in their pack come together. The bytes begin at a multiple of [`DiskReader::ALIGNMENT`] in memory.
+    /// and in their pack come together.
     ///
     /// After a failure nothing further is begun, and the first one is returned.
     /// [`RepositoryError::DamagedBlob`] and [`RepositoryError::MissingBlob`] mean that a chunk has no
@@ -141,7 +138,10 @@ impl DiskReader {
             }
             let start = (blob.offset - first.offset) as usize;
             let sealed = &mut sealed[start..start + blob.len as usize];
-            let into = &mut plain.room(len.max(RUN_LEN))[run.len..run.len + len];
+            if plain.len() < run.len + len {
+                plain.resize(len.max(RUN_LEN), 0);
+            }
+            let into = &mut plain[run.len..run.len + len];
             let key = repository.key();
             if !(read && blob::open_into(key, decompressor, &blob, sealed, into).is_ok()) {
                 // On its own, and where that fails from another pack.
@@ -150,7 +150,7 @@ impl DiskReader {
             (run.end, run.len) = (chunk + 1, run.len + len);
             for other in &same[1..] {
                 self.checked_len(other.chunk, &blob)?;
-                take(other.chunk..other.chunk + 1, &plain.bytes()[..len])?;
+                take(other.chunk..other.chunk + 1, &plain[..len])?;
             }
         }
         run.hand_on(plain, take)
@@ -178,12 +178,12 @@ struct Run {
 impl Run {
     fn hand_on<E>(
         &self,
-        plain: &Aligned,
+        plain: &[u8],
         take: &impl Fn(Range<usize>, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         match self.start == self.end {
             true => Ok(()),
-            false => take(self.start..self.end, &plain.bytes()[..self.len]),
+            false => take(self.start..self.end, &plain[..self.len]),
         }
     }
 }
@@ -210,7 +210,7 @@ fn end(wanted: &Wanted) -> usize {
 /// What one thread needs to open blobs.
 struct Opener {
     sealed: Vec<u8>,
-    plain: Aligned,
+    plain: Vec<u8>,
     decompressor: Decompressor<'static>,
 }
 
@@ -218,29 +218,7 @@ impl Opener {
     fn new() -> Result<Self, RepositoryError> {
         let decompressor = Decompressor::new()
             .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
-        Ok(Self { sealed: Vec::new(), plain: Aligned::default(), decompressor })
-    }
-}
-
-/// A buffer that a file can be written from without the kernel copying it first (open(2), `O_DIRECT`).
-#[derive(Default)]
-struct Aligned {
-    buffer: Vec<u8>,
-    start: usize,
-}
-
-impl Aligned {
-    /// The buffer, of at least `len` bytes; what was in it stays where it has them already.
-    fn room(&mut self, len: usize) -> &mut [u8] {
-        if self.buffer.len() < self.start + len {
-            self.buffer = vec![0; len + DiskReader::ALIGNMENT];
-            self.start = self.buffer.as_ptr().align_offset(DiskReader::ALIGNMENT);
-        }
-        &mut self.buffer[self.start..]
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..]
+        Ok(Self { sealed: Vec::new(), plain: Vec::new(), decompressor })
     }
 }
 
