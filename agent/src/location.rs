@@ -6,15 +6,20 @@ use std::io;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use repository::{
     Access, Address, AddressError, Backend, BackendError, Begun, FileId, FileKind, Pace,
 };
 
 use crate::effect;
+use crate::units::{human_duration, parse_duration};
 
 /// The longest secret that is read from a file, in bytes.
 const SECRET_LEN_MAX: u64 = 64 << 10;
+/// How long a server may be silent: less than a loaded one needs, and more than a writer waits, is no use.
+const SERVER_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+const SERVER_TIMEOUT_MAX: Duration = Duration::from_secs(90);
 
 /// What reaching a place needs besides its location: as it is configured, or given by the environment.
 /// Secrets are named by files, so that this may be shown.
@@ -38,6 +43,8 @@ pub struct Route {
     pub limit_upload: Option<u64>,
     /// Bytes a second that may be received.
     pub limit_download: Option<u64>,
+    /// How long a server may be silent.
+    pub server_timeout: Option<Duration>,
 }
 
 /// Why a location cannot be used.
@@ -136,6 +143,7 @@ impl Route {
         let mut access = Access::default();
         access.pace = Arc::new(Pace::new(limit(self.limit_upload), limit(self.limit_download)));
         access.region.clone_from(&self.region);
+        access.silence_max = self.server_timeout;
         access.ssh = self.ssh.clone().unwrap_or_default();
         if let Some(path) = &self.ca_file {
             let read = fs::read(path).map_err(|source| failed("certificates", path, source))?;
@@ -158,6 +166,19 @@ impl Route {
             _ => access,
         })
     }
+}
+
+/// How long a server may be silent, as people write it.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn parse_server_timeout(text: &str) -> Result<Duration, String> {
+    let (least, most) = (SERVER_TIMEOUT_MIN, SERVER_TIMEOUT_MAX);
+    let timeout = parse_duration(text)?;
+    let is_useful = (least..=most).contains(&timeout);
+    is_useful
+        .then_some(timeout)
+        .ok_or_else(|| format!("use {} to {}", human_duration(least), human_duration(most)))
 }
 
 fn failed(what: &'static str, path: &Path, source: io::Error) -> LocationError {

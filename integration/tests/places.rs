@@ -1,8 +1,10 @@
 //! Repositories elsewhere: backups over SFTP, S3 and REST, on real servers. R14, S09, S12.
 
-use std::time::Duration;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use integration::faults::{Contents, assert_says, kinds};
+use integration::faults::{Contents, STILL_MAX, assert_says, kinds, wait_until};
 use integration::{Host, assert_guest_is_free, finish, spawn};
 use vm_fixtures::servers::{REST_PASSWORD, Rest, S3_SECRET, Server};
 use vm_fixtures::{Disk, Guest, MIB};
@@ -100,4 +102,64 @@ fn r14_a_server_that_is_away_is_no_repository_for_now() {
     assert!(refused.took < Duration::from_secs(20), "{refused:?}");
     server.restart();
     host.ok(["list"]);
+}
+
+/// The server stands still in the middle of a pack: the guest must not feel it, and only this backup is lost.
+fn survives_silence(mut server: Server) {
+    let Some((guest, mut contents)) = machine(24 * MIB) else { return };
+    let host = Host::with_repository_on(&server);
+    host.backup(&guest, &[]);
+    contents.write_noise(&guest, "vda", 0, 20 << 20, 1);
+    let before = bytes_in(server.folder());
+    let slowly = ["--limit-upload", "4MiB", "--server-timeout", "5s"];
+    let running = spawn(host.backup_command(&guest, &slowly));
+    let mut running = Some(running);
+    wait_until(Duration::from_secs(60), "a part of a pack has arrived", || {
+        assert!(!running.as_mut().is_some_and(|it| it.has_ended()), "it ended before");
+        bytes_in(server.folder()) > before + (256 << 10)
+    });
+
+    server.stop();
+
+    for piece in 0..8 {
+        let start = Instant::now();
+        contents.write(&guest, "vda", piece << 20, 1 << 20, 0x55);
+        assert!(start.elapsed() < STILL_MAX, "a write took {:?}", start.elapsed());
+    }
+    let outcome = finish(running.take().expect("it was started"));
+    assert_says(&outcome, 10, server.location());
+    assert!(outcome.stderr.contains("try again once it is there"), "{outcome:?}");
+    assert!(outcome.took < Duration::from_secs(60), "{outcome:?}");
+    assert_guest_is_free(&guest, &["vda"]);
+    assert_eq!(host.undo_records(), 0);
+    server.resume();
+    let next = host.backup_and_compare(&guest, &contents, &[]);
+    assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
+    assert_eq!(host.list().len(), 2, "nothing half is shown");
+    // The lock that could not be taken back is that of a process that is gone.
+    host.ok(["prune"]);
+    host.assert_restic_is_content();
+}
+
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let sizes = entries.map(|entry| match entry.metadata() {
+        Ok(entry_is) if entry_is.is_dir() => bytes_in(&entry.path()),
+        Ok(entry_is) => entry_is.len(),
+        // It has just gone, or got its final name.
+        Err(_) => 0,
+    });
+    sizes.sum()
+}
+
+#[test]
+fn r14_a_rest_server_that_hangs_while_chunks_are_sent_costs_one_backup() {
+    let Some(server) = Server::rest(Rest::Free) else { return };
+    survives_silence(server);
+}
+
+#[test]
+fn r14_an_sftp_server_that_hangs_while_chunks_are_sent_costs_one_backup() {
+    let Some(server) = Server::sftp() else { return };
+    survives_silence(server);
 }

@@ -8,7 +8,8 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::process::Process;
@@ -208,12 +209,25 @@ impl Server {
 
     /// Has it stand still: connections are made, and nothing is answered.
     pub fn stop(&mut self) {
-        self.process.signal(Signal::SIGSTOP);
+        self.signal_all(Signal::SIGSTOP);
     }
 
     /// Lets it go on.
     pub fn resume(&mut self) {
-        self.process.signal(Signal::SIGCONT);
+        self.signal_all(Signal::SIGCONT);
+    }
+
+    /// OpenSSH's server has processes for each connection, the youngest of which serves files.
+    fn signal_all(&mut self, signal: Signal) {
+        self.process.signal(signal);
+        let mut parents = vec![self.process.id()];
+        while let Some(parent) = parents.pop() {
+            for child in children(parent) {
+                // It may have ended by itself.
+                let _ = kill(Pid::from_raw(child.cast_signed()), signal);
+                parents.push(child);
+            }
+        }
     }
 
     /// Ends it. What it keeps on disk stays.
@@ -240,6 +254,19 @@ impl Server {
             thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // What stands still would not notice that its server is gone.
+        self.resume();
+    }
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+    let text = text.unwrap_or_default();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 fn start(folder: &Path, program: &[OsString]) -> Process {

@@ -42,7 +42,7 @@ use crate::error::CommandError;
 use crate::guard;
 use crate::hypervisor::Reach;
 use crate::journal::Journal;
-use crate::location::{self, Route};
+use crate::location::{self, Route, parse_server_timeout};
 use crate::names::RunId;
 use crate::progress::{Progress, When};
 use crate::quiesce::guest_agent::AgentAddress;
@@ -100,6 +100,9 @@ pub struct GlobalArgs {
     /// Receive at most so many bytes a second from it
     #[arg(long, global = true, value_name = "BYTES", env = "KVMSNAP_LIMIT_DOWNLOAD", value_parser = parse_bytes)]
     limit_download: Option<u64>,
+    /// Give up a server of a repository that is silent for so long: 2s to 90s, 30s unless given
+    #[arg(long, global = true, value_name = "TIME", env = "KVMSNAP_SERVER_TIMEOUT", value_parser = parse_server_timeout)]
+    server_timeout: Option<Duration>,
     /// The libvirt whose domains are meant
     #[arg(
         long,
@@ -414,6 +417,7 @@ impl Context {
         let mut route = route.or_environment();
         route.limit_upload = self.global.limit_upload.or(route.limit_upload);
         route.limit_download = self.global.limit_download.or(route.limit_download);
+        route.server_timeout = self.global.server_timeout.or(route.server_timeout);
         Ok(Wanted { location, route, password })
     }
 

@@ -11,7 +11,7 @@ use repository::Address;
 use serde::Deserialize;
 
 use super::Size;
-use crate::location::Route;
+use crate::location::{Route, parse_server_timeout};
 
 /// Longest password that is read, in bytes.
 const PASSWORD_LEN_MAX: u64 = 64 << 10;
@@ -49,12 +49,14 @@ struct Written {
     ssh: Option<Vec<String>>,
     limit_upload: Option<Size>,
     limit_download: Option<Size>,
+    server_timeout: Option<String>,
 }
 
 impl Written {
-    fn route(&self) -> Route {
+    fn route(&self) -> Result<Route, String> {
         let Self { region, access_key, secret_key_file, user, server_password_file, .. } = self;
-        Route {
+        let server_timeout = self.server_timeout.as_deref().map(parse_server_timeout);
+        Ok(Route {
             region: region.clone(),
             access_key: access_key.clone(),
             secret_key_file: secret_key_file.clone(),
@@ -64,7 +66,10 @@ impl Written {
             ssh: self.ssh.clone(),
             limit_upload: self.limit_upload.map(Size::bytes),
             limit_download: self.limit_download.map(Size::bytes),
-        }
+            server_timeout: server_timeout
+                .transpose()
+                .map_err(|why| format!("server-timeout: {why}"))?,
+        })
     }
 }
 
@@ -120,7 +125,7 @@ pub enum PasswordError {
 impl TryFrom<Written> for Repository {
     type Error = String;
     fn try_from(written: Written) -> Result<Self, String> {
-        let route = written.route();
+        let route = written.route()?;
         let Written { location, password_file, password_command, password_credential, .. } =
             written;
         location.parse::<Address>().map_err(|error| error.to_string())?;
@@ -283,6 +288,11 @@ mod tests {
         assert!(refused.contains("must not hold a password"), "{refused}");
         let limited = written("location = \"s3://host/b\"\nlimit-upload = \"2MiB\"").unwrap();
         assert_eq!(limited.route.limit_upload, Some(2 << 20));
+        for (text, expected) in [("45s", Ok(Some(Duration::from_secs(45)))), ("1s", Err(()))] {
+            let written = written(&format!("location = \"/srv\"\nserver-timeout = {text:?}"));
+            let timeout = written.map(|it| it.route.server_timeout);
+            assert_eq!(timeout.map_err(drop), expected, "{text}");
+        }
         assert!(written("location = \"s3://host/b\"\naccess-key = \"a\"").is_err());
     }
 

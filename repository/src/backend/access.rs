@@ -1,10 +1,13 @@
 //! How a store is reached: what an address does not say, or must not.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use rusty_s3::Credentials;
 
 use super::Pace;
+
+/// How long a server may take nothing, or say nothing, where nothing else is given.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// What is needed to reach stores besides their addresses. Debug shows no secrets.
 #[derive(Debug, Default)]
@@ -17,6 +20,8 @@ pub struct Access {
     pub region: Option<String>,
     /// The program that reaches another machine, with its first arguments; `ssh` where it is empty.
     pub ssh: Vec<String>,
+    /// How long a server may take nothing, or say nothing; 30 s where it is not given.
+    pub silence_max: Option<Duration>,
     pub(super) s3: Option<S3Key>,
     pub(super) login: Login,
 }
@@ -32,6 +37,10 @@ pub(super) struct Login {
 }
 
 impl Access {
+    pub(super) fn silence_max(&self) -> Duration {
+        self.silence_max.unwrap_or(SILENCE_MAX)
+    }
+
     /// With a key of S3: its name, its secret, and the token of a key that was lent.
     #[must_use]
     pub fn with_s3_key(mut self, name: &str, secret: &str, token: Option<&str>) -> Self {

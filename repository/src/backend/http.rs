@@ -1,7 +1,6 @@
 //! What the stores behind HTTP share: requests with deadlines, and answers as errors.
 
 use std::{
-    fmt,
     io::{self, ErrorKind, Read},
     sync::Arc,
     time::Duration,
@@ -17,8 +16,6 @@ use super::{Access, BackendError, Pace, pace::PART_LEN};
 
 /// How long connecting may take, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a server may take nothing, or say nothing.
-const INACTIVITY_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request may take in all: this, and as long as its bytes need at a crawl.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 /// The slowest line that is waited for, in bytes a second.
@@ -74,8 +71,8 @@ impl Client {
             .max_redirects(0)
             .max_redirects_will_error(false)
             .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_per_read(Some(INACTIVITY_TIMEOUT))
-            .timeout_per_write(Some(INACTIVITY_TIMEOUT))
+            .timeout_per_read(Some(access.silence_max()))
+            .timeout_per_write(Some(access.silence_max()))
             .max_idle_connections(IDLE_MAX)
             .max_idle_connections_per_host(IDLE_MAX)
             .output_buffer_size(PART_LEN)
@@ -253,10 +250,9 @@ fn invalid(problem: &'static str) -> io::Error {
 fn io_error(error: ureq::Error) -> io::Error {
     match error {
         ureq::Error::Io(source) => unwrapped(source),
-        ureq::Error::Timeout(_) => io::Error::new(
-            ErrorKind::TimedOut,
-            format!("no answer, or none that was complete, within {}", seconds(INACTIVITY_TIMEOUT)),
-        ),
+        ureq::Error::Timeout(_) => {
+            io::Error::new(ErrorKind::TimedOut, "no answer in time, or none that was complete")
+        }
         ureq::Error::HostNotFound => {
             io::Error::new(ErrorKind::HostUnreachable, "there is no host of this name")
         }
@@ -274,10 +270,6 @@ fn unwrapped(source: io::Error) -> io::Error {
         Ok(error) => io_error(error),
         Err(source) => source,
     }
-}
-
-fn seconds(duration: Duration) -> impl fmt::Display {
-    format!("{} s", duration.as_secs())
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ impl RestServer {
             base,
             shown,
             authorization,
-            patience: Patience::default(),
+            patience: Patience::new(access.silence_max()),
             access: Arc::clone(access),
         })
     }

@@ -11,18 +11,23 @@ use super::BackendError;
 
 /// Waits before the second and the third try.
 const WAITS: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
-/// Nothing is begun again that has taken so long already: whoever waits for it has a deadline too.
-const BEGIN_AGAIN_WITHIN: Duration = Duration::from_secs(20);
 
 /// How often things are tried at one store.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Patience {
+    /// Nothing is begun again that has taken so long already: whoever waits for it has a deadline too.
+    begin_again_within: Duration,
     /// The store was silent for as long as it may be: until it answers, nothing is tried twice. So who has
     /// failed because of it and puts things in order does not wait as long once more.
     is_spent: AtomicBool,
 }
 
 impl Patience {
+    /// With a store that may be silent for so long: who was is not asked again.
+    pub(super) fn new(silence_max: Duration) -> Self {
+        Self { begin_again_within: silence_max * 2 / 3, is_spent: AtomicBool::new(false) }
+    }
+
     /// Does something that may be done twice, up to three times.
     pub(super) fn retry<T>(
         &self,
@@ -41,7 +46,7 @@ impl Patience {
             };
             let goes_on = |wait: &Duration| {
                 !self.is_spent.load(Ordering::Relaxed)
-                    && start.elapsed() + *wait < BEGIN_AGAIN_WITHIN
+                    && start.elapsed() + *wait < self.begin_again_within
             };
             let Some(wait) = waits.next().filter(goes_on) else {
                 let silent = error.io_kind() == Some(ErrorKind::TimedOut);
@@ -102,7 +107,7 @@ mod tests {
     fn r14_only_what_may_pass_is_tried_again() {
         let count = |kind| {
             let mut tries = 0;
-            let outcome: Result<(), _> = Patience::default().retry(|| {
+            let outcome: Result<(), _> = Patience::new(Duration::from_secs(30)).retry(|| {
                 tries += 1;
                 Err(failure(kind))
             });
@@ -115,7 +120,7 @@ mod tests {
 
     #[test]
     fn r14_a_store_that_stays_silent_is_not_waited_for_again_until_it_answers() {
-        let patience = Patience::default();
+        let patience = Patience::new(Duration::from_secs(30));
         let tries = || {
             let mut tries = 0;
             let outcome: Result<(), _> = patience.retry(|| {
@@ -134,7 +139,7 @@ mod tests {
     fn a_file_that_a_first_try_removed_is_removed() {
         let not_found = || BackendError::NotFound { file: "a".to_owned() };
         let mut answers = vec![Err(not_found()), Err(failure(ErrorKind::TimedOut))];
-        let patience = Patience::default();
+        let patience = Patience::new(Duration::from_secs(30));
         patience.retry_removal(|| answers.pop().unwrap()).unwrap();
         assert!(patience.retry_removal(|| Err(not_found())).unwrap_err().is_not_found());
     }

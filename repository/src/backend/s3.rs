@@ -68,7 +68,7 @@ impl S3Bucket {
             bucket,
             prefix,
             shown,
-            patience: Patience::default(),
+            patience: Patience::new(access.silence_max()),
             access: Arc::clone(access),
         })
     }

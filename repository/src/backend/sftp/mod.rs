@@ -48,10 +48,10 @@ impl SftpFolder {
         let (address, access) = (address.clone(), Arc::clone(access));
         Self {
             address,
+            patience: Patience::new(access.silence_max()),
             access,
             pool: Mutex::default(),
             returned: Condvar::new(),
-            patience: Patience::default(),
         }
     }
 

@@ -19,8 +19,6 @@ use crate::backend::{Access, Pace};
 
 /// How long reaching the machine and the first answer may take; `ssh` itself is told half of it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a server may take nothing, or say nothing.
-const INACTIVITY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one operation on one file may take, however slowly it goes on.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 /// Requests that wait for their answers: 2 MiB of data.
@@ -79,8 +77,7 @@ impl From<wire::Malformed> for SftpError {
 }
 
 fn silent() -> io::Error {
-    let seconds = INACTIVITY_TIMEOUT.as_secs();
-    io::Error::new(ErrorKind::TimedOut, format!("no answer within {seconds} s"))
+    io::Error::new(ErrorKind::TimedOut, "no answer in time")
 }
 
 fn name_of(status: u32) -> String {
@@ -114,7 +111,9 @@ impl Session {
         };
         let mut command = Command::new(program);
         command.args(arguments).args(["-o", "BatchMode=yes"]);
-        command.arg("-o").arg(format!("ConnectTimeout={}", CONNECT_TIMEOUT.as_secs() / 2));
+        // Who gives up a silent server sooner does not wait long for a new connection to it.
+        let connect_timeout = CONNECT_TIMEOUT.min(access.silence_max() * 2);
+        command.arg("-o").arg(format!("ConnectTimeout={}", connect_timeout.as_secs() / 2));
         // A connection that is cut without a word is noticed also where nothing is asked.
         command.args(["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"]);
         if let Some(port) = address.port {
@@ -134,11 +133,14 @@ impl Session {
         let ssh = command.spawn()?;
         // With it our copies of its ends go.
         drop(command);
-        stream.set_write_timeout(Some(INACTIVITY_TIMEOUT))?;
-        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        stream.set_write_timeout(Some(access.silence_max()))?;
+        let deadline = Instant::now() + connect_timeout;
         let mut session = Self { ssh, stream, next_id: 0, extensions: Vec::new(), deadline };
-        match session.greet() {
-            Ok(()) => Ok(session),
+        match session.greet(connect_timeout) {
+            Ok(()) => {
+                session.stream.set_read_timeout(Some(access.silence_max()))?;
+                Ok(session)
+            }
             Err(error) => {
                 drop(session);
                 Err(explained(error.into_io(), last_words))
@@ -146,12 +148,11 @@ impl Session {
         }
     }
 
-    fn greet(&mut self) -> Result<(), SftpError> {
-        self.stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
+    fn greet(&mut self, timeout: Duration) -> Result<(), SftpError> {
+        self.stream.set_read_timeout(Some(timeout))?;
         self.stream.write_all(&wire::hello())?;
         let packet = self.packet()?;
         self.extensions = wire::read_hello(&packet)?;
-        self.stream.set_read_timeout(Some(INACTIVITY_TIMEOUT))?;
         Ok(())
     }
 
