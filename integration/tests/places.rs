@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use integration::faults::{Contents, STILL_MAX, assert_says, kinds, wait_until};
-use integration::{Host, assert_guest_is_free, finish, spawn};
+use integration::{Host, Running, assert_guest_is_free, finish, spawn};
 use vm_fixtures::servers::{REST_PASSWORD, Rest, S3_SECRET, Server};
 use vm_fixtures::{Disk, Guest, MIB};
 
@@ -115,7 +115,7 @@ fn survives_silence(mut server: Server) {
     let running = spawn(host.backup_command(&guest, &slowly));
     let mut running = Some(running);
     wait_until(Duration::from_secs(60), "a part of a pack has arrived", || {
-        assert!(!running.as_mut().is_some_and(|it| it.has_ended()), "it ended before");
+        assert!(!running.as_mut().is_some_and(Running::has_ended), "it ended before");
         bytes_in(server.folder()) > before + (256 << 10)
     });
 

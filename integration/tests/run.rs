@@ -1,15 +1,19 @@
 //! What a timer starts: `kvmsnap run`, with guests of its own and a clock that the test sets.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use integration::faults::{Contents, assert_says, signal, wait_until};
+use integration::libvirt::{SIZE, Scene, wait_with};
 use integration::restored::text;
 use integration::{Host, Outcome, Running, assert_guest_is_free, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest, MIB};
 
 /// Longest time for what takes a moment.
@@ -61,11 +65,8 @@ impl Unattended {
         fs::write(self.host.config(), format!("{}{more}", self.text)).expect("a configuration");
     }
 
-    fn command(&self, at: &str, more: &[&str]) -> std::process::Command {
-        let mut command = self.host.command(["run", "--json", "--at", at]);
-        // What is configured decides.
-        command.env_remove("KVMSNAP_REPOSITORY").env_remove("KVMSNAP_PASSWORD_FILE").args(more);
-        command
+    fn command(&self, at: &str, more: &[&str]) -> Command {
+        run_command(&self.host, at, more)
     }
 
     fn run_at(&self, at: &str, more: &[&str]) -> Outcome {
@@ -85,6 +86,13 @@ impl Unattended {
     fn done(&self, at: &str) -> Vec<(String, String)> {
         self.steps(at).iter().map(|step| (word(step, "work"), word(step, "outcome"))).collect()
     }
+}
+
+fn run_command(host: &Host, at: &str, more: &[&str]) -> Command {
+    let mut command = host.command(["run", "--json", "--at", at]);
+    // What is configured decides.
+    command.env_remove("KVMSNAP_REPOSITORY").env_remove("KVMSNAP_PASSWORD_FILE").args(more);
+    command
 }
 
 fn lines(outcome: &Outcome) -> Vec<Value> {
@@ -392,10 +400,20 @@ impl Dice {
 }
 
 #[test]
-fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_random() {
+fn p3_p6_three_hosts_share_a_repository_that_is_pruned_and_copied_and_all_are_killed_at_random() {
     let job = "keep = { last = 2 }\nverify = false\nretries = 4";
     let mut hosts = Vec::new();
-    let first = Host::new();
+    let (first, replica) = (Host::new(), Host::without_repository());
+    fs::write(replica.password_file(), "another horse\n").expect("a file of ours");
+    replica.ok(["repository", "init"]);
+    let copy = || {
+        let mut command = first.command(["copy", "--to"]);
+        command.arg(replica.repository());
+        command.arg("--to-password-file").arg(replica.password_file());
+        command
+    };
+    // What each snapshot must hold, by its domain and its point in time.
+    let mut recorded: BTreeMap<(String, String), Contents> = BTreeMap::new();
     for (index, name) in ["web", "db", "mail"].into_iter().enumerate() {
         let Some((guest, contents)) = machine() else { return };
         let host = first.neighbour();
@@ -412,10 +430,11 @@ fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_ra
             running.push(spawn(there.command(&at, &[])));
         }
         running.push(spawn(first.command(["prune", "--wait", "20", "--max-unused", "0%"])));
-        // Two of the four are killed, as by a power cut.
-        for _ in 0..2 {
-            std::thread::sleep(Duration::from_millis(dice.below(1200)));
-            let victim = usize::try_from(dice.below(4)).expect("it is small");
+        running.push(spawn(copy()));
+        // Up to three of the five are killed, as by a power cut.
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(dice.below(800)));
+            let victim = usize::try_from(dice.below(5)).expect("it is small");
             signal(running[victim].pid(), Signal::SIGKILL);
         }
         running.into_iter().for_each(|it| drop(finish(it)));
@@ -423,6 +442,7 @@ fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_ra
             wait_until(WAIT, "what was killed is undone", || there.host.undo_records() == 0);
             assert_guest_is_free(guest, &["vda"]);
         }
+        note(&mut recorded, &first, &hosts);
     }
 
     for (there, guest, contents, turn) in &mut hosts {
@@ -435,9 +455,36 @@ fn p3_p6_three_hosts_share_a_repository_that_one_prunes_and_all_are_killed_at_ra
         there.host.assert_holds(last, contents);
         assert_eq!(listed.iter().filter(mine).count(), 2, "by its rules");
     }
+    note(&mut recorded, &first, &hosts);
     first.ok(["prune", "--max-unused", "0%"]);
-    first.ok(["verify", "--read-data"]);
-    first.assert_restic_is_content();
+    let copied = finish(spawn(copy()));
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    for host in [&first, &replica] {
+        host.ok(["verify", "--read-data"]);
+        host.assert_restic_is_content();
+        let listed = host.list();
+        assert!(listed.len() >= 6, "{listed:?}");
+        listed.iter().for_each(|line| host.assert_holds(line, &recorded[&moment(line)]));
+    }
+}
+
+fn moment(snapshot: &Value) -> (String, String) {
+    (word(snapshot, "domain"), word(snapshot, "time"))
+}
+
+/// Notes what the guests of new snapshots hold: as long as nothing was written since.
+fn note(
+    recorded: &mut BTreeMap<(String, String), Contents>,
+    repository: &Host,
+    hosts: &[(Unattended, Guest, Contents, usize)],
+) {
+    for line in repository.list() {
+        let socket = |there: &Unattended| {
+            there.text.contains(&format!("[domain.{}]", text(&line, "domain")))
+        };
+        let of_it = hosts.iter().find(|(there, ..)| socket(there)).expect("it is one of them");
+        recorded.entry(moment(&line)).or_insert_with(|| of_it.2.clone());
+    }
 }
 
 #[test]
@@ -464,4 +511,102 @@ fn snapshots_are_copied_to_a_replica_with_rules_of_its_own() {
     let copies = there.host.ok(["list", "--json", "--repository", replica_text]);
     assert_eq!(copies.lines().count(), 3, "{copies}");
     assert!(there.host.list().len() < 3, "there are fewer at home");
+}
+
+#[test]
+fn a_job_looks_after_the_domains_of_libvirt_that_its_patterns_mean() {
+    let Some(libvirt) = Libvirt::start() else { return };
+    // Names that nobody else's patterns mean.
+    let own = std::process::id();
+    let plan = |name: &str| {
+        let disk = |name| Disk::new(name, SIZE);
+        let guest = Guest::without_os().name(&format!("{name}-{own}"));
+        guest.disk(disk("vda")).disk(disk("vdb")).under_libvirt()
+    };
+    let mut web = Scene::of(plan("web"), &["vda"], SIZE, &libvirt);
+    let (db, spare) = (plan("db").define(&libvirt), plan("spare").define(&libvirt));
+    web.domain.start();
+    let configure = |host: &Host, more: &str| {
+        let config = format!(
+            "[repository.main]\nlocation = {:?}\npassword-file = {:?}\n\
+             [run]\nidle-io = false\n[alerts.log]\nenabled = false\n\
+             [job.nightly]\nschedule = \"03:00\"\ntimezone = \"UTC\"\nretries = 0\n\
+             domains = [\"*-{own}\"]\nexclude = [\"*-spare-*\"]\norder = [\"*-web-*\"]\n\
+             keep = {{ last = 1 }}\nprune = \"sunday 05:00\"\nverify = {{ read-all-in = \"2d\" }}\n\
+             [domain.\"*-db-{own}\"]\nmax-age = \"1s\"\n\
+             [domain.\"*-web-{own}\"]\nexclude-disks = [\"vdb\"]\n{more}",
+            host.repository(),
+            host.password_file(),
+        );
+        fs::write(host.config(), config).expect("a configuration");
+    };
+    configure(&web.host, "");
+    let run = |host: &Host, at: &str| {
+        let outcome = finish(spawn(run_command(host, at, &[])));
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        lines(&outcome)
+    };
+    let works = |steps: &[Value]| -> Vec<String> {
+        assert!(steps.iter().all(|step| step["outcome"] == "done"), "{steps:?}");
+        steps.iter().map(|step| word(step, "work")).collect()
+    };
+
+    let thursday = run(&web.host, "2040-03-01T03:05:00Z");
+
+    assert_eq!(works(&thursday), ["backup", "backup", "forget", "verify"]);
+    assert_eq!(thursday[0]["domain"], *web.domain.name(), "it is the first of them");
+    assert_eq!(thursday[1]["domain"], *db.name(), "also one that is shut off");
+    let listed = web.host.list();
+    assert_eq!(listed[0]["disks"].as_array().map(Vec::len), Some(1), "{listed:?}");
+    assert_eq!(listed[1]["disks"].as_array().map(Vec::len), Some(2), "{listed:?}");
+
+    web.scribble();
+    // Another part of the data, and the day before is dropped.
+    let sunday = run(&web.host, "2040-03-04T03:05:00Z");
+    assert_eq!(works(&sunday), ["backup", "backup", "forget", "verify"]);
+    assert_eq!(sunday[0]["figures"]["incremental"], true, "{sunday:?}");
+    assert!(text(&sunday[2], "text").contains("2 snapshots dropped, 2 stay"), "{sunday:?}");
+    assert!(text(&sunday[3], "text").contains(" read"), "{sunday:?}");
+    let host = &web.host;
+    let bytes = || {
+        let line: Value =
+            serde_json::from_str(&host.ok(["repository", "size", "--json"])).expect("an object");
+        line["bytes"].as_u64().expect("a count")
+    };
+    let before = bytes();
+    assert_eq!(
+        works(&run(&web.host, "2040-03-04T05:05:00Z")),
+        ["forget", "prune"],
+        "its own time has come"
+    );
+    assert!(bytes() < before, "{before} bytes stay");
+    assert_eq!(works(&run(&web.host, "2040-03-04T05:10:00Z")), [""; 0]);
+    let listed = host.list();
+    let of_web = listed.iter().find(|line| line["domain"] == *web.domain.name());
+    host.assert_holds(of_web.expect("a snapshot"), &web.contents);
+    host.assert_restic_is_content();
+
+    let names = [web.domain.name(), db.name(), spare.name()];
+    let arguments = |more: &[&'static str]| [&["status"], more, &names[..]].concat();
+    let told = host.ok(arguments(&["--json"]));
+    let told: Vec<Value> =
+        told.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    let of = |name: &str| told.iter().find(|line| line["domain"] == name).expect("a line");
+    assert!(of(names[0])["due"].is_string() && of(names[0])["stale"].is_null(), "{told:?}");
+    assert!(text(of(names[1]), "stale").contains("which may be 1 s"), "{told:?}");
+    assert!(of(names[2])["due"].is_null() && of(names[2])["last"].is_null(), "{told:?}");
+    let table = host.ok(arguments(&[]));
+    assert!(table.contains("DUE") && table.contains("STALE"), "{table}");
+
+    configure(&web.host, "limit-read = \"64KiB\"\n");
+    web.domain.qemu_io("vda", "write -P 7 0 4M");
+    let running = spawn(run_command(host, "2040-03-05T03:05:00Z", &[]));
+    let job = || web.domain.try_virsh("backup-dumpxml", &[]).is_ok();
+    let running = wait_with(running, "a job of libvirt", job);
+    assert!(host.ok(["run", "--abort"]).contains("the run has ended"));
+    let aborted = finish(running);
+    assert_eq!(aborted.code, Some(130), "{aborted:?}");
+    assert_eq!(lines(&aborted)[0]["outcome"], "aborted", "{aborted:?}");
+    web.assert_clean();
+    assert_eq!(host.list().len(), 2);
 }

@@ -213,10 +213,19 @@ fn r10_a_full_repository_fails_at_once_and_still_gives_back_what_it_has() {
     let place = tempfile::tempdir().expect("a temporary folder");
     let small = SmallDisk::mount(&place.path().join("repository"), 24 * MIB);
     let host = Host::with_repository_at(&small.folder().join("r"));
-    contents.write_noise(&guest, "vda", 0, 4 << 20, 1);
-    let earlier = host.backup(&guest, &[]);
+    contents.write_noise(&guest, "vda", 0, 2 << 20, 1);
+    let Some((other, mut of_other)) = machine(4 * MIB) else { return };
+    let others = Host::new();
+    of_other.write_noise(&other, "vda", 0, 1 << 20, 2);
+    others.backup(&other, &["--name", "other"]);
+    host.backup(&guest, &[]);
+    for turn in 1..=3 {
+        contents.write_noise(&guest, "vda", 0, 1 << 20, turn + 10);
+        host.backup(&guest, &[]);
+    }
+    let earlier = host.list().pop().expect("a snapshot");
     let before = contents.clone();
-    contents.write_noise(&guest, "vda", 8 << 20, 48 << 20, 2);
+    contents.write_noise(&guest, "vda", 8 << 20, 48 << 20, 3);
 
     let outcome = host.try_backup(&guest, &[]);
 
@@ -227,13 +236,31 @@ fn r10_a_full_repository_fails_at_once_and_still_gives_back_what_it_has() {
     assert_guest_is_free(&guest, &["vda"]);
     assert_eq!(host.undo_records(), 0);
     fill(&small.folder().join("filler"));
-    assert_eq!(host.list().len(), 1);
+    assert_eq!(host.list().len(), 4);
     host.ok(["verify", "--read-data"]);
     host.assert_holds(&earlier, &before);
     let outcome = host.try_backup(&guest, &[]);
     assert_says(&outcome, 1, "space");
     assert_guest_is_free(&guest, &["vda"]);
+    let copy = || {
+        let mut command = others.command(["copy", "--to"]);
+        command.arg(host.repository());
+        finish(spawn(command))
+    };
+    assert_says(&copy(), 1, "space");
+    // What nobody may drop leaves no room to begin with.
+    assert_says(&host.run(["forget", "--keep-last", "4"]), 1, "space");
+    assert_says(&host.run(["prune"]), 1, "space");
+    assert_eq!(host.list().len(), 4, "nothing is lost");
 
+    host.ok(["forget", "--keep-last", "2"]);
+    host.ok(["prune"]);
+
+    assert_eq!(host.list().len(), 2);
+    host.ok(["verify", "--read-data"]);
+    host.assert_holds(&earlier, &before);
+    let copied = copy();
+    assert_eq!(copied.code, Some(0), "there is room again: {copied:?}");
     small.resize(128 * MIB);
     let next = host.backup_and_compare(&guest, &contents, &[]);
     assert_eq!(kind(&next), "incremental", "{next}");
