@@ -89,7 +89,8 @@ pub async fn compare(request: &Request, mut on: impl FnMut(Event<'_>)) -> Result
             on(Event::Difference { item: &Item::another_content(path), made_by_update });
         }
         let excludes = request.excludes.clone();
-        let pass = Pass { compare: Compare::Content, dry_run: true, excludes };
+        let compare = Compare::Content;
+        let pass = Pass { compare, exact_times: false, dry_run: true, excludes };
         update::run(&mut appliance, tree, &pass, |event| {
             let update::Event::Item(item) = event else { return };
             let on_fat = path_on_fat(item, &mounts);

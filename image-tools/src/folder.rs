@@ -547,7 +547,7 @@ mod tests {
         let mut other = Image::open(image.folder()).unwrap();
         image.change(|record| record.machine = "db".into()).unwrap();
         let (time, sign) = (Timestamp::UNIX_EPOCH, Some(BootSign::Agent));
-        let trial = BootTrial { time, sign, elapsed_ms: 7 };
+        let trial = BootTrial { time, sign, host: Some("db".into()), elapsed_ms: 7 };
 
         other.change(|record| record.boot = Some(trial.clone())).unwrap();
 

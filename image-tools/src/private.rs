@@ -1,11 +1,11 @@
 //! Folders for what is needed for a while, below the system's folder for such (`TMPDIR`).
 //!
 //! Each is locked by its process. So whoever makes the next one can tell those of killed processes, and removes
-//! them.
+//! them, with what goes with them.
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
 use tempfile::TempDir;
@@ -14,6 +14,8 @@ use crate::folder::{is_at, open_folder};
 
 /// What the names begin with: nobody else's do.
 const PREFIX: &str = "kvmsnap-private-";
+/// A link in it to a folder elsewhere that goes with it.
+const BESIDE: &str = "beside";
 /// How often another process may take a folder for a dead one's, between its creation and its lock.
 const TRIES: u32 = 10;
 
@@ -50,6 +52,33 @@ impl PrivateFolder {
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
+
+    /// Has a folder that another program has made for us go with it; only one does.
+    ///
+    /// # Errors
+    /// Where that cannot be noted.
+    pub fn take_along(&self, folder: &Path) -> io::Result<()> {
+        symlink(folder, self.path().join(BESIDE))
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        remove_beside(self.path());
+    }
+}
+
+/// Removes what goes with a folder that nobody but us could write to.
+fn remove_beside(folder: &Path) {
+    if let Ok(beside) = fs::read_link(folder.join(BESIDE))
+        && fs::symlink_metadata(&beside).is_ok_and(|found| found.is_dir() && is_of_us(&found))
+    {
+        let _ = fs::remove_dir_all(beside);
+    }
+}
+
+fn is_of_us(found: &fs::Metadata) -> bool {
+    found.uid() == nix::unistd::geteuid().as_raw()
 }
 
 /// The lock of a folder that is still there, unless another process has it.
@@ -64,12 +93,13 @@ fn sweep(parent: &Path) {
         let is_named = entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes());
         let is_ours = |found: fs::Metadata| {
             let is_private = found.mode() & 0o077 == 0;
-            found.is_dir() && is_private && found.uid() == nix::unistd::geteuid().as_raw()
+            found.is_dir() && is_private && is_of_us(&found)
         };
         if is_named
             && entry.metadata().is_ok_and(is_ours)
             && let Some(_lock) = take(&entry.path())
         {
+            remove_beside(&entry.path());
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -96,8 +126,14 @@ mod tests {
             fs::write(at(name).join("file"), "").unwrap();
         }
         symlink(at("kvmsnap-other"), at(LINK)).unwrap();
+        for (of, beside) in [(DEAD, "dead"), (PUBLIC, "public")] {
+            fs::create_dir(at(beside)).unwrap();
+            symlink(at(beside), at(of).join(BESIDE)).unwrap();
+        }
         let living = PrivateFolder::new_in(parent.path()).unwrap();
-        assert!(!at(DEAD).exists());
+        assert!(!at(DEAD).exists() && !at("dead").exists() && at("public").exists());
+        fs::create_dir(at("living")).unwrap();
+        living.take_along(&at("living")).unwrap();
         assert_eq!(fs::metadata(living.path()).unwrap().mode() & 0o777, 0o700);
 
         let next = PrivateFolder::new_in(parent.path()).unwrap();
@@ -107,6 +143,8 @@ mod tests {
             assert!(at(name).join("file").exists(), "{name}");
         }
         drop(next);
-        assert!(living.path().exists());
+        assert!(living.path().exists() && at("living").exists());
+        drop(living);
+        assert!(!at("living").exists());
     }
 }

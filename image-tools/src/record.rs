@@ -162,6 +162,9 @@ pub struct BootTrial {
     pub time: Timestamp,
     /// What showed that the machine is up, or `None` where nothing did within the deadline.
     pub sign: Option<BootSign>,
+    /// What the machine calls itself, where its guest agent told.
+    #[serde(default)]
+    pub host: Option<String>,
     /// Milliseconds until then.
     pub elapsed_ms: u64,
 }

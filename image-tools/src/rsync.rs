@@ -331,7 +331,7 @@ async fn carry(
 pub enum Compare {
     /// By what is in them.
     Content,
-    /// By size and time, down to the nanosecond.
+    /// By size and time.
     Time,
 }
 
@@ -340,6 +340,8 @@ pub enum Compare {
 pub struct Pass {
     /// How files are compared.
     pub compare: Compare,
+    /// Whether times count down to the nanosecond, not the second.
+    pub exact_times: bool,
     /// Change nothing, only tell.
     pub dry_run: bool,
     /// Patterns of what stays as the template has it, as rsync takes them, rooted at the machine's `/`.
@@ -353,9 +355,11 @@ impl Pass {
         // Before: what the template's machine had may be what the tree's needs the room for.
         options.push("--delete-before".to_owned());
         options.push("--out-format=%i|%l|%n%L".to_owned());
-        match self.compare {
-            Compare::Content => options.push("--checksum".to_owned()),
-            Compare::Time => options.push("--modify-window=-1".to_owned()),
+        if self.compare == Compare::Content {
+            options.push("--checksum".to_owned());
+        }
+        if self.exact_times {
+            options.push("--modify-window=-1".to_owned());
         }
         if self.dry_run {
             options.push("--dry-run".to_owned());

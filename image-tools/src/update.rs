@@ -207,10 +207,11 @@ pub async fn update(
     for (entry, why) in &plan.skipped {
         report.skipped.push((entry.clone(), (*why).to_owned()));
     }
-    prepare(&mut appliance, &plan, &mut report).await?;
+    let exact_times = prepare(&mut appliance, &plan, &mut report).await?;
 
     let is_own = request.made_as.is_some() && request.made_as == report.hostname;
-    let installs = copy_files(&mut appliance, request, is_own, &plan, &mut report, &mut on).await?;
+    let how = Copying { request, is_own, exact_times, plan: &plan };
+    let installs = copy_files(&mut appliance, &how, &mut report, &mut on).await?;
 
     on(Event::Stage("having it start from these disks"));
     appliance.step("make the folders that a system needs", &["places"]).await?;
@@ -227,13 +228,21 @@ pub async fn update(
     Ok((report, system.flavour))
 }
 
+/// What decides how files are copied.
+struct Copying<'a> {
+    request: &'a Request,
+    /// Whether the disks were made for the tree's machine.
+    is_own: bool,
+    /// Whether their file systems keep parts of a second.
+    exact_times: bool,
+    plan: &'a Plan,
+}
+
 /// Makes the mounted files equal to the tree's, and makes sure that they are. Whether the boot loader has to be
 /// installed.
 async fn copy_files(
     appliance: &mut Appliance,
-    request: &Request,
-    is_own: bool,
-    plan: &Plan,
+    &Copying { request, is_own, exact_times, plan }: &Copying<'_>,
     report: &mut Report,
     on: &mut impl FnMut(Event<'_>),
 ) -> Result<bool, UpdateError> {
@@ -245,7 +254,7 @@ async fn copy_files(
     }
     let by_default = if is_own && request.is_same_tree { Compare::Time } else { Compare::Content };
     let compare = request.compare.unwrap_or(by_default);
-    let mut pass = Pass { compare, dry_run: false, excludes };
+    let mut pass = Pass { compare, exact_times, dry_run: false, excludes };
     let mut installs = !is_own;
     run(appliance, &request.tree, &pass, |event| {
         if let Event::Item(item) = &event {
@@ -309,12 +318,13 @@ async fn fit_tree(
     Ok((plan.map_err(UpdateError::Misfit)?, selinux.lines().any(is_on), hostname))
 }
 
-/// Gives the file systems the names that the tree's machine knows them by, and mounts them.
+/// Gives the file systems the names that the tree's machine knows them by, and mounts them. Whether all of them
+/// keep parts of a second.
 async fn prepare(
     appliance: &mut Appliance,
     plan: &Plan,
     report: &mut Report,
-) -> Result<(), UpdateError> {
+) -> Result<bool, UpdateError> {
     for identity in &plan.identities {
         let values = [
             ("partuuid", &identity.partuuid),
@@ -328,10 +338,11 @@ async fn prepare(
             }
         }
     }
+    let mut exact_times = true;
     for mount in &plan.mounts {
-        appliance.mount(mount).await?;
+        exact_times &= appliance.mount(mount).await?;
     }
-    Ok(())
+    Ok(exact_times)
 }
 
 /// One run of rsync.

@@ -1,5 +1,7 @@
 //! What the tests of `kvmsnap image` share: stores, and a `qemu-img` that is watched or hangs.
 
+pub mod small_machine;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

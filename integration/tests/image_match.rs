@@ -1,15 +1,13 @@
-//! Which templates fit a machine's files, and whether an image has them.
+//! Which templates fit a machine's files.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
 use integration::faults::assert_says;
-use integration::image_folder::{image_folder, record, sha256};
+use integration::image_folder::{image_folder, record};
 use integration::{Host, finish, spawn, tool};
 use serde_json::{Value, json};
-use vm_fixtures::debian::{Debian, Machine, appliance_environment};
 use vm_fixtures::qemu_available;
 
 /// A template of a machine that starts by BIOS, with LVM; `edit` changes what is known of its disks.
@@ -108,53 +106,4 @@ fn a_machine_that_no_template_fits_is_told() {
     let outcome = finish(spawn(remote));
     assert_says(&outcome, 2, "no folder of this host");
     assert!(outcome.stderr.contains("image update"), "{outcome:?}");
-}
-
-/// An image is compared with a tree file by file, and its file systems are checked; it stays as it is.
-#[test]
-fn an_image_is_told_from_a_tree_by_every_difference() {
-    let (Some(debian), Some(environment)) = (Debian::get(), appliance_environment()) else {
-        return;
-    };
-    let host = Host::without_repository();
-    let image = image_folder(&host.folder().join("alder"), &debian.disk(Machine::Bios), &[]);
-    let tree = host.folder().join("tree");
-    debian.copy_tree(Machine::Bios, &tree);
-    let before = sha256(&image.join("vda.qcow2"));
-    fs::write(tree.join("etc/hostname"), "other\n").expect("a copy of ours");
-    fs::write(tree.join("var/new"), "").expect("a copy of ours");
-    fs::remove_file(tree.join("etc/machine-id")).expect("a copy of ours");
-    fs::write(tree.join("boot/grub/grubenv"), "other\n").expect("a copy of ours");
-    let mode = fs::Permissions::from_mode(0o600);
-    fs::set_permissions(tree.join("etc/passwd"), mode).expect("a copy of ours");
-
-    let mut check = host.command(["image", "check", "--json", "--file-systems", "--tree"]);
-    check.arg(&tree).arg(&image).envs(environment);
-    let outcome = finish(spawn(check));
-
-    assert_says(&outcome, 1, "problems were found");
-    let lines = outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON"));
-    let lines: Vec<Value> = lines.collect();
-    let sound = lines.iter().filter(|line| line["file_system"].is_string() && line["ok"] == true);
-    assert_eq!(sound.count(), 2, "root and /var: {outcome:?}");
-    let mut found: Vec<(&str, &str)> = lines
-        .iter()
-        .filter(|line| line["difference"].is_string() && line["made_by_update"].is_null())
-        .map(|line| (line["path"].as_str().expect("a path"), &line["difference"]))
-        .map(|(path, difference)| (path, difference.as_str().expect("a word")))
-        .collect();
-    found.sort_unstable();
-    let expected = [
-        ("etc/", "attributes"), // its time
-        ("etc/hostname", "content"),
-        ("etc/machine-id", "extra"),
-        ("etc/passwd", "attributes"),
-        ("var/", "attributes"),
-        ("var/new", "missing"),
-    ];
-    assert_eq!(found, expected, "{outcome:?}");
-    let excused =
-        |line: &Value| line["path"] == "boot/grub/grubenv" && line["made_by_update"].is_string();
-    assert!(lines.iter().any(excused), "{outcome:?}");
-    assert_eq!(sha256(&image.join("vda.qcow2")), before, "the image was written to");
 }

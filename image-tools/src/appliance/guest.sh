@@ -196,9 +196,12 @@ identify) # DEVICE KIND uuid|label|partuuid VALUE
     esac > /dev/null
     udevadm settle
     ;;
-mount) # DEVICE KIND OPTIONS PATH
+mount) # DEVICE KIND OPTIONS PATH: tells where times have no parts of a second
     options=${3:-defaults}
     mount_of "$1" "$2" "$options" "/sysroot$4"
+    case $2 in
+    ext*) ! dumpe2fs -h "$1" 2> /dev/null | grep -Eq '^Inode size:\s+128$' || echo whole seconds ;;
+    esac
     ;;
 tree-files) # SOURCE OPTIONS: fetches the few files that say how the tree's machine is laid out
     source=$1
@@ -264,6 +267,13 @@ initramfs) # same|other ROOT-KIND lvm|plain: has each kernel find the disks of a
             fi
             printf '%s\t' "$version"
             fit_initramfs "$image" "$folder" "$2" "$3"
+        done
+    done
+    # What systemd-boot starts: kernels with their initramfs in one file, and initramfs in folders of their own.
+    for boot in boot boot/efi efi; do
+        for image in /sysroot/$boot/EFI/Linux/*.efi /sysroot/$boot/*/*/initrd*; do
+            [ ! -f "$image" ] ||
+                printf '%s\tunknown\tsystemd-boot starts it, which is not looked into\n' "${image#/sysroot/}"
         done
     done
     rm -rf /sysroot/boot/*.kvmsnap-made /tmp/initramfs/*

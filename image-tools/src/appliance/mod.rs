@@ -160,6 +160,9 @@ impl Appliance {
             let from = at(name).display().to_string();
             session.say(doing, &["debug-upload", &from, to, "0755"]).await?;
         }
+        if let Some(sockets) = session.sockets().await {
+            folder.take_along(&sockets).map_err(ApplianceError::Prepare)?;
+        }
         session.settle(doing, START_TIMEOUT).await?;
         let log = UnixStream::connect(log).await.map_err(ApplianceError::Prepare)?;
         Ok(Self { session, tree, log, disks: drives.len(), _folder: folder })
@@ -217,14 +220,15 @@ impl Appliance {
         self.session.step(&doing, &words, LONG_STEP_TIMEOUT).await.map(drop)
     }
 
-    /// Mounts a file system at its place in the machine.
+    /// Mounts a file system at its place in the machine. Whether it keeps parts of a second.
     ///
     /// # Errors
     /// [`ApplianceError`].
-    pub async fn mount(&mut self, mount: &crate::fit::Mount) -> Result<(), ApplianceError> {
+    pub async fn mount(&mut self, mount: &crate::fit::Mount) -> Result<bool, ApplianceError> {
         let doing = format!("mount {} at {}", mount.device, mount.path);
         let words = ["mount", &mount.device, &mount.kind, &mount.options, &mount.path];
-        self.session.step(&doing, &words, STEP_TIMEOUT).await.map(drop)
+        let told = self.session.step(&doing, &words, STEP_TIMEOUT).await?;
+        Ok(told.trim() != "whole seconds")
     }
 
     /// Fetches the few files of a tree that say how its machine is laid out, for [`Self::tree_file`].

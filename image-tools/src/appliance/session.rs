@@ -1,7 +1,8 @@
 //! A conversation with `guestfish`: a line in, an answer up to a mark out.
 
+use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::{ApplianceError, STEP_TIMEOUT};
@@ -22,6 +23,10 @@ const LINE_LEN_MAX: usize = 8000;
 const ANSWER_LEN_MAX: usize = 16 << 20;
 /// Bytes of complaints that are kept.
 const SAID_LEN_MAX: usize = 4096;
+
+/// How long libguestfs may take to make its socket, and how often is looked.
+const SOCKETS_TIMEOUT: Duration = Duration::from_secs(10);
+const SOCKETS_POLL: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -73,6 +78,20 @@ impl Session {
             Ok(Err(_)) => Err(self.ended(doing).await),
             Err(_) => Err(ApplianceError::Slow { doing: doing.to_owned(), limit: STEP_TIMEOUT }),
         }
+    }
+
+    /// The folder that libguestfs makes for its socket when it starts: for root it is in /tmp, whatever one says,
+    /// and stays there where `guestfish` is killed. `None` where it does not show.
+    pub(super) async fn sockets(&self) -> Option<PathBuf> {
+        let process = Path::new("/proc").join(self.child.id()?.to_string());
+        let until = Instant::now() + SOCKETS_TIMEOUT;
+        while Instant::now() < until {
+            if let Some(folder) = sockets_of(&process) {
+                return Some(folder);
+            }
+            sleep(SOCKETS_POLL).await;
+        }
+        None
     }
 
     /// Waits until all that was said has been done.
@@ -139,6 +158,27 @@ impl Session {
         let said = String::from_utf8_lossy(&said).into_owned();
         ApplianceError::Ended { doing: doing.to_owned(), said }
     }
+}
+
+/// The folder of the socket of libguestfs that a process has open.
+fn sockets_of(process: &Path) -> Option<PathBuf> {
+    let files = fs::read_dir(process.join("fd")).ok()?.flatten();
+    let links = files.filter_map(|file| fs::read_link(file.path()).ok());
+    let inodes: Vec<String> = links
+        .filter_map(|link| {
+            let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            Some(inode.to_owned())
+        })
+        .collect();
+    // proc_net_unix(5): the inode is the seventh field, the path the last.
+    let table = fs::read_to_string(process.join("net/unix")).ok()?;
+    table.lines().find_map(|line| {
+        let (fields, path) = line.split_once(" /")?;
+        let inode = fields.split_ascii_whitespace().nth(6)?;
+        let folder = Path::new("/").join(path).parent()?.to_owned();
+        let is_theirs = folder.file_name()?.to_str()?.starts_with("libguestfs");
+        (is_theirs && inodes.iter().any(|known| known == inode)).then_some(folder)
+    })
 }
 
 /// Reads up to the line with the mark: what came before it, and the code in it. `None` at the end.

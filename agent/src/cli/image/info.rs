@@ -73,7 +73,11 @@ pub async fn run(args: InfoArgs, context: &Context) -> Result<(), CommandError> 
         Some(trial) => {
             let seconds = trial.elapsed_ms as f64 / 1000.0;
             let outcome = match trial.sign {
-                Some(BootSign::Agent) => format!("its agent answered after {seconds:.1} s"),
+                Some(BootSign::Agent) => {
+                    let name = trial.host.as_deref().unwrap_or("a machine without a name");
+                    let name = printable(name);
+                    format!("the agent of {name} answered after {seconds:.1} s")
+                }
                 Some(BootSign::Login) => format!("it asked for a login after {seconds:.1} s"),
                 None => format!("nothing was heard of it for {seconds:.1} s"),
             };

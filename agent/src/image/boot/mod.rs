@@ -49,6 +49,9 @@ const AGENT_PAUSE: Duration = Duration::from_millis(300);
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a killed QEMU may take to be gone.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to tell its host's name, and how much of that is taken.
+const NAME_TIMEOUT: Duration = Duration::from_secs(10);
+const NAME_CHARS_MAX: usize = 64;
 /// The most that is taken of its words.
 const WORDS_LEN_MAX: u64 = 16 << 10;
 
@@ -241,24 +244,24 @@ impl Trial<'_> {
         let time = Timestamp::now();
         let started = Instant::now();
         let mut running = self.start(&private, &results, file)?;
-        let (sign, elapsed) = match running.connect(&private).await? {
+        let (sign, host_name, elapsed) = match running.connect(&private).await? {
             None => {
                 let words = running.last_words().await;
                 return Err(BootError::Qemu { words });
             }
             Some(qmp) => {
                 let sign = running.wait(self.wait, started + self.deadline, &private).await;
-                let sign = sign.map_err(host("write", &log))?;
+                let (sign, name) = sign.map_err(host("write", &log))?;
                 let elapsed = started.elapsed();
                 running.picture(&qmp, &screen).await;
-                (sign, elapsed)
+                (sign, name, elapsed)
             }
         };
         let by_itself = running.ended;
         running.end().await.map_err(host("end", Path::new(QEMU)))?;
         let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         Ok(Outcome {
-            trial: BootTrial { time, sign, elapsed_ms },
+            trial: BootTrial { time, sign, host: host_name, elapsed_ms },
             console: log,
             last_lines: running.console.last_lines(),
             ended: by_itself,
@@ -414,13 +417,14 @@ impl Running {
         }
     }
 
-    /// Waits until the machine shows that it is up, ends, or the deadline has passed.
+    /// Waits until the machine shows that it is up, ends, or the deadline has passed; also what its agent calls
+    /// it.
     async fn wait(
         &mut self,
         wait: Wait,
         deadline: Instant,
         private: &PrivateFolder,
-    ) -> io::Result<Option<BootSign>> {
+    ) -> io::Result<(Option<BootSign>, Option<String>)> {
         let socket = private.path().join("agent");
         let agent = async {
             match wait {
@@ -431,19 +435,19 @@ impl Running {
         let console = async {
             while let Some(asks) = listen(&mut self.output, &mut self.console).await? {
                 if asks && wait != Wait::Agent {
-                    return Ok(Some(BootSign::Login));
+                    return Ok((Some(BootSign::Login), None));
                 }
             }
             self.ended = true;
-            Ok(None)
+            Ok((None, None))
         };
         let sign = async {
             tokio::select! {
-                () = agent => Ok(Some(BootSign::Agent)),
+                name = agent => Ok((Some(BootSign::Agent), name)),
                 sign = console => sign,
             }
         };
-        timeout_at(deadline, sign).await.unwrap_or(Ok(None))
+        timeout_at(deadline, sign).await.unwrap_or(Ok((None, None)))
     }
 
     /// Takes a picture of the screen.
@@ -494,13 +498,18 @@ async fn listen(
     }
 }
 
-/// Ready once the guest's agent answers.
-async fn agent_answers(socket: &Path) {
+/// Ready once the guest's agent answers; what it calls the machine, where it tells.
+async fn agent_answers(socket: &Path) -> Option<String> {
     let options = Options { timeout: AGENT_TIMEOUT, ..Options::default() };
     loop {
         // Its answer carries a random id of ours, so it is no other's.
         match Qga::connect(socket, options).await {
-            Ok(_) => return,
+            Ok(agent) => {
+                let name = agent.execute("guest-get-host-name", Value::Null, NAME_TIMEOUT).await;
+                let name = name.ok()?;
+                let name = name.get("host-name")?.as_str()?;
+                return Some(name.chars().take(NAME_CHARS_MAX).collect());
+            }
             Err(error) => tracing::debug!(%error, "no guest agent yet"),
         }
         sleep(AGENT_PAUSE).await;
