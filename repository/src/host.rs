@@ -29,15 +29,30 @@ pub(crate) fn machine() -> Option<String> {
 
 /// When process `pid` of this host started, in clock ticks since boot (`proc_pid_stat(5)`, field 22).
 pub(crate) fn process_start(pid: u32) -> Option<u64> {
+    stat(pid, 22)?.parse().ok()
+}
+
+/// Whether process `pid` has ended, and is only there until its parent takes note of that: in some containers
+/// nobody ever does. Its first thread may end before the others.
+pub(crate) fn is_zombie(pid: u32) -> bool {
+    let is_over = stat(pid, 3).is_some_and(|state| matches!(state.as_str(), "Z" | "X"));
+    is_over && stat(pid, 20).and_then(|threads| threads.parse().ok()).is_some_and(|n: u32| n <= 1)
+}
+
+/// A field of `/proc/PID/stat`, counted as in `proc_pid_stat(5)`, from the third on.
+fn stat(pid: u32, field: usize) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name of the program may contain anything, even parentheses: count from the last one.
     let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(19)?.parse().ok()
+    fields.split_whitespace().nth(field - 3).map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::backend::is_alive;
 
     #[test]
     fn a_process_has_one_start_time() {
@@ -45,5 +60,18 @@ mod tests {
         assert!(start.is_some_and(|start| start > 0));
         assert_eq!(start, process_start(std::process::id()));
         assert_eq!(process_start(u32::MAX), None);
+    }
+
+    #[test]
+    fn r18_a_process_that_ended_is_dead_also_where_nobody_takes_note() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        assert!(!is_zombie(std::process::id()));
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while is_alive(child.id().cast_signed()) {
+            assert!(Instant::now() < deadline, "it counts as alive");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(is_zombie(child.id()));
+        child.wait().unwrap();
     }
 }

@@ -24,7 +24,7 @@ use nix::{
 use rustix::fs::{Advice, fadvise};
 
 use super::{Backend, BackendError, FileKind, FileRef, Pace};
-use crate::FileId;
+use crate::{FileId, host};
 
 /// Temporary files younger than this may belong to a writer on another host.
 const TEMPORARY_AGE_MIN: Duration = Duration::from_secs(24 * 60 * 60);
@@ -288,7 +288,9 @@ fn owner_of_temporary(name: &str) -> Option<i32> {
 
 /// Whether this host has a process `pid`; true when in doubt.
 pub(crate) fn is_alive(pid: i32) -> bool {
-    pid > 0 && kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH)
+    pid > 0
+        && kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH)
+        && !host::is_zombie(pid.cast_unsigned())
 }
 
 /// Entries with UTF-8 names; others cannot be ours. A folder that is not there has none.
