@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -15,6 +15,9 @@ use crate::names::DomainName;
 /// How often, and how far apart, a lock is tried while its holder has no name in it.
 const HOLDER_TRIES: u32 = 400;
 const HOLDER_PAUSE: Duration = Duration::from_millis(5);
+/// How long telling people may take, and how often it is looked whether somebody still does.
+const ALERT_TIMEOUT: Duration = Duration::from_secs(600);
+const ALERT_POLL: Duration = Duration::from_millis(100);
 /// What a guard writes behind its process id.
 const GUARD: &str = " guard";
 
@@ -161,6 +164,31 @@ impl RunLock {
             Ok(()) => Ok(true),
             Err(Errno::SRCH) => Ok(false),
             Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// The lock of whoever tells people what happened, held until dropped.
+#[derive(Debug)]
+pub struct AlertLock {
+    _lock: DomainLock,
+}
+
+impl AlertLock {
+    /// Takes it, and waits for it for as long as telling may take.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] when somebody else has it for longer.
+    pub async fn take(run_dir: &Path) -> Result<Self, LockError> {
+        let begin = Instant::now();
+        loop {
+            let what = "the telling of people".to_owned();
+            match DomainLock::take(run_dir, "alerts", what, "") {
+                Err(LockError::Held { .. }) if begin.elapsed() < ALERT_TIMEOUT => {
+                    tokio::time::sleep(ALERT_POLL).await;
+                }
+                taken => return Ok(Self { _lock: taken? }),
+            }
         }
     }
 }

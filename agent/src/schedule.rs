@@ -23,6 +23,12 @@ const STEP_MAX: Duration = Duration::from_secs(7 * 86_400);
 const RULES_MAX: usize = 64;
 /// Occurrences that are looked at for the sake of a delay.
 const LOOK_MAX: usize = 2000;
+/// Occurrences that are looked at for the sake of an interval.
+const LOOK_AROUND_MAX: usize = 4000;
+/// How far is looked around for the longest interval: beyond a weekend.
+const LOOK_AROUND: SignedDuration = SignedDuration::from_hours(8 * 24);
+/// So many intervals are looked at, at least.
+const GAPS_MIN: usize = 16;
 /// What to write.
 const USAGE: &str = "use a time like `03:00`, `mon,wed 03:00`, `first monday 03:00`, `last day 23:30`, \
                      `every 15 min`, or a cron line";
@@ -82,12 +88,27 @@ impl Schedule {
         self.rules.iter().filter_map(|rule| rule.last(until, zone)).max()
     }
 
-    /// About how long it takes from one time to the next: the longest of those that follow `from`.
-    pub fn interval(&self, from: Timestamp, zone: &TimeZone) -> Duration {
-        let times = std::iter::successors(self.next(from, zone), |time| self.next(*time, zone));
-        let times: Vec<_> = times.take(16).collect();
-        let gaps = times.windows(2).map(|pair| pair[1].duration_since(pair[0]));
-        gaps.max().and_then(|gap| Duration::try_from(gap).ok()).unwrap_or(STEP_MAX)
+    /// About how long it takes from one time to the next: the longest of a week before and after `around`, so
+    /// that a weekend counts also on the days before and after it.
+    pub fn interval(&self, around: Timestamp, zone: &TimeZone) -> Duration {
+        let (from, until) = (around - LOOK_AROUND, around + LOOK_AROUND);
+        let first = self.last(from, zone).or_else(|| self.next(from, zone));
+        let times =
+            std::iter::successors(first, |time| self.next(*time, zone)).take(LOOK_AROUND_MAX);
+        let (mut longest, mut last, mut count) = (None, None::<Timestamp>, 0);
+        for time in times {
+            longest = longest.max(last.map(|last| time.duration_since(last)));
+            if time > until && count >= GAPS_MIN {
+                break;
+            }
+            (last, count) = (Some(time), count + 1);
+        }
+        longest.and_then(|gap| Duration::try_from(gap).ok()).unwrap_or(STEP_MAX)
+    }
+
+    /// How long it takes from the last time at or before `at` to the next.
+    pub fn gap(&self, at: Timestamp, zone: &TimeZone) -> Option<SignedDuration> {
+        Some(self.next(at, zone)?.duration_since(self.last(at, zone)?))
     }
 }
 

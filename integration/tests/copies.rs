@@ -134,6 +134,11 @@ fn only_what_was_named_is_copied_and_nonsense_is_refused() {
     assert_eq!(scene.copy(&[domain])[0]["snapshots"], 0);
     assert_eq!(scene.copy(&[older])[1]["snapshots"], 1);
 
+    // A machine that has no snapshots is nothing, whatever its name looks like.
+    let machine = format!("--machine={}/{}", domain, text(&snapshots[1], "uuid"));
+    let nobody = format!("--machine={id}/{}", text(&snapshots[1], "uuid"));
+    assert_eq!(scene.copy(&[&nobody, &machine, "--older"])[0]["snapshots"], 0);
+    assert_eq!(scene.copy(&[&nobody, "--dry-run"]), [Value::Null; 0]);
     let unknown = finish(spawn(scene.copy_command(&["no-such-domain"])));
     assert_says(&unknown, 1, "no snapshot");
     let itself = scene.host.repository().to_str().unwrap().to_owned();

@@ -312,9 +312,17 @@ fn p2_a_run_that_is_killed_takes_its_backups_with_it_and_leaves_the_guest_clean(
     finish(running);
     wait_until(WAIT, "its backup has cleaned up", || there.host.undo_records() == 0);
     assert_guest_is_free(&guest, &["vda"]);
-    there.configure("");
-    let next = there.steps("2040-03-03T03:05:00Z");
+    let events = there.host.folder().join("events");
+    let script = there.host.folder().join("tell");
+    fs::write(&script, format!("#!/bin/sh\ncat >> {}\n", events.display())).expect("a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("a file of ours");
+    there.configure(&format!("[[alerts.command]]\nrun = [{script:?}]\n"));
+    // It is caught up once, and people are told.
+    let next = there.steps("2040-03-02T03:10:00Z");
     assert_eq!(next[0]["figures"]["incremental"], true, "{next:?}");
+    let told = fs::read_to_string(&events).expect("somebody is told");
+    assert!(told.contains("did not come to its end"), "{told}");
+    assert_eq!(there.done("2040-03-02T03:15:00Z"), []);
     there.host.assert_holds(there.host.list().last().expect("a snapshot"), &contents);
     there.host.assert_nothing_left();
 }

@@ -19,6 +19,7 @@ use crate::catalog::{Catalog, domain_of, is_ours, short};
 use crate::error::CommandError;
 use crate::progress::{Progress, human_bytes};
 use crate::replicate::{self, Lacking};
+use crate::retention::Machine;
 use crate::share::Share;
 use crate::store::blocking;
 
@@ -38,6 +39,9 @@ pub struct CopyArgs {
     /// Only these snapshots, or those of these domains, by name or pattern
     #[arg(value_name = "SNAPSHOT|DOMAIN")]
     wanted: Vec<String>,
+    /// Also the snapshots of this very machine, if there are any (can be repeated)
+    #[arg(long, value_name = "DOMAIN/UUID")]
+    machine: Vec<Machine>,
     /// Where to: a name from the configuration, or a location
     #[arg(long, value_name = "REPOSITORY")]
     to: String,
@@ -125,10 +129,12 @@ impl Task {
         there: &Snapshots,
     ) -> Result<Lacking, CommandError> {
         let (domains, ids) = self.wanted(catalog, snapshots)?;
+        let is_all = self.args.wanted.is_empty() && self.args.machine.is_empty();
         let is_wanted = |(_, file): &&(FileId, SnapshotFile)| {
             let of_domain =
                 |pattern: &Pattern| domain_of(file).is_some_and(|name| means(pattern, name));
-            is_ours(file) && (self.args.wanted.is_empty() || domains.iter().any(of_domain))
+            let is_machine_s = self.args.machine.iter().any(|machine| machine.may_have(file));
+            is_ours(file) && (is_all || is_machine_s || domains.iter().any(of_domain))
         };
         let of_domains = snapshots.good.iter().filter(is_wanted).cloned().collect();
         let mut lacking = replicate::lacking(of_domains, &there.good, self.args.older);

@@ -19,7 +19,7 @@ use super::{Context, Stop, Wanted, prune};
 use crate::catalog::{Catalog, SnapshotName, domain_of, short};
 use crate::error::CommandError;
 use crate::progress::Progress;
-use crate::retention::{self, Earlier, Group, NotCopied, Policy, Reason, Rule, Within};
+use crate::retention::{self, Earlier, Group, Machine, NotCopied, Policy, Reason, Rule, Within};
 use crate::store::blocking;
 
 /// So many snapshots may be dropped to make room for the lock itself.
@@ -41,10 +41,13 @@ pub struct ForgetArgs {
     /// Only snapshots of these domains, by name or pattern
     #[arg(value_name = "DOMAIN")]
     domains: Vec<Pattern>,
+    /// Only snapshots of this very machine, where others have the same name (can be repeated)
+    #[arg(long, value_name = "DOMAIN/UUID", conflicts_with = "domains")]
+    machine: Vec<Machine>,
     #[command(flatten)]
     rules: Rules,
     /// Drop this snapshot and no other (can be repeated)
-    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["domains", "Rules"])]
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["domains", "machine", "Rules"])]
     snapshot: Vec<SnapshotName>,
     /// Keep what this repository has to get a copy of yet, and the last one that it has (can be repeated)
     #[arg(long, value_name = "REPOSITORY")]
@@ -249,8 +252,9 @@ impl Task {
         let named = self.named(catalog)?;
         let matches = |file: &SnapshotFile| {
             let domain = domain_of(file).unwrap_or_default();
-            let patterns = &self.args.domains;
-            patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(domain))
+            let (patterns, machines) = (&self.args.domains, &self.args.machine);
+            (patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(domain)))
+                && (machines.is_empty() || machines.iter().any(|machine| machine.may_have(file)))
         };
         let gathered = retention::gather(catalog, matches, &self.replicas)?;
         for error in &gathered.broken {
@@ -260,6 +264,9 @@ impl Task {
         let earlier = |machine: &_| earlier.of(machine);
         let candidates = &gathered.candidates;
         let mut groups = retention::plan(candidates, &self.policy, earlier, Timestamp::now(), &tz);
+        if !self.args.machine.is_empty() {
+            groups.retain(|group| self.args.machine.contains(&group.machine));
+        }
         if !named.is_empty() {
             only(&mut groups, &named);
         }

@@ -47,6 +47,7 @@ use crate::names::RunId;
 use crate::progress::{Progress, When};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::watchdog;
+use crate::run::child::Asked;
 use crate::store::blocking;
 use crate::units::parse_bytes;
 
@@ -209,7 +210,7 @@ pub struct Context {
     global: GlobalArgs,
     progress: Progress,
     /// How often the user or the system has asked to stop.
-    interrupts: watch::Receiver<u32>,
+    interrupts: watch::Receiver<Asked>,
     /// Read when it is first asked for.
     config: OnceLock<Config>,
 }
@@ -310,7 +311,7 @@ impl Context {
     /// Ready when the user or the system asks to stop.
     async fn interrupted(&self) {
         let mut interrupts = self.interrupts.clone();
-        if interrupts.wait_for(|asked| *asked > 0).await.is_err() {
+        if interrupts.wait_for(|asked| asked.times > 0).await.is_err() {
             // Without a handler the signals end the process as they always do.
             std::future::pending::<()>().await;
         }
@@ -319,9 +320,9 @@ impl Context {
     /// Ready when that is asked for once more after this call.
     fn interrupted_anew(&self) -> impl Future<Output = ()> {
         let mut interrupts = self.interrupts.clone();
-        let before = *interrupts.borrow_and_update();
+        let before = interrupts.borrow_and_update().times;
         async move {
-            if interrupts.wait_for(|asked| *asked > before).await.is_err() {
+            if interrupts.wait_for(|asked| asked.times > before).await.is_err() {
                 std::future::pending::<()>().await;
             }
         }
@@ -538,15 +539,16 @@ fn announce_lock_to_read(
 
 /// Watches for Ctrl-C, SIGTERM and SIGHUP from the start of the program, so that none is missed between
 /// two steps of a command.
-fn watch_interrupts() -> watch::Receiver<u32> {
-    let (asked, interrupted) = watch::channel(0);
-    let signals =
-        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
-    for mut signal in signals.into_iter().flatten() {
-        let asked = asked.clone();
+fn watch_interrupts() -> watch::Receiver<Asked> {
+    let (asked, interrupted) = watch::channel(Asked::default());
+    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+        let (asked, Ok(mut signal)) = (asked.clone(), signal(kind)) else { continue };
         tokio::spawn(async move {
             while signal.recv().await.is_some() {
-                asked.send_modify(|asked| *asked += 1);
+                asked.send_modify(|asked| {
+                    asked.times += 1;
+                    asked.by_host |= kind == SignalKind::terminate();
+                });
             }
         });
     }

@@ -17,14 +17,15 @@ use crate::error::CommandError;
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::libvirt;
 use crate::hypervisor::libvirt::connection::Libvirt;
-use crate::lock::{LockError, RunLock};
-use crate::notify::Event;
+use crate::lock::{AlertLock, LockError, RunLock};
 use crate::notify::known::Known;
+use crate::notify::{Event, Subject};
 use crate::progress::human_bytes;
 use crate::run::child::Launcher;
 use crate::run::due::{self, Due};
 use crate::run::history::{Outcome, Step};
 use crate::run::state::{Pause, State};
+use crate::run::watch::{self, Moment, Watch};
 use crate::run::{Begin, Clock, Ended, Machine, Runner};
 use crate::units::{human_duration, parse_duration};
 
@@ -116,11 +117,13 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<(), CommandError> {
             Some(until) => format!("paused until {}", local_time(until)),
             None => "paused: `kvmsnap run --resume` ends that".to_owned(),
         };
+        watch_only(Moment::Paused(pause), config, clock, context).await?;
         return say(context, &text, &json!({"paused": true, "until": pause.until}));
     }
     let _lock = match RunLock::take(&context.global.run_dir) {
         Err(LockError::Held { holder, .. }) => {
             let text = format!("another run (process {holder}) is active: nothing is done");
+            watch_only(Moment::Active, config, clock, context).await?;
             return say(context, &text, &json!({"active": holder}));
         }
         lock => lock?,
@@ -235,7 +238,7 @@ pub(super) async fn machines(
             }
         }
         arguments.extend(["--name".to_owned(), name.to_owned()]);
-        machines.push(Machine { name: name.to_owned(), arguments });
+        machines.push(Machine { name: name.to_owned(), uuid: None, arguments });
     }
     // A host without libvirt names its machines.
     let is_named = |text: &str| machines.iter().any(|machine| machine.name == text);
@@ -255,10 +258,27 @@ pub(super) async fn machines(
         if !machines.iter().any(|machine| machine.name == known.name) {
             // A name may begin like an option.
             let arguments = vec!["--".to_owned(), known.name.clone()];
-            machines.push(Machine { name: known.name, arguments });
+            machines.push(Machine { name: known.name, uuid: Some(known.uuid), arguments });
         }
     }
     Ok((machines, problem))
+}
+
+/// Does nothing but tell people what they should know even so.
+async fn watch_only(
+    moment: Moment<'_>,
+    config: &Config,
+    clock: Clock,
+    context: &Context,
+) -> Result<(), CommandError> {
+    let (machines, problem) = machines(config, context).await?;
+    let (mut state, host, now) = (State::load(&context.global.state_dir), host(), clock.now());
+    watch::meet(&mut state, config, &machines, now);
+    let (state, machines, has_more) = (&state, &machines[..], problem.is_some());
+    let watch = Watch { config, state, machines, has_more, host: &host, now };
+    let (events, well) = watch.look(moment);
+    tell_people((events, &well), &watch, context).await;
+    Ok(())
 }
 
 async fn really(
@@ -269,14 +289,23 @@ async fn really(
 ) -> Result<(), CommandError> {
     let global = &context.global;
     let host = host();
-    let state = State::load(&global.state_dir);
+    let mut state = State::load(&global.state_dir);
+    let (machines, problem) = machines(config, context).await?;
+    watch::meet(&mut state, config, &machines, clock.now());
     let jobs = jobs(args, config, &state, &host, clock.now());
     let due: Vec<Due<'_>> = jobs.iter().filter(|due| due.is_due()).cloned().collect();
-    let (machines, problem) = machines(config, context).await?;
     let problem = problem.map(|error| {
         let text = crate::error::describe(&error.into());
         text.trim_end().trim_start_matches("error: ").to_owned()
     });
+    let has_more = problem.is_some();
+    if !due.is_empty() {
+        // What the jobs do may take long, or never end.
+        let (state, machines, now) = (&state, &machines[..], clock.now());
+        let watch = Watch { config, state, machines, has_more, host: &host, now };
+        let (events, well) = watch.look(Moment::Begin(&due));
+        tell_people((events, &well), &watch, context).await;
+    }
     let launcher = Launcher {
         config: global.config.clone(),
         password_file: global.password_file.clone(),
@@ -303,39 +332,66 @@ async fn really(
         launcher,
         clock,
         state_dir: global.state_dir.clone(),
-        machines,
+        machines: machines.clone(),
         problem,
         state,
         tell,
     };
-    let ended = Runner::new(begin).run(&due).await?;
-    let (failed, count) = (ended.record.count(Outcome::Failed), ended.record.steps.len());
-    let aborted = ended.record.count(Outcome::Aborted) > 0 || *context.interrupts.borrow() > 0;
+    let Ended { record, mut events, mut well, state, trouble } = Runner::new(begin).run(&due).await;
+    let (failed, count) = (record.count(Outcome::Failed), record.steps.len());
+    let aborted = record.count(Outcome::Aborted) > 0 || context.interrupts.borrow().times > 0;
     if let Some(ping) = ping {
-        let why = (failed > 0).then(|| format!("{failed} of {count} steps failed"));
+        let why = match (aborted, failed) {
+            (true, _) => Some("it was ended before all was done".to_owned()),
+            (false, 0) => trouble.as_ref().map(ToString::to_string),
+            (false, failed) => Some(format!("{failed} of {count} steps failed")),
+        };
         if let Err(error) = ping.ended(why).await {
             tracing::warn!(%error, "cannot say that a run has ended");
         }
     }
-    tell_people(ended, config, clock, &host, context).await;
+    let (state, machines, now) = (&state, &machines[..], clock.now());
+    let watch = Watch { config, state, machines, has_more, host: &host, now };
+    let (more, fine) = watch.look(Moment::End);
+    events.extend(more);
+    well.extend(fine);
+    tell_people((events, &well), &watch, context).await;
     if due.is_empty() && !global.quiet && !global.json {
         let next = jobs.iter().filter_map(|job| Some((job.next?, job.name))).min();
         let next = next.map(|(time, job)| format!(": {job} is next, {}", local_time(time)));
         tracing::info!(target: "progress", "nothing is due{}", next.unwrap_or_default());
     }
-    match failed {
+    match (trouble, failed) {
+        (Some(trouble), _) => Err(trouble.into()),
         _ if aborted => Err(CommandError::Interrupted),
-        0 => Ok(()),
-        failed => Err(CommandError::StepsFailed { failed, count }),
+        (None, 0) => Ok(()),
+        (None, failed) => Err(CommandError::StepsFailed { failed, count }),
     }
 }
 
 /// Tells people what they do not know yet, and writes the figures. What cannot be told makes no backup bad.
-async fn tell_people(ended: Ended, config: &Config, clock: Clock, host: &str, context: &Context) {
+async fn tell_people(
+    (events, well): (Vec<Event>, &[Subject]),
+    watch: &Watch<'_>,
+    context: &Context,
+) {
+    let Watch { config, now, host, .. } = *watch;
     let state_dir = &context.global.state_dir;
+    // A run that is active and one that only looks may both have something to tell.
+    let _lock = match AlertLock::take(&context.global.run_dir).await {
+        Ok(lock) => Some(lock),
+        Err(LockError::Held { holder, .. }) => {
+            tracing::warn!("process {holder} is telling people, and does not end");
+            return;
+        }
+        Err(error) => {
+            tracing::warn!(%error, "people may be told twice");
+            None
+        }
+    };
     let mut known = Known::load(state_dir);
     let remind = SignedDuration::from_hours(i64::from(config.alerts.remind_hours));
-    let events: Vec<Event> = known.sift(ended.events, &ended.well, clock.now(), remind);
+    let events: Vec<Event> = known.sift(events, well, now, remind);
     for event in &events {
         tracing::warn!("{}: {}", event.kind.as_str(), event.title);
     }
@@ -349,7 +405,7 @@ async fn tell_people(ended: Ended, config: &Config, clock: Clock, host: &str, co
         tracing::warn!(%error, "people may be told again");
     }
     if let Some(metrics) = &config.metrics
-        && let Err(error) = metrics.write(&ended.figures)
+        && let Err(error) = metrics.write(&watch.figures())
     {
         let error: &dyn std::error::Error = &error;
         tracing::error!(error, "no metrics");

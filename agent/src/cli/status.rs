@@ -154,10 +154,14 @@ fn look_at_jobs(lines: &mut [Line], config: &Config, backups: &[Backup], state_d
         });
         for line in of_job {
             line.due = line.due.into_iter().chain(due.next).min();
-            let of_it = |backup: &&Backup| backup.manifest.domain.as_str() == line.domain;
+            let of_it = |backup: &&Backup| {
+                let manifest = &backup.manifest;
+                manifest.domain.as_str() == line.domain && manifest.uuid == line.uuid
+            };
             let known = state.jobs.get(due.name).and_then(|job| job.domains.get(&line.domain));
             let known = DomainState {
                 since: known.and_then(|known| known.since),
+                in_future_since: known.and_then(|known| known.in_future_since),
                 last_good: line.last.as_ref().map(|last| last.time),
                 snapshots: Some(backups.iter().filter(of_it).count() as u64),
                 ..DomainState::default()

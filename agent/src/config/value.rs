@@ -125,6 +125,11 @@ impl Pattern {
         self.0.as_str()
     }
 
+    /// Whether it may mean several.
+    pub fn is_open(&self) -> bool {
+        self.as_str().contains(['*', '?', '['])
+    }
+
     /// How little it says of a domain that it means: the name itself says most, then the pattern with the
     /// most characters that stand for themselves.
     pub fn vagueness(&self, name: &str) -> impl Ord + use<> {

@@ -69,6 +69,8 @@ impl Known {
         remind: SignedDuration,
     ) -> Vec<Event> {
         let mut told = Vec::new();
+        // What failed in one part and went well in another is not well.
+        let failed: Vec<Subject> = events.iter().map(|event| event.subject.clone()).collect();
         for event in events {
             if matches!(event.kind, Kind::Recovery | Kind::Digest) {
                 told.push(event);
@@ -94,7 +96,6 @@ impl Known {
                 }
             }
         }
-        let failed: Vec<Subject> = told.iter().map(|event| event.subject.clone()).collect();
         let is_over =
             |known: &mut Problem| well.contains(&known.subject) && !failed.contains(&known.subject);
         for over in self.problems.extract_if(.., is_over) {
@@ -159,6 +160,16 @@ mod tests {
         assert_eq!(sift(Kind::Warning, 0), [Kind::Warning]);
         assert_eq!(sift(Kind::Failure, 1), [Kind::Failure]);
         assert_eq!(sift(Kind::Warning, 2), []);
+    }
+
+    #[test]
+    fn what_fails_in_one_part_and_goes_well_in_another_is_not_well_again() {
+        let (mut known, failure) = (Known::default(), event(Kind::Failure, "web"));
+        let well = [failure.subject.clone()];
+        for (hour, count) in [(0, 1), (1, 0), (2, 0)] {
+            let told = known.sift(vec![failure.clone()], &well, at(hour), REMIND);
+            assert_eq!(told.len(), count, "at {hour}: {told:?}");
+        }
     }
 
     #[test]

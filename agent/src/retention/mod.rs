@@ -18,11 +18,14 @@ mod year;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::str::FromStr;
 
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
-use repository::FileId;
+use repository::{FileId, SnapshotFile};
 use serde::{Deserialize, Serialize};
+
+use crate::catalog::{domain_of, uuid_of};
 
 pub use self::earlier::Earlier;
 pub use self::gather::{NotCopied, PROTECTED, gather};
@@ -40,6 +43,27 @@ pub struct Machine {
     pub domain: String,
     /// Its uuid.
     pub uuid: String,
+}
+
+impl Machine {
+    /// Whether a snapshot is one of this machine's, as far as its tags tell.
+    pub fn may_have(&self, file: &SnapshotFile) -> bool {
+        domain_of(file) == Some(&self.domain) && uuid_of(file).is_none_or(|uuid| uuid == self.uuid)
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.domain, self.uuid)
+    }
+}
+
+impl FromStr for Machine {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (domain, uuid) = text.rsplit_once('/').ok_or("use DOMAIN/UUID, as in `list --json`")?;
+        Ok(Self { domain: domain.to_owned(), uuid: uuid.to_owned() })
+    }
 }
 
 /// A snapshot that may have to go.

@@ -53,6 +53,22 @@ fn reasons(group: &Group, place: usize) -> Vec<String> {
 }
 
 #[test]
+fn a_machine_is_told_from_its_namesakes_by_its_uuid() {
+    let machine: Machine = "web/1".parse().unwrap();
+    assert_eq!((&machine, machine.to_string().as_str()), (&self::machine(), "web/1"));
+    assert!("web".parse::<Machine>().is_err());
+    let snapshot = |domain: &str, tag: &str| {
+        let mut file = SnapshotFile::new(repository::BlobId([1; 32]), at(0));
+        file.paths = vec![format!("/{domain}")];
+        file.tags = vec![tag.to_owned()];
+        file
+    };
+    assert!(machine.may_have(&snapshot("web", "uuid=1")));
+    assert!(!machine.may_have(&snapshot("web", "uuid=2")), "another host's");
+    assert!(!machine.may_have(&snapshot("db", "uuid=1")));
+}
+
+#[test]
 fn each_rule_keeps_the_newest_of_each_of_its_periods_and_says_so() {
     // Twice a day from 2026-01-01 00:00 on.
     let snapshots = history((0..60).map(|n| 12 * n));

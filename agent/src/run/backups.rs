@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use super::Machine;
 use super::child::{Answer, Launcher};
 use super::history::{Outcome, Step};
 use super::places::Places;
+use super::{Machine, STEP_TIMEOUT};
 use crate::config::{Job, Length};
 use crate::metrics::BackupFigures;
 use crate::units::human_duration;
@@ -16,8 +16,6 @@ use crate::units::human_duration;
 /// How long to wait before what failed is tried again the first time.
 const RETRY_PAUSE: Duration = Duration::from_secs(30);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(600);
-/// How long a backup may take where nothing is configured.
-const TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
 /// Exit codes of what fails again however often it is tried.
 const USAGE: u8 = 2;
 const WRONG_PASSWORD: u8 = 12;
@@ -37,7 +35,7 @@ pub async fn run(
     (name, job): (&str, &Job),
     machines: Vec<Machine>,
     places: &mut Places,
-    tell: &mut impl FnMut(Step),
+    mut tell: impl FnMut(Step),
 ) {
     let begin =
         |machine| Pending { machine, attempts: 0, took: Duration::ZERO, reason: String::new() };
@@ -56,7 +54,7 @@ pub async fn run(
                 continue;
             }
         };
-        pending = round(launcher, (name, job), pending, &repository, tell).await;
+        pending = round(launcher, (name, job), pending, &repository, &mut tell).await;
         if pending.is_empty() || launcher.is_asked_to_stop() {
             break;
         }
@@ -121,7 +119,7 @@ async fn round(
     repository: &str,
     tell: &mut impl FnMut(Step),
 ) -> Vec<Pending> {
-    let limit = job.timeout.map_or(TIMEOUT, Length::get);
+    let limit = job.timeout.map_or(STEP_TIMEOUT, Length::get);
     let (mut queue, mut at_work, mut again) = (pending.into_iter(), JoinSet::new(), Vec::new());
     loop {
         while at_work.len() < job.parallel()
@@ -144,11 +142,12 @@ async fn round(
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
         match done(&answer) {
-            Some((outcome, snapshot, figures, text)) => {
-                let mut step = it.step(name, Some(repository));
-                (step.snapshot, step.figures) = (Some(snapshot), Some(figures));
-                tell(step.end(outcome, text));
-            }
+            Some(done) => tell(Step {
+                snapshot: Some(done.snapshot),
+                uuid: done.uuid,
+                figures: Some(done.figures),
+                ..it.step(name, Some(repository)).end(done.outcome, done.text)
+            }),
             None => {
                 it.reason = answer.reason();
                 match answer.code {
@@ -163,8 +162,17 @@ async fn round(
     }
 }
 
+/// A backup that was made.
+struct Done {
+    outcome: Outcome,
+    snapshot: String,
+    uuid: Option<String>,
+    figures: BackupFigures,
+    text: String,
+}
+
 /// The backup that a command has made, also one that failed only at cleaning up: that is not made again.
-fn done(answer: &Answer) -> Option<(Outcome, String, BackupFigures, String)> {
+fn done(answer: &Answer) -> Option<Done> {
     let line =
         answer.lines.iter().find(|line| line["kind"].is_string() && line["id"].is_string())?;
     let disks = line["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -186,5 +194,6 @@ fn done(answer: &Answer) -> Option<(Outcome, String, BackupFigures, String)> {
         (true, false) => (Outcome::Warning, warnings.join("\n")),
         (false, _) => (Outcome::Warning, answer.reason()),
     };
-    Some((outcome, line["id"].as_str()?.to_owned(), figures, text))
+    let uuid = line["uuid"].as_str().map(str::to_owned);
+    Some(Done { outcome, snapshot: line["id"].as_str()?.to_owned(), uuid, figures, text })
 }

@@ -48,8 +48,17 @@ pub struct Launcher {
     pub nice: u8,
     /// Whether they read and write only when nobody else does.
     pub idle_io: bool,
-    /// How often somebody has asked to stop.
-    pub interrupts: watch::Receiver<u32>,
+    /// Whether somebody has asked to stop.
+    pub interrupts: watch::Receiver<Asked>,
+}
+
+/// That the program shall stop.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Asked {
+    /// How often that was asked for.
+    pub times: u32,
+    /// Whether it was the host that asked, as when it shuts down, and not a person.
+    pub by_host: bool,
 }
 
 /// How a command ended.
@@ -126,7 +135,12 @@ impl Launcher {
 
     /// Whether somebody has asked to stop.
     pub fn is_asked_to_stop(&self) -> bool {
-        *self.interrupts.borrow() > 0
+        self.interrupts.borrow().times > 0
+    }
+
+    /// Whether it was the host that asked, so that nobody knows.
+    pub fn is_asked_by_host(&self) -> bool {
+        self.interrupts.borrow().by_host
     }
 
     /// Waits; `false` when somebody asks to stop.
@@ -134,7 +148,7 @@ impl Launcher {
         let mut interrupts = self.interrupts.clone();
         tokio::select! {
             () = tokio::time::sleep(pause) => true,
-            Ok(_) = interrupts.wait_for(|asked| *asked > 0) => false,
+            Ok(_) = interrupts.wait_for(|asked| asked.times > 0) => false,
         }
     }
 

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
-use jiff::tz::TimeZone;
 
 use super::history::{Outcome, Record, Step};
 use super::state::State;
+use super::tell::local;
 use crate::notify::{Event, Kind, Subject};
 use crate::progress::human_bytes;
 
@@ -23,7 +23,7 @@ pub fn of(records: &[Record], state: &State, since: Timestamp) -> Event {
             let made = steps().filter(of_it).filter_map(|step| step.figures);
             let (count, stored) =
                 made.fold((0, 0), |(count, sum), it| (count + 1, sum + it.bytes_stored));
-            let last = known.last_good.map_or("never".to_owned(), day);
+            let last = known.last_good.map_or("never".to_owned(), local);
             let stored = human_bytes(stored);
             let _ =
                 writeln!(text, "{domain} ({job}): {count} backups, {stored} stored, last {last}");
@@ -42,17 +42,13 @@ pub fn of(records: &[Record], state: &State, since: Timestamp) -> Event {
     for (what, times) in failures {
         let _ = writeln!(text, "{what} failed {times} times");
     }
-    let since = day(since);
+    let since = local(since);
     let title = match bad {
         0 => format!("since {since}: {runs} runs, all well"),
         bad => format!("since {since}: {runs} runs, in which {bad} steps failed"),
     };
     let subject = Subject { job: None, domain: None, work: "digest".to_owned() };
     Event { kind: Kind::Digest, subject, title, text }
-}
-
-fn day(time: Timestamp) -> String {
-    time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M").to_string()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::state::{JobState, RepositoryState, State};
+use super::state::{JobState, State};
 use crate::config::{Config, Job, Length, Prune};
 use crate::schedule::{Plan, Schedule, Verdict};
 
@@ -71,20 +71,20 @@ pub fn all<'a>(config: &'a Config, state: &State, host: &str, now: Timestamp) ->
         let seed = seed(host, name.as_str());
         let plan = plan(job, &seed);
         let repository = config.repositories_of(job).into_iter().next();
-        let of_repository = repository.and_then(|name| state.repositories.get(&name));
-        let is_due = |schedule: &Schedule, last: fn(&RepositoryState) -> Option<Timestamp>| {
-            is_due(schedule, job.timezone.get(), of_repository.and_then(last), now)
-        };
+        let of_repository = repository.as_ref().and_then(|name| state.repositories.get(name));
+        let verified = repository.as_ref().and_then(|name| known.verified.get(name));
+        let is_due = |schedule: &Schedule, last| is_due(schedule, job.timezone.get(), last, now);
         let verify = job.verify().and_then(|verify| verify.schedule);
-        let verify = verify.is_some_and(|schedule| is_due(&schedule, |known| known.last_verify));
+        let verify = verify
+            .is_some_and(|schedule| is_due(&schedule, verified.and_then(|verified| verified.last)));
         let prune = match job.prune() {
-            Prune::At(schedule) => is_due(schedule, |known| known.last_prune),
+            Prune::At(schedule) => is_due(schedule, of_repository.and_then(|it| it.last_prune)),
             Prune::Never | Prune::Weekly => false,
         };
         jobs.push(Due {
             name: name.as_str(),
             job,
-            backup: plan.verdict(now, known.last_start),
+            backup: plan.verdict(now, known.start_that_counts()),
             prune,
             verify,
             next: plan.next(now),
@@ -142,6 +142,24 @@ mod tests {
     }
 
     #[test]
+    fn p3_a_job_that_was_cut_off_is_caught_up_once_within_its_window() {
+        let config = Config::parse(
+            "[repository.main]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
+             timezone = \"UTC\"\nwindow = \"4h\"\n",
+        )
+        .unwrap();
+        let mut state = State::default();
+        state.job("a").begin(at("2026-11-22T03:00:00Z"));
+        let verdict = |state: &State, now| all(&config, state, "host", at(now))[0].backup;
+        let due = at("2026-11-22T03:00:00Z");
+        assert_eq!(verdict(&state, "2026-11-22T03:05:00Z"), Verdict::Due(due));
+        assert_eq!(verdict(&state, "2026-11-22T08:00:00Z"), Verdict::Missed(due));
+        state.job("a").begin(at("2026-11-22T03:05:00Z"));
+        assert_eq!(verdict(&state, "2026-11-22T03:10:00Z"), Verdict::Done, "not again and again");
+        assert!(matches!(verdict(&state, "2026-11-23T03:00:00Z"), Verdict::Due(_)));
+    }
+
+    #[test]
     fn a_repository_is_verified_at_a_time_of_its_own() {
         let config = Config::parse(
             "[repository.main]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
@@ -152,7 +170,8 @@ mod tests {
         state.job("a").last_start = Some(at("2026-11-22T03:00:00Z"));
         let is_due = |state: &State, now| all(&config, state, "host", at(now))[0].is_due();
         assert!(!is_due(&state, "2026-11-22T13:00:00Z"), "its first time is yet to come");
-        state.repository("main").last_verify = Some(at("2026-11-20T00:00:00Z"));
+        let verified = state.job("a").verified.entry("main".to_owned()).or_default();
+        verified.last = Some(at("2026-11-20T00:00:00Z"));
         assert!(!is_due(&state, "2026-11-22T11:00:00Z"));
         assert!(is_due(&state, "2026-11-22T12:00:00Z"));
     }

@@ -33,7 +33,12 @@ impl Wanted {
         let is_too_old = |time: Timestamp| {
             Duration::try_from(now.duration_since(time)).is_ok_and(|age| age > self.age_max)
         };
-        match (known.last_good, known.since) {
+        // One that lies in the future is as old as it is known to do so.
+        let last_good = match known.last_good {
+            Some(last) if last > now => known.in_future_since.or(Some(last)),
+            last => last,
+        };
+        match (last_good, known.since) {
             (Some(last), _) if is_too_old(last) => {
                 let age = Duration::try_from(now.duration_since(last)).unwrap_or_default();
                 let age = human_duration(Duration::from_secs(age.as_secs() / 60 * 60));
@@ -93,7 +98,16 @@ mod tests {
     }
 
     #[test]
-    fn r17_a_backup_from_the_future_is_not_too_old() {
-        assert_eq!(Wanted::new(None, None, HOUR).lacks(&known(9, Some(9), 1), at(0)), None);
+    fn r17_a_backup_from_the_future_is_not_too_old_for_as_long_as_any_other() {
+        let (wanted, mut web) = (Wanted::new(None, None, HOUR), known(9, Some(900), 1));
+        web.meet(None, at(10));
+        assert_eq!(wanted.lacks(&web, at(34)), None);
+        web.meet(None, at(35));
+        assert!(wanted.lacks(&web, at(35)).is_some());
+        // A clock that was wrong for a moment at the start of the host says nothing.
+        let mut web = known(9, Some(20), 1);
+        web.meet(None, at(-1000));
+        web.meet(None, at(21));
+        assert_eq!(wanted.lacks(&web, at(22)), None);
     }
 }

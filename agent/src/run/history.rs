@@ -39,6 +39,8 @@ pub struct Step {
     pub work: String,
     /// The domain, where it is about one.
     pub domain: Option<String>,
+    /// Which of all machines with that name it is, where that came out.
+    pub uuid: Option<String>,
     /// The repository, where one was used.
     pub repository: Option<String>,
     /// When it began.
@@ -72,6 +74,11 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Whether what was to be done is done.
+    pub fn is_done(self) -> bool {
+        matches!(self, Self::Done | Self::Warning)
+    }
+
     /// The field's word for it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -90,6 +97,7 @@ impl Step {
             job: job.to_owned(),
             work: work.to_owned(),
             domain: domain.map(str::to_owned),
+            uuid: None,
             repository: repository.map(str::to_owned),
             started: Timestamp::now(),
             duration_ms: 0,

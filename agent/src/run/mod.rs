@@ -12,18 +12,17 @@ mod places;
 pub mod state;
 mod tell;
 mod upkeep;
+pub mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::config::{Config, Job, Length};
-use crate::metrics::{DomainFigures, Figures, JobFigures, RepositoryFigures};
+use crate::config::{self, Config, Job, Length};
 use crate::notify::{Event, Subject};
 use crate::schedule::Verdict;
-use crate::units::human_duration;
 use child::Launcher;
 use due::Due;
 use history::{Outcome, Record, Step};
@@ -34,12 +33,16 @@ pub use fresh::Wanted;
 
 /// How long it may take to mend what earlier runs left.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(2 * 3600);
+/// How long any other step may take where nothing is configured.
+const STEP_TIMEOUT: Duration = Duration::from_secs(86_400);
 
 /// A machine that can be backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     /// What its backups are called.
     pub name: String,
+    /// Which of all machines with that name it is, where that is known before its backup.
+    pub uuid: Option<String>,
     /// How `kvmsnap backup` is told of it.
     pub arguments: Vec<String>,
 }
@@ -70,6 +73,8 @@ pub struct Runner<'a, F> {
     record: Record,
     /// What goes well and is no step.
     well: Vec<Subject>,
+    /// Why something cannot be kept.
+    trouble: Option<StateError>,
 }
 
 /// What came of a run.
@@ -81,8 +86,10 @@ pub struct Ended {
     pub events: Vec<Event>,
     /// What went well.
     pub well: Vec<Subject>,
-    /// Figures for Prometheus.
-    pub figures: Figures,
+    /// What is known now.
+    pub state: State,
+    /// Why something could not be kept: then nothing more was begun, for it would be done again and again.
+    pub trouble: Option<StateError>,
 }
 
 /// What a run is begun with.
@@ -109,45 +116,50 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
     /// A run that has done nothing yet.
     pub fn new(with: Begin<'a, F>) -> Self {
         let record = Record::begin(with.clock.now());
-        Self { with, record, well: Vec::new() }
+        Self { with, record, well: Vec::new(), trouble: None }
     }
 
-    /// Does these jobs, then looks whether all backups are young enough.
-    ///
-    /// # Errors
-    /// [`StateError`] when nothing can be kept: then what was done would be done again and again.
-    pub async fn run(mut self, jobs: &[Due<'_>]) -> Result<Ended, StateError> {
+    /// Does these jobs.
+    pub async fn run(mut self, jobs: &[Due<'_>]) -> Ended {
         if !jobs.is_empty() {
-            self.keep_record()?;
-            self.repair().await;
+            self.keep();
+            if self.trouble.is_none() {
+                self.repair().await;
+            }
         }
         for due in jobs {
-            if self.with.launcher.is_asked_to_stop() {
+            if self.with.launcher.is_asked_to_stop() || self.trouble.is_some() {
                 break;
             }
-            self.job(due).await?;
+            self.job(due).await;
         }
         self.record.ended = Some(self.with.clock.now());
-        if !self.record.steps.is_empty() {
-            self.keep_record()?;
-        }
         let (mut events, mut well) = tell::of_steps(&self.record.steps);
         well.append(&mut self.well);
-        for (name, job) in &self.with.config.job {
-            self.look_at_age((name.as_str(), job), &mut events, &mut well);
-        }
         events.extend(self.digest());
-        self.with.state.save(&self.with.state_dir)?;
-        Ok(Ended { figures: self.figures(), record: self.record, events, well })
+        self.keep();
+        match &self.trouble {
+            Some(error) => events.push(tell::not_kept(error)),
+            None => well.push(tell::keeping()),
+        }
+        let Self { with, record, trouble, .. } = self;
+        Ended { record, events, well, state: with.state, trouble }
     }
 
-    fn keep_record(&self) -> Result<(), StateError> {
-        self.record.save(&self.with.state_dir, self.with.config.run.keep_results.get())
+    /// Keeps what is known and, once there are any, the steps that were done.
+    fn keep(&mut self) {
+        let Begin { state, state_dir, config, .. } = &self.with;
+        let kept = keep(state, &self.record, state_dir, config);
+        self.trouble = self.trouble.take().or(kept.err());
     }
 
     fn over(&mut self, step: Step) {
         (self.with.tell)(&step);
         self.record.steps.push(step);
+    }
+
+    fn is_here(&self, domain: &str) -> bool {
+        watch::is_here(&self.with.machines, self.with.problem.is_some(), domain)
     }
 
     /// Mends what earlier runs have left, in guests that are not backed up now too.
@@ -161,14 +173,17 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
         }
     }
 
-    async fn job(&mut self, due: &Due<'_>) -> Result<(), StateError> {
+    async fn job(&mut self, due: &Due<'_>) {
         let Due { name, job, .. } = *due;
         let (start, begun) = (self.with.clock.now(), Instant::now());
         let first_step = self.record.steps.len();
         let mut places = Places::new(self.with.config.repositories_of(job));
         if matches!(due.backup, Verdict::Due(_)) {
-            self.with.state.job(name).last_start = Some(start);
-            self.with.state.save(&self.with.state_dir)?;
+            self.with.state.job(name).begin(start);
+            self.keep();
+            if self.trouble.is_some() {
+                return;
+            }
             self.back_up((name, job), start, &mut places).await;
         } else if let Err(reason) = places.settle(&self.with.launcher).await {
             tracing::debug!("no repository of job `{name}` answers: {reason}");
@@ -184,7 +199,7 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
             }
             self.upkeep((name, job), &repository).await;
         }
-        self.pace((name, job), begun.elapsed());
+        self.pace((name, job), start);
         let now = self.with.clock.now();
         let steps = &self.record.steps[first_step..];
         let failures = steps.iter().filter(|step| step.outcome >= Outcome::Aborted).count();
@@ -194,69 +209,66 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
         if failures == 0 {
             state.last_success = Some(now);
         }
-        self.with.state.save(&self.with.state_dir)?;
-        self.keep_record()
+        // What a person has ended is over; what the host's end has cut off is not.
+        if !self.with.launcher.is_asked_by_host() {
+            state.begun = 0;
+        }
+        self.keep();
     }
 
     /// Backs up the domains of a job.
     async fn back_up(&mut self, (name, job): (&str, &Job), start: Timestamp, places: &mut Places) {
-        let mut machines: Vec<Machine> = self
-            .with
-            .machines
-            .iter()
-            .filter(|machine| job.is_about(&machine.name))
-            .cloned()
-            .collect();
+        let of_job = self.with.machines.iter().filter(|machine| job.is_about(&machine.name));
+        let mut machines: Vec<Machine> = of_job.cloned().collect();
         machines.sort_by_cached_key(|machine| job.rank(&machine.name));
-        if let Some(problem) = self.with.problem.clone() {
-            self.over(Step::begin(name, "libvirt", None, None).end(Outcome::Failed, problem));
-        } else {
-            self.well.push(tell::subject(&Step::begin(name, "libvirt", None, None)));
-        }
-        if machines.is_empty() && self.with.problem.is_some() {
-            return;
+        let libvirt = Step::begin(name, "libvirt", None, None);
+        let missing = match self.with.problem.clone() {
+            Some(problem) => {
+                self.over(libvirt.end(Outcome::Failed, problem));
+                Vec::new()
+            }
+            None => {
+                self.well.push(tell::subject(&libvirt));
+                missing(job, &machines)
+            }
+        };
+        for (domain, text) in &missing {
+            let step = Step::begin(name, "backup", domain.as_deref(), None);
+            self.over(step.end(Outcome::Warning, text));
         }
         if machines.is_empty() {
-            let patterns: Vec<_> = job.domains.iter().map(ToString::to_string).collect();
-            let text = format!("this host has no domain that {} means", patterns.join(", "));
-            return self.over(Step::begin(name, "backup", None, None).end(Outcome::Warning, text));
+            return;
         }
+        self.well.push(tell::subject(&Step::begin(name, "backup", None, None)));
         for machine in &machines {
             let known = self.with.state.job(name).domains.entry(machine.name.clone()).or_default();
-            known.since.get_or_insert(start);
             known.last_attempt = Some(start);
         }
-        let (launcher, mut steps) = (self.with.launcher.clone(), Vec::new());
-        let tell = &mut self.with.tell;
-        let mut over = |step: Step| {
+        let Self {
+            with: Begin { config, launcher, state_dir, state, tell, .. },
+            record,
+            trouble,
+            ..
+        } = self;
+        // Whatever ends this run, what was done until then is known.
+        let over = |step: Step| {
             tell(&step);
-            steps.push(step);
+            let domain = step.domain.clone().unwrap_or_default();
+            let known = state.job(name).domains.entry(domain).or_default();
+            known.meet(step.uuid.as_deref(), start);
+            known.note(&step, start);
+            record.steps.push(step);
+            *trouble = trouble.take().or(keep(state, record, state_dir, config).err());
         };
-        backups::run(&launcher, (name, job), machines, places, &mut over).await;
-        for step in &steps {
-            let Some(domain) = &step.domain else { continue };
-            let known = self.with.state.job(name).domains.entry(domain.clone()).or_default();
-            known.failed = step.snapshot.is_none();
-            if let Some(figures) = step.figures {
-                known.last = Some(figures);
-                known.last_good = Some(start);
-                known.snapshot.clone_from(&step.snapshot);
-                known.snapshots = known.snapshots.map(|count| count + 1);
-            }
-        }
-        self.record.steps.extend(steps);
+        backups::run(launcher, (name, job), machines, places, over).await;
     }
 
     /// Says when a job takes longer than there is time until the next one.
-    fn pace(&mut self, (name, job): (&str, &Job), took: Duration) {
-        let interval = job.schedule.interval(self.with.clock.now(), job.timezone.get());
+    fn pace(&mut self, (name, job): (&str, &Job), start: Timestamp) {
         let step = Step::begin(name, "pace", None, None);
-        if took > interval {
-            let (took, interval) = (human_duration(took), human_duration(interval));
-            let text = format!("it took {took}, and is due every {interval}");
-            self.over(step.end(Outcome::Warning, text));
-        } else {
-            self.well.push(tell::subject(&step));
+        match watch::too_slow(job, start, self.with.clock.now()) {
+            Some(text) => self.over(step.end(Outcome::Warning, text)),
+            None => self.well.push(tell::subject(&step)),
         }
     }
 
@@ -274,61 +286,36 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
         records.retain(|record| record.started >= since);
         Some(digest::of(&records, &self.with.state, since))
     }
+}
 
-    /// Whether the backups of a job's domains are young enough, by what is known.
-    fn look_at_age(
-        &self,
-        (name, job): (&str, &Job),
-        events: &mut Vec<Event>,
-        well: &mut Vec<Subject>,
-    ) {
-        let Some(known) = self.with.state.jobs.get(name) else { return };
-        for (domain, known) in &known.domains {
-            // One that is gone from here is backed up elsewhere, or not needed any more.
-            if !job.is_about(domain) || !self.with.machines.iter().any(|it| it.name == *domain) {
-                continue;
-            }
-            let wanted = self.wanted(job, domain);
-            match wanted.lacks(known, self.with.clock.now()) {
-                Some(why) => events.push(tell::too_old(name, domain, &why)),
-                None => well.push(tell::age_of(name, domain)),
-            }
-        }
+fn keep(
+    state: &State,
+    record: &Record,
+    state_dir: &Path,
+    config: &Config,
+) -> Result<(), StateError> {
+    state.save(state_dir)?;
+    match record.steps.is_empty() {
+        true => Ok(()),
+        false => record.save(state_dir, config.run.keep_results.get()),
     }
+}
 
-    fn wanted(&self, job: &Job, domain: &str) -> Wanted {
-        wanted(self.with.config, job, domain, self.with.clock.now())
+/// What a job names and this host does not have: a domain, or all of them; in words.
+fn missing(job: &Job, machines: &[Machine]) -> Vec<(Option<String>, String)> {
+    let is_here = |name: &str| machines.iter().any(|machine| machine.name == name);
+    let named = job.domains.iter().filter(|pattern| !pattern.is_open());
+    let named = named.map(config::Pattern::as_str).filter(|name| job.is_about(name));
+    let missing: Vec<_> = named
+        .filter(|name| !is_here(name))
+        .map(|name| (Some(name.to_owned()), "this host has no such domain".to_owned()))
+        .collect();
+    if machines.is_empty() && missing.is_empty() {
+        let patterns: Vec<_> = job.domains.iter().map(ToString::to_string).collect();
+        let text = format!("this host has no domain that {} means", patterns.join(", "));
+        return vec![(None, text)];
     }
-
-    fn figures(&self) -> Figures {
-        let mut figures = Figures::default();
-        for (name, known) in &self.with.state.repositories {
-            let figure = |bytes| RepositoryFigures { repository: name.clone(), bytes };
-            figures.repositories.extend(known.bytes.map(figure));
-        }
-        for (name, job) in &self.with.config.job {
-            let Some(known) = self.with.state.jobs.get(name.as_str()) else { continue };
-            figures.jobs.push(JobFigures {
-                job: name.to_string(),
-                last_success: known.last_success,
-                duration_ms: known.duration_ms,
-                failures: known.failures,
-            });
-            for (domain, known) in known.domains.iter().filter(|(domain, _)| job.is_about(domain)) {
-                figures.domains.push(DomainFigures {
-                    job: name.to_string(),
-                    domain: domain.clone(),
-                    last_success: known.last_good,
-                    last_attempt: known.last_attempt,
-                    failed: known.failed,
-                    stale: self.wanted(job, domain).lacks(known, self.with.clock.now()).is_some(),
-                    snapshots: known.snapshots.unwrap_or_default(),
-                    last: known.last,
-                });
-            }
-        }
-        figures
-    }
+    missing
 }
 
 /// What is asked of a domain's backups by a job.
@@ -336,4 +323,28 @@ pub fn wanted(config: &Config, job: &Job, domain: &str, now: Timestamp) -> Wante
     let settings = config.domain(domain);
     let interval = job.schedule.interval(now, job.timezone.get());
     Wanted::new(settings.max_age.map(Length::get), settings.min_snapshots, interval)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_that_is_named_and_missing_is_told() {
+        let job = |domains: &str| {
+            let text = format!("[job.a]\nschedule = \"03:00\"\ndomains = {domains}\n");
+            let text = format!("[repository.main]\nlocation = \"/srv\"\n{text}");
+            Config::parse(&text).unwrap().job.into_values().next().unwrap()
+        };
+        let web = Machine { name: "web".to_owned(), uuid: None, arguments: Vec::new() };
+        let told = |domains, machines: &[Machine]| -> Vec<Option<String>> {
+            missing(&job(domains), machines).into_iter().map(|(domain, _)| domain).collect()
+        };
+        assert_eq!(
+            told("[\"web\", \"db\", \"x-*\"]", std::slice::from_ref(&web)),
+            [Some("db".to_owned())]
+        );
+        assert_eq!(told("[\"x-*\"]", &[]), [None]);
+        assert_eq!(told("[\"web\", \"x-*\"]", &[web]), []);
+    }
 }

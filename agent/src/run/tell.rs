@@ -1,6 +1,10 @@
 //! What people should know of a run.
 
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
 use super::history::{Outcome, Step};
+use super::state::StateError;
 use crate::notify::{Event, Kind, Subject};
 
 /// What of these steps people should know of, and what went well.
@@ -52,14 +56,63 @@ fn title(step: &Step) -> String {
     }
 }
 
-/// That a domain's backups are too old, or too few.
-pub fn too_old(job: &str, domain: &str, why: &str) -> Event {
+/// A time by the host's clock.
+pub fn local(time: Timestamp) -> String {
+    time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M").to_string()
+}
+
+/// That a domain's backups are too old, or too few; with what may be the reason.
+pub fn too_old(job: &str, domain: &str, why: &str, text: String) -> Event {
+    let title = format!("{domain}: {why}");
+    Event { kind: Kind::Failure, subject: age_of(job, domain), title, text }
+}
+
+/// That a run of a job did not come to its end.
+pub fn cut_off(job: &str, begun: Option<Timestamp>) -> Event {
+    let begun = begun.map(|time| format!("it began at {}; ", local(time))).unwrap_or_default();
     Event {
         kind: Kind::Failure,
-        subject: age_of(job, domain),
-        title: format!("{domain}: {why}"),
-        text: String::new(),
+        subject: of_job(job, "run"),
+        title: format!("the last run of job {job} did not come to its end"),
+        text: format!("{begun}it was killed, or the host went down"),
     }
+}
+
+/// That a job was not begun in time.
+pub fn missed(job: &str, due: Timestamp) -> Event {
+    Event {
+        kind: Kind::Warning,
+        subject: of_job(job, "window"),
+        title: format!("job {job} was not begun within its window"),
+        text: format!("it was due at {}", local(due)),
+    }
+}
+
+/// That a job that is active takes too long.
+pub fn too_slow(job: &str, text: String) -> Event {
+    let subject = of_job(job, "pace");
+    let title = format!("job {job} takes longer than its interval");
+    Event { kind: Kind::Warning, subject, title, text }
+}
+
+/// That nothing can be kept.
+pub fn not_kept(error: &StateError) -> Event {
+    Event {
+        kind: Kind::Failure,
+        subject: keeping(),
+        title: "no job is begun: what is known of them cannot be kept".to_owned(),
+        text: format!("{error}: {}", error.source),
+    }
+}
+
+/// That something can be kept.
+pub fn keeping() -> Subject {
+    Subject { job: None, domain: None, work: "state".to_owned() }
+}
+
+/// Something about a whole job.
+pub fn of_job(job: &str, work: &str) -> Subject {
+    Subject { job: Some(job.to_owned()), domain: None, work: work.to_owned() }
 }
 
 /// The age of a domain's backups.

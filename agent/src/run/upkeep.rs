@@ -5,22 +5,23 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::Runner;
 use super::child::Answer;
 use super::due;
 use super::history::{Outcome, Step};
+use super::state::Verified;
+use super::{Runner, STEP_TIMEOUT};
 use crate::config::{Job, Length, Prune, VerifyPlan};
 use crate::progress::human_bytes;
 use crate::retention::Policy;
 
-/// How long one such step may take.
-const TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
 /// How long a list of snapshots may take.
 const LIST_TIMEOUT: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 const WEEK: Duration = Duration::from_secs(7 * 86_400);
 /// By how much a daily time may come early and still be a day after the last.
 const SLACK: Duration = Duration::from_secs(3600);
+/// So many parts that were damaged are read again each time.
+const REREAD_MAX: usize = 4;
 /// The most parts that data is read in.
 const PARTS_MAX: u64 = 10_000;
 
@@ -28,59 +29,84 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
     /// Does what is due in the repository that a job has used.
     pub(super) async fn upkeep(&mut self, named: (&str, &Job), repository: &str) {
         let job = named.1;
-        let mut replicas = Vec::new();
+        let (mut replicas, mut is_all_copied) = (Vec::new(), true);
         for copy in &job.copy {
             let to = copy.to.get_ref().as_str();
             // Backups went there because another repository is away.
             if to == repository {
+                is_all_copied = false;
                 continue;
             }
             replicas.push(to);
-            if self.copy(named, repository, to).await == Outcome::Done {
+            if self.copy(named, repository, to).await.is_done() {
                 self.forget(named, to, copy.keep.as_ref(), &[]).await;
                 self.prune(named, to).await;
+            } else {
+                is_all_copied = false;
             }
         }
-        self.forget(named, repository, job.keep.as_ref(), &replicas).await;
+        self.forget(named, repository, rules(job, repository), &replicas).await;
         self.prune(named, repository).await;
         self.verify(named, repository).await;
         self.count(named, repository).await;
+        // The last snapshots of those that are gone are copied too; then they are none of the job's business.
+        if is_all_copied && self.with.problem.is_none() {
+            let machines = &self.with.machines;
+            let is_here = |name: &String| machines.iter().any(|it| it.name == *name);
+            let domains = &mut self.with.state.job(named.0).domains;
+            domains.retain(|name, _| job.is_about(name) && is_here(name));
+        }
     }
 
-    /// Runs a step and tells of it; says whether it is done. `summary` finds words for what it printed.
-    async fn step(
+    /// Runs a command; the step that it is, with what came of it. `summary` finds words for what it printed.
+    async fn attempt(
         &mut self,
         (job, work, repository): (&str, &str, &str),
         arguments: &[String],
         summary: impl Fn(&Answer) -> String,
-    ) -> Outcome {
+    ) -> (Step, Answer) {
         let (step, begin) = (Step::begin(job, work, None, Some(repository)), Instant::now());
-        let answer = self.with.launcher.run(Some(repository), arguments, TIMEOUT).await;
+        let answer = self.with.launcher.run(Some(repository), arguments, STEP_TIMEOUT).await;
         let (outcome, text) = match () {
             () if answer.is_done() => (Outcome::Done, summary(&answer)),
             () if answer.is_aborted() => (Outcome::Aborted, String::new()),
             () => (Outcome::Failed, [summary(&answer), answer.reason()].join("\n")),
         };
         let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.over(Step { duration_ms, ..step }.end(outcome, text.trim()));
+        (Step { duration_ms, ..step }.end(outcome, text.trim()), answer)
+    }
+
+    /// The same, and tells of it; says what came of it.
+    async fn step(
+        &mut self,
+        named: (&str, &str, &str),
+        arguments: &[String],
+        summary: impl Fn(&Answer) -> String,
+    ) -> Outcome {
+        let (step, _) = self.attempt(named, arguments, summary).await;
+        let outcome = step.outcome;
+        self.over(step);
         outcome
     }
 
-    /// The domains of a job by name: other hosts may have domains in the same repository that its patterns
-    /// mean too.
-    fn domains(&mut self, (name, job): (&str, &Job)) -> Vec<String> {
-        let known = self.with.state.job(name).domains.keys().filter(|domain| job.is_about(domain));
-        known.map(|domain| glob::Pattern::escape(domain)).collect()
+    /// The machines of a job, as options of commands: other hosts may have namesakes of them in the same
+    /// repository. With those that were here and are not any more only where they do no harm.
+    fn machines(&self, (name, job): (&str, &Job), with_gone: bool) -> Vec<String> {
+        let known = self.with.state.jobs.get(name).into_iter().flat_map(|known| &known.domains);
+        let known = known.filter(|(domain, _)| job.is_about(domain));
+        let known = known.filter(|(domain, _)| with_gone || self.is_here(domain));
+        let machines = known.flat_map(|(domain, known)| known.machines(domain));
+        machines.map(|machine| format!("--machine={machine}")).collect()
     }
 
     /// Copies the snapshots of the job's domains into another repository.
     async fn copy(&mut self, named: (&str, &Job), repository: &str, to: &str) -> Outcome {
         let mut arguments = vec!["copy".to_owned(), "--to".to_owned(), to.to_owned()];
-        let domains = self.domains(named);
-        if domains.is_empty() {
-            return Outcome::Aborted;
+        let machines = self.machines(named, true);
+        if machines.is_empty() {
+            return Outcome::Done;
         }
-        arguments.extend(domains);
+        arguments.extend(machines);
         let summary = |_: &Answer| String::new();
         self.step((named.0, &format!("copy to {to}"), repository), &arguments, summary).await
     }
@@ -94,12 +120,13 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         replicas: &[&str],
     ) {
         let Some(keep) = keep.filter(|keep| !keep.is_empty()) else { return };
-        let (name, domains) = (named.0, self.domains(named));
-        if domains.is_empty() {
+        // What is gone from here may be another host's by now, which has rules of its own.
+        let (name, machines) = (named.0, self.machines(named, false));
+        if machines.is_empty() {
             return;
         }
         let mut arguments = vec!["forget".to_owned()];
-        arguments.extend(domains);
+        arguments.extend(machines);
         arguments.extend(keep.to_args());
         arguments.extend(replicas.iter().map(|to| format!("--not-copied-to={to}")));
         let summary = |answer: &Answer| {
@@ -138,19 +165,55 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         }
     }
 
-    /// Proves that backups can be restored, and reads the part of the data whose turn it is.
-    async fn verify(&mut self, (name, job): (&str, &Job), repository: &str) {
+    /// Proves that backups can be restored, and reads the part of the data whose turn it is. What was found
+    /// to be damaged is read again too: it is well again when it was mended, not when another part is sound.
+    async fn verify(&mut self, named: (&str, &Job), repository: &str) {
+        let (name, job) = named;
         let Some(plan) = job.verify() else { return };
-        let (now, known) = (self.with.clock.now(), self.with.state.repository(repository).clone());
-        if !is_due(&plan, job, known.last_verify, now) {
+        let now = self.with.clock.now();
+        let known = self.verified(name, repository).clone();
+        if !is_due(&plan, job, known.last, now) {
             return;
         }
-        let mut arguments = vec!["verify".to_owned()];
         let parts = parts(&plan, job, now);
-        let part = known.part % parts.unwrap_or(1);
-        if let Some(parts) = parts {
-            arguments.push(format!("--read-data={}/{parts}", part + 1));
+        let turn = parts.map(|parts| (known.part % parts + 1, parts));
+        let again = known.damaged.into_iter().filter(|part| Some(*part) != turn);
+        let again = again.take(REREAD_MAX).map(Some);
+        for part in again.chain([turn]) {
+            let (mut step, answer) = self.verify_part(name, part, repository).await;
+            if step.outcome == Outcome::Aborted {
+                return self.over(step);
+            }
+            // The last line says that it came to its end.
+            let is_read = answer.lines.last().is_some_and(|line| line["bytes_read"].is_u64());
+            let known = self.verified(name, repository);
+            if let Some((number, parts)) = part.filter(|_| is_read) {
+                known.read((number, parts), answer.is_done());
+                if part == turn {
+                    known.part = number % parts;
+                }
+            }
+            known.last = Some(now);
+            if step.outcome == Outcome::Done && !known.damaged.is_empty() {
+                step.outcome = Outcome::Warning;
+                step.text += "\nother parts of the data were damaged when they were last read";
+            }
+            self.over(step);
         }
+    }
+
+    fn verified(&mut self, job: &str, repository: &str) -> &mut Verified {
+        self.with.state.job(job).verified.entry(repository.to_owned()).or_default()
+    }
+
+    async fn verify_part(
+        &mut self,
+        name: &str,
+        part: Option<(u32, u32)>,
+        repository: &str,
+    ) -> (Step, Answer) {
+        let mut arguments = vec!["verify".to_owned()];
+        arguments.extend(part.map(|(part, parts)| format!("--read-data={part}/{parts}")));
         let summary = |answer: &Answer| {
             let problems = answer.lines.iter().filter(|line| line["problem"].is_string());
             let affected = problems.clone().flat_map(|line| line["snapshots"].as_array()).flatten();
@@ -168,12 +231,7 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
             }
             text.join("\n")
         };
-        let outcome = self.step((name, "verify", repository), &arguments, summary).await;
-        if matches!(outcome, Outcome::Done | Outcome::Failed) {
-            let known = self.with.state.repository(repository);
-            known.last_verify = Some(now);
-            known.part = (part + 1) % parts.unwrap_or(1);
-        }
+        self.attempt((name, "verify", repository), &arguments, summary).await
     }
 
     /// Counts the snapshots of the job's domains, and the room that the repository takes.
@@ -187,26 +245,31 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         if answer.code.is_none() || (answer.lines.is_empty() && !answer.is_done()) {
             return;
         }
-        let is_first =
-            self.with.config.repositories_of(job).first().is_some_and(|it| it == repository);
-        let of = |line: &&Value, domain: &str| line["domain"] == domain;
+        let now = self.with.clock.now();
         for (domain, known) in &mut self.with.state.job(name).domains {
-            if !job.is_about(domain) {
-                continue;
-            }
-            let lines = answer.lines.iter().filter(|line| of(line, domain));
-            known.snapshots = Some(lines.clone().count() as u64);
-            let has_last =
-                lines.clone().any(|line| line["id"].as_str() == known.snapshot.as_deref());
-            if has_last {
-                continue;
-            }
-            let times = lines.filter_map(|line| line["time"].as_str()?.parse().ok());
-            let newest = times.max();
-            // The others may have younger ones.
-            known.last_good = if is_first { newest } else { known.last_good.max(newest) };
+            // Which of its namesakes it is is not known before its first backup.
+            let Some(uuid) = known.uuid.clone().filter(|_| job.is_about(domain)) else { continue };
+            known.count(now, repository, snapshots(&answer.lines, domain, &uuid));
         }
     }
+}
+
+/// The rules for a repository: where backups went into a replica because another one is away, the replica's.
+fn rules<'a>(job: &'a Job, repository: &str) -> Option<&'a Policy> {
+    let as_replica = job.copy.iter().find(|copy| copy.to.get_ref() == repository);
+    as_replica.map_or(job.keep.as_ref(), |copy| copy.keep.as_ref())
+}
+
+/// The snapshots of a machine, of those that were listed.
+fn snapshots<'a>(
+    lines: &'a [Value],
+    domain: &'a str,
+    uuid: &'a str,
+) -> impl Iterator<Item = (&'a str, Timestamp)> + Clone {
+    let of_it = move |line: &&Value| line["domain"] == domain && line["uuid"] == uuid;
+    let snapshot =
+        |line: &'a Value| Some((line["id"].as_str()?, line["time"].as_str()?.parse().ok()?));
+    lines.iter().filter(of_it).filter_map(snapshot)
 }
 
 /// Whether a repository is to be verified now: at the times of its own, else once a day.
@@ -238,6 +301,8 @@ fn parts(plan: &VerifyPlan, job: &Job, now: Timestamp) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::config::Config;
 
@@ -263,6 +328,32 @@ mod tests {
             let job = job(text);
             assert_eq!(parts(&job.verify().unwrap(), &job, now), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn p3_a_replica_that_backups_fall_over_to_is_thinned_by_its_own_rules() {
+        let repositories =
+            "[repository.main]\nlocation = \"/a\"\n[repository.off]\nlocation = \"/b\"\n";
+        let job = |copy: &str| {
+            let text = format!(
+                "{repositories}[job.a]\nschedule = \"03:00\"\nrepository = [\"main\", \"off\"]\n\
+                 keep = {{ daily = 14 }}\ncopy = [{copy}]\n"
+            );
+            Config::parse(&text).unwrap().job.into_values().next().unwrap()
+        };
+        let kept = |job: &Job, repository| rules(job, repository).map(Policy::to_args);
+        let with_rules = job("{ to = \"off\", keep = { daily = 30 } }");
+        assert_eq!(kept(&with_rules, "off").unwrap(), ["--keep-daily=30"]);
+        assert_eq!(kept(&with_rules, "main").unwrap(), ["--keep-daily=14"]);
+        assert_eq!(kept(&job("{ to = \"off\" }"), "off"), None, "all stay there");
+    }
+
+    #[test]
+    fn snapshots_of_another_host_s_namesake_are_not_counted() {
+        let line = |id, uuid| json!({"id": id, "uuid": uuid, "domain": "web", "time": "2026-11-21T12:00:00Z"});
+        let lines = [line("a", "ours"), line("b", "theirs"), json!({"id": "c"})];
+        let ours: Vec<_> = snapshots(&lines, "web", "ours").map(|(id, _)| id).collect();
+        assert_eq!(ours, ["a"]);
     }
 
     #[test]

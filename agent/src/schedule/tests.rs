@@ -264,3 +264,20 @@ fn a_random_delay_is_stable_and_differs_between_hosts() {
     let range = at("2026-11-22T03:00", &zone)..at("2026-11-22T04:00", &zone);
     assert!(hosts.iter().all(|begin| range.contains(begin)), "{hosts:?}");
 }
+
+#[test]
+fn a_weekend_is_the_interval_of_a_job_that_rests_on_it_on_every_day() {
+    let hour = |text: &str, at: &str| {
+        let schedule: Schedule = text.parse().unwrap();
+        schedule.interval(at.parse().unwrap(), &TimeZone::UTC).as_secs() / 3600
+    };
+    // From Friday 23:00 to Monday 00:00.
+    for day in 16..=22 {
+        let at = format!("2026-11-{day}T08:30:00Z");
+        assert_eq!(hour("0 * * * mon-fri", &at), 49, "{at}");
+        assert_eq!(hour("*/5 * * * mon-fri", &at), 48, "{at}");
+        assert_eq!(hour("hourly", &at), 1, "{at}");
+        assert_eq!(hour("sunday 03:00", &at), 168, "{at}");
+        assert_eq!(hour("first monday 03:00", &at), 35 * 24, "{at}");
+    }
+}
