@@ -111,14 +111,23 @@ impl Contents {
         for (disk, content) in &self.disks {
             let restored = fs::read(folder.join(format!("{disk}.raw"))).expect("a restored disk");
             assert_eq!(restored.len(), content.len(), "the size of {disk}");
-            let differs = restored.iter().zip(content).position(|(a, b)| a != b);
-            assert_eq!(differs, None, "the first byte of {disk} that is not the guest's");
+            assert_eq!(
+                first_difference(&restored, content),
+                None,
+                "the first byte of {disk} that is not the guest's"
+            );
         }
     }
 
     fn disk(&mut self, disk: &str) -> &mut Vec<u8> {
         self.disks.get_mut(disk).expect("a disk of this model")
     }
+}
+
+/// The first byte in which something is not what it should be.
+pub fn first_difference(found: &[u8], wanted: &[u8]) -> Option<usize> {
+    // Whole slices at once, which is a hundred times as fast as the search.
+    (found != wanted).then(|| found.iter().zip(wanted).take_while(|(a, b)| a == b).count())
 }
 
 /// What happens at one of the effects that a command has on the world outside.
@@ -133,8 +142,10 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Each of them.
-    pub const ALL: [Self; 3] = [Self::Crash, Self::FailOnce, Self::FailForGood];
+    /// How the `n`-th effect of a command fails in a sweep: once, or with all that follow, in turn.
+    pub fn failing(n: usize) -> Self {
+        if n % 2 == 1 { Self::FailOnce } else { Self::FailForGood }
+    }
 
     /// The same command, to which this happens at its `n`-th effect.
     pub fn at(self, n: usize, mut command: Command) -> Command {

@@ -16,16 +16,19 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
+use repository::{Kdf, LocalFolder, Repository};
 use serde_json::Value;
 use tempfile::TempDir;
 use vm_fixtures::Guest;
 use vm_fixtures::servers::Server;
 
+const PASSWORD: &str = "correct horse";
 /// How long one command may take before the test fails.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -50,7 +53,7 @@ impl Host {
     /// A host with a new repository.
     pub fn new() -> Self {
         let host = Self::without_repository();
-        host.ok(["repository", "init"]);
+        host.make_repository();
         host
     }
 
@@ -58,7 +61,7 @@ impl Host {
     pub fn without_repository() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let password = folder.path().join("password");
-        fs::write(&password, "correct horse\n").expect("a password file");
+        fs::write(&password, format!("{PASSWORD}\n")).expect("a password file");
         fs::set_permissions(&password, Permissions::from_mode(0o600)).expect("a file of ours");
         fs::write(folder.path().join("kvmsnap.toml"), "").expect("a configuration");
         let repository = folder.path().join("repository");
@@ -91,8 +94,16 @@ impl Host {
         let mut host = Self::without_repository();
         host.repository = repository.to_owned();
         host.restic_repository = repository.to_owned();
-        host.ok(["repository", "init"]);
+        host.make_repository();
         host
+    }
+
+    /// Makes the repository in its folder, with a password that costs nothing to try: tests start thousands
+    /// of programs that do.
+    fn make_repository(&self) {
+        let folder = LocalFolder::create(&self.repository).expect("a folder of ours");
+        let made = Repository::init(Arc::new(folder), PASSWORD.as_bytes(), Kdf::WEAK_FOR_TESTS);
+        made.expect("a new repository");
     }
 
     /// A folder for what the test needs.

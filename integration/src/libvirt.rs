@@ -87,15 +87,15 @@ impl Scene {
         let file = self.domain.folder().join("buffer");
         fs::write(&file, bytes).expect("the domain's folder is writable");
         let write = format!("write -s {} {offset} {}", file.display(), bytes.len());
-        match self.domain.state().as_str() {
-            "shut off" => {
+        match self.domain.pid() {
+            None => {
                 let image = self.domain.disk_path(disk);
                 let mut tool_io = Command::new("qemu-io");
                 let format = if is_raw(&image) { "raw" } else { "qcow2" };
                 tool_io.args(["-f", format, "-c", &write]).arg(image);
                 tool(tool_io);
             }
-            _ => drop(self.domain.qemu_io(disk, &write)),
+            Some(_) => drop(self.domain.qemu_io(disk, &write)),
         }
         self.contents.note(disk, offset, bytes);
     }
@@ -202,15 +202,16 @@ impl Scene {
     /// The disks that keep dirty bitmaps.
     #[track_caller]
     pub fn tracked(&self) -> Vec<&str> {
+        let paths = self.domain.disk_paths();
         let names = self.contents.names().into_iter();
-        names.filter(|disk| !is_raw(&self.domain.disk_path(disk))).collect()
+        names.filter(|disk| !is_raw(&paths[*disk])).collect()
     }
 
     /// Nothing is left of any run but one good dirty bitmap in each image that keeps them.
     #[track_caller]
     pub fn assert_clean(&self) {
         self.assert_clean_but_bitmaps();
-        let runs = self.domain.state() != "shut off";
+        let runs = self.domain.pid().is_some();
         for disk in self.tracked() {
             let bitmaps = if runs { self.domain.bitmaps(disk) } else { self.bitmaps_at_rest(disk) };
             assert_eq!(bitmaps.len(), 1, "one dirty bitmap on {disk}: {bitmaps:?}");
@@ -228,7 +229,7 @@ impl Scene {
         assert_eq!(found(&run, &|path| path.is_dir()), Vec::<PathBuf>::new());
         let scratch = |path: &Path| name_of(path).starts_with(".kvmsnap-");
         assert_eq!(found(self.domain.folder(), &scratch), Vec::<PathBuf>::new());
-        if self.domain.state() != "shut off" {
+        if self.domain.pid().is_some() {
             let job = self.domain.try_virsh("backup-dumpxml", &[]);
             assert!(job.is_err(), "a job is left: {job:?}");
             let exports = self.domain.qmp_command("query-block-exports", &serde_json::json!({}));

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use vm_fixtures::{Disk, Format, Guest, GuestBuilder, Inside, MIB};
 
-use crate::faults::{Contents, signal, wait_until};
+use crate::faults::{self, Contents, signal, wait_until};
 use crate::restored::text;
 use crate::{Host, Outcome, assert_guest_is_free, finish, spawn, tool};
 
@@ -215,5 +215,5 @@ pub fn convert(image: &Path, format: &str, folder: &Path) -> PathBuf {
 pub fn first_difference(raw: &Path, content: &[u8]) -> Option<usize> {
     let found = fs::read(raw).expect("a copy");
     assert_eq!(found.len(), content.len());
-    found.iter().zip(content).position(|(a, b)| a != b)
+    faults::first_difference(&found, content)
 }

@@ -186,7 +186,7 @@ fn r01_the_snapshots_of_a_killed_run_are_removed_and_no_others() {
         let told = scene.run("kvmsnap doctor; kvmsnap doctor --repair");
 
         assert!(told.stdout.contains("without removing its LVM snapshots"), "{told:?}");
-        assert_eq!(names(), mine, "killed at effect {n}");
-        assert_eq!(scene.ok("ls /tmp/state/journal"), "");
+        assert_eq!(names(), mine, "killed at effect {n}: {told:?}");
+        assert_eq!(scene.ok("ls /tmp/state/journal"), "", "killed at effect {n}: {told:?}");
     }
 }

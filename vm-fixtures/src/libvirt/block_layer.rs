@@ -55,17 +55,22 @@ impl Domain {
             true => format!("ua-{id}"),
             false => format!("/machine/peripheral/ua-{id}/virtio-backend"),
         };
-        let human = |command: &str| {
-            let line = format!("qemu-io -d {device} \"{command}\"");
-            self.qmp_command("human-monitor-command", &json!({"command-line": line}))
-        };
         // QEMU prints into its log, and virtlogd brings it there a moment later: commands that do not
         // exist mark the place.
         let _one_at_a_time = lock(&self.printing);
         let marks = [0, 1].map(|_| format!("mark-{:x}", rand::random::<u64>()));
-        human(&marks[0]);
-        let answer = human(command).as_str().unwrap_or_default().to_owned();
-        human(&marks[1]);
+        let lines = [&*marks[0], command, &*marks[1]].map(|command| {
+            let line = format!("qemu-io -d {device} \"{command}\"");
+            let request =
+                json!({"execute": "human-monitor-command", "arguments": {"command-line": line}});
+            format!("qemu-monitor-command {} '{request}'", self.name())
+        });
+        // One virsh for all of them: it takes longer to start than they do.
+        let replies = self.libvirt().virsh(&[&lines.join("; ")]);
+        let replies = serde_json::Deserializer::from_str(&replies).into_iter::<Value>();
+        let replies: Vec<Value> = replies.map(|reply| reply.expect("QMP is JSON")).collect();
+        let [_, answer, _] = &*replies else { panic!("`{command}` on {id}: {replies:?}") };
+        let answer = answer["return"].as_str().unwrap_or_default().to_owned();
         let deadline = Instant::now() + LOG_TIMEOUT;
         loop {
             if let Some(found) = between(&self.log_path(), &marks) {

@@ -1,5 +1,6 @@
 //! A domain under test: its life under libvirt, and what libvirt says about it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -113,10 +114,16 @@ impl Domain {
     /// The image that a disk uses at this moment.
     #[track_caller]
     pub fn disk_path(&self, id: &str) -> PathBuf {
+        let mut paths = self.disk_paths();
+        paths.remove(id).unwrap_or_else(|| panic!("no disk `{id}`: {paths:?}"))
+    }
+
+    /// The images that its disks use at this moment, by the names of the disks.
+    #[track_caller]
+    pub fn disk_paths(&self) -> BTreeMap<String, PathBuf> {
         let disks = self.virsh("domblklist", &[]);
         let lines = disks.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
-        let path = lines.into_iter().find(|(target, _)| *target == id);
-        path.unwrap_or_else(|| panic!("no disk `{id}`: {disks}")).1.trim().into()
+        lines.map(|(target, path)| (target.to_owned(), path.trim().into())).collect()
     }
 
     /// QEMU's messages.
