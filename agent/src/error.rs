@@ -8,7 +8,7 @@ use image_tools::ImageError;
 use image_tools::rsync::TreeError;
 use image_tools::tool::ToolError;
 use qmp_client::QmpError;
-use repository::RepositoryError;
+use repository::{FileKind, RepositoryError};
 
 use crate::backup::BackupError;
 use crate::capture::image::is_lock;
@@ -505,6 +505,9 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
         RepositoryError::Locked { .. } => {
             "wait until it is done; a lock whose owner died is broken by itself after 30 minutes"
         }
+        RepositoryError::LockLost { .. } => {
+            "nothing was recorded: run it again. Did this host sleep, or do the clocks of the hosts differ?"
+        }
         RepositoryError::Backend { source } | RepositoryError::LockNotWritable { source }
             if source.is_full() =>
         {
@@ -516,6 +519,13 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
         }
         RepositoryError::SnapshotNotFound { .. } | RepositoryError::SnapshotAmbiguous { .. } => {
             "`kvmsnap list` shows what there is"
+        }
+        RepositoryError::Damaged { file, .. } if file.kind == FileKind::Lock => {
+            "reading goes on without it; `kvmsnap verify --repair` removes it once it has watched for 30 \
+             minutes that nobody renews it"
+        }
+        RepositoryError::NoSnapshots { .. } => {
+            "is all of the folder `snapshots` there? `kvmsnap prune --allow-empty` removes the data"
         }
         RepositoryError::Damaged { .. }
         | RepositoryError::DamagedBlob { .. }

@@ -84,6 +84,11 @@ impl CheckReport {
     pub fn is_clean(&self) -> bool {
         self.problems.is_empty()
     }
+
+    /// There is data, but not one snapshot: a first backup did not finish, or all of them are lost.
+    pub fn has_only_data(&self) -> bool {
+        self.is_clean() && self.snapshots == 0 && self.packs > 0
+    }
 }
 
 /// One thing that is wrong.
@@ -202,8 +207,8 @@ impl Repository {
         for (file, defect) in keys.damaged {
             findings.push(Finding::new(file, defect, affects(any_good)));
         }
-        for (file, defect) in self.damaged_files(FileKind::Lock)?.damaged {
-            findings.push(Finding::new(file, defect, Affects::Nobody));
+        for (file, error) in self.unreadable_locks()? {
+            findings.push(Finding::new(file, defect_of(error)?, Affects::Nobody));
         }
         Ok(())
     }

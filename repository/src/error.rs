@@ -75,8 +75,10 @@ pub enum RepositoryError {
         /// What the store said.
         source: BackendError,
     },
-    /// The lock could not be refreshed in time; others may take it for abandoned.
-    #[error("the lock on the repository was lost: not refreshed since {since}")]
+    /// The lock was taken away, or could not be refreshed in time and others may take it for abandoned.
+    #[error(
+        "the lock on the repository was lost: it was taken away, or not refreshed since {since}"
+    )]
     LockLost {
         /// The last refresh that worked.
         since: Timestamp,
@@ -184,6 +186,12 @@ pub enum RepositoryError {
         /// What cannot be read.
         source: Box<RepositoryError>,
     },
+    /// There is data, but no snapshot that could need it. Lists that are lost, or cut short, look the same.
+    #[error("{packs} packs are there but not one snapshot: nothing was removed")]
+    NoSnapshots {
+        /// Packs that the index knows.
+        packs: u64,
+    },
     /// Source and target of a copy are one repository.
     #[error("{location} is the same repository")]
     SameRepository {
@@ -208,7 +216,8 @@ impl RepositoryError {
             Self::Damaged { .. }
             | Self::DamagedBlob { .. }
             | Self::MissingBlob { .. }
-            | Self::InvalidTree { .. } => Self::InUseUnknown { source: Box::new(self) },
+            | Self::InvalidTree { .. }
+            | Self::SnapshotNotFound { .. } => Self::InUseUnknown { source: Box::new(self) },
             other => other,
         }
     }
@@ -283,6 +292,9 @@ pub enum Defect {
     /// The file is not there.
     #[error("missing")]
     Missing,
+    /// There are packs, and no snapshot that could need them.
+    #[error("there is not one snapshot, but data of some")]
+    NoSnapshots,
     /// A value out of its range.
     #[error("`{field}` is out of range")]
     OutOfRange {

@@ -1,6 +1,6 @@
 //! Who and where we are, as key, lock and snapshot files record it.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use sha2::{Digest, Sha256};
 
@@ -25,6 +25,12 @@ pub(crate) fn machine() -> Option<String> {
     let text = fs::read_to_string("/etc/machine-id").ok().filter(|text| !text.trim().is_empty())?;
     let digest = Sha256::new().chain_update(b"kvmsnap lock ").chain_update(text.trim()).finalize();
     Some(hex::encode(&digest[..16]))
+}
+
+/// Time since the host started, also while it slept: nobody sets this clock.
+pub(crate) fn uptime() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.try_into().unwrap_or_default()
 }
 
 /// When process `pid` of this host started, in clock ticks since boot (`proc_pid_stat(5)`, field 22).

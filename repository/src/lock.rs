@@ -1,7 +1,8 @@
 //! Lock files, as stock restic takes and honours them.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard, Weak},
     thread,
     time::{Duration, Instant},
 };
@@ -10,19 +11,21 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BackendError, FileId, FileKind, Repository, RepositoryError, backend::is_alive, host,
+    BackendError, FileId, FileKind, FileRef, Repository, RepositoryError, backend::is_alive, host,
     repository::ignore_missing,
 };
 
 /// How often a lock is renewed; restic does the same.
 const REFRESH_EVERY: Duration = Duration::from_secs(5 * 60);
 /// A lock of this age is nobody's; restic does the same.
-const STALE_AFTER: Duration = Duration::from_secs(30 * 60);
+pub(crate) const STALE_AFTER: Duration = Duration::from_secs(30 * 60);
 /// An owner that could not renew for this long stops, before others take its lock away.
 const LOST_AFTER: Duration = Duration::from_secs(25 * 60);
 /// Between writing a lock and looking for others once more, where a listing may lack what was just written;
 /// restic does the same everywhere.
 const SETTLE: Duration = Duration::from_millis(200);
+/// How often damaged locks are looked at that are watched.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Who waits for a lock looks again after this and half as much more, at random: two who wait for each
 /// other do not meet again and again.
 const RETRY_EVERY: Duration = Duration::from_millis(400);
@@ -91,8 +94,9 @@ impl AnnouncedLock {
     }
 }
 
+/// What a lock and the thread that renews it share.
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     repository: Repository,
     state: Mutex<State>,
     stop: Condvar,
@@ -102,7 +106,26 @@ struct Shared {
 struct State {
     id: FileId,
     file: LockFile,
+    /// [`host::uptime`] when it was renewed.
+    renewed: Duration,
+    /// Others may have taken it away: it never holds again, whatever is renewed.
+    lost: bool,
     stopping: bool,
+}
+
+impl State {
+    /// How long ago it was renewed, by the clock or, as that may be set back, by the time the host is up.
+    fn age(&self, now: Timestamp, uptime: Duration) -> Duration {
+        age(self.file.time, now).max(uptime.saturating_sub(self.renewed))
+    }
+
+    fn verify(&mut self) -> Result<(), RepositoryError> {
+        self.lost |= self.age(Timestamp::now(), host::uptime()) > LOST_AFTER;
+        match self.lost {
+            true => Err(RepositoryError::LockLost { since: self.file.time }),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Repository {
@@ -119,12 +142,16 @@ impl Repository {
     ///
     /// Errors as [`Repository::lock`].
     pub fn announce_lock(&self, mode: LockMode) -> Result<AnnouncedLock, RepositoryError> {
-        let file = LockFile::ours(mode);
+        let (file, renewed) = (LockFile::ours(mode), host::uptime());
         self.look_for_conflicts(mode, None)?;
         let id = self.write_json(FileKind::Lock, &file).map_err(not_writable)?;
         let at = Instant::now();
-        let state = Mutex::new(State { id, file, stopping: false });
+        let state = Mutex::new(State { id, file, renewed, lost: false, stopping: false });
         let shared = Arc::new(Shared { repository: self.clone(), state, stop: Condvar::new() });
+        let mut locks = self.locks().lock().expect("no panic while locked");
+        locks.retain(|lock| lock.strong_count() > 0);
+        locks.push(Arc::downgrade(&shared));
+        drop(locks);
         let lock = Lock { shared: Arc::clone(&shared) };
         let thread = thread::Builder::new().name("lock".to_owned());
         match thread.spawn(move || shared.refresh_until_stopped()) {
@@ -152,6 +179,57 @@ impl Repository {
         waiting: &dyn Fn(&RepositoryError) -> Result<(), RepositoryError>,
     ) -> Result<AnnouncedLock, RepositoryError> {
         retry(patience, waiting, || self.announce_lock(mode))
+    }
+
+    /// Fails where a lock that this program holds here was lost: see [`Lock::prove`].
+    pub(crate) fn prove_locks(&self) -> Result<(), RepositoryError> {
+        let locks = self.locks().lock().expect("no panic while locked").clone();
+        locks.iter().filter_map(Weak::upgrade).try_for_each(|lock| lock.prove())
+    }
+
+    /// The locks that nobody can tell anything of.
+    pub(crate) fn unreadable_locks(
+        &self,
+    ) -> Result<Vec<(FileRef, RepositoryError)>, RepositoryError> {
+        let mut unreadable = Vec::new();
+        for (id, _) in self.backend().list(FileKind::Lock)? {
+            match self.read_json::<LockFile>(FileKind::Lock, &id) {
+                Err(RepositoryError::Backend { source }) if source.is_not_found() => {}
+                Err(error) => unreadable.push((FileRef { kind: FileKind::Lock, id }, error)),
+                Ok(_) => {}
+            }
+        }
+        Ok(unreadable)
+    }
+
+    /// Removes damaged locks that are still there after `patience`. Whoever has a lock renews it under
+    /// another name before it is stale, so by then they are nobody's.
+    pub(crate) fn outwait_damaged_locks(
+        &self,
+        patience: Duration,
+        waiting: &dyn Fn(&RepositoryError) -> Result<(), RepositoryError>,
+    ) -> Result<(), RepositoryError> {
+        let damaged = || -> Result<HashMap<FileId, RepositoryError>, RepositoryError> {
+            let unreadable = self.unreadable_locks()?.into_iter();
+            let damaged = unreadable.filter(|(_, error)| error.is_damage());
+            Ok(damaged.map(|(file, error)| (file.id, error)).collect())
+        };
+        let mut watched = damaged()?;
+        let since = Instant::now();
+        while let Some(error) = watched.values().next() {
+            if since.elapsed() >= patience {
+                for id in watched.keys() {
+                    tracing::warn!(lock = %id, "removing a lock that nobody can read");
+                    ignore_missing(self.backend().remove(FileKind::Lock, id))?;
+                }
+                return Ok(());
+            }
+            waiting(error)?;
+            thread::sleep(WATCH_EVERY.min(patience.saturating_sub(since.elapsed())));
+            let still = damaged()?;
+            watched.retain(|id, _| still.contains_key(id));
+        }
+        Ok(())
     }
 
     /// Fails on the first lock of somebody else that conflicts with `mode`.
@@ -196,14 +274,17 @@ impl Repository {
 }
 
 impl Lock {
-    /// Fails when the lock could not be renewed for so long that others may have taken it away.
-    /// To be asked before anything is recorded.
+    /// Fails when the lock was taken away, or could not be renewed for so long that others may have done so.
+    /// Asks nobody: to be asked before each step that goes by what the lock protects.
     pub fn verify(&self) -> Result<(), RepositoryError> {
-        let since = self.shared.state().file.time;
-        if age(since, Timestamp::now()) > LOST_AFTER {
-            return Err(RepositoryError::LockLost { since });
-        }
-        Ok(())
+        self.shared.state().verify()
+    }
+
+    /// As [`Lock::verify`], and looks whether the lock file is there: whoever's clock is wrong may have taken
+    /// it for stale, and `restic unlock --remove-all` asks nobody. Index files and snapshots are written only
+    /// after this.
+    pub fn prove(&self) -> Result<(), RepositoryError> {
+        self.shared.prove()
     }
 
     /// The name of the lock file at this moment.
@@ -249,7 +330,11 @@ impl Shared {
         while !state.stopping {
             let waited = self.stop.wait_timeout(state, REFRESH_EVERY);
             state = waited.expect("no panic while locked").0;
-            if state.stopping || age(state.file.time, Timestamp::now()) < REFRESH_EVERY {
+            if state.lost {
+                return;
+            }
+            let age = state.age(Timestamp::now(), host::uptime());
+            if state.stopping || age < REFRESH_EVERY {
                 continue;
             }
             drop(state);
@@ -260,26 +345,59 @@ impl Shared {
         }
     }
 
-    /// Writes a new lock file, then removes the old one: there is one at any time. Not under the
-    /// mutex: a store that hangs must not hang `verify`.
+    fn prove(&self) -> Result<(), RepositoryError> {
+        loop {
+            let id = {
+                let mut state = self.state();
+                if state.stopping {
+                    return Ok(());
+                }
+                state.verify()?;
+                state.id
+            };
+            match self.repository.backend().read(FileKind::Lock, &id) {
+                Err(source) if source.is_not_found() => {}
+                other => return Ok(other.map(drop)?),
+            }
+            let mut state = self.state();
+            // Otherwise it was renewed, or released, meanwhile.
+            if state.id == id && !state.stopping {
+                state.lost = true;
+            }
+        }
+    }
+
+    /// Writes a new lock file, then removes the old one: there is one at any time. Where the old one is
+    /// gone, others have seen none for a while. Not under the mutex: a store that hangs must not hang
+    /// `verify`.
     fn refresh(&self) -> Result<(), RepositoryError> {
-        let (old, file) = {
-            let state = self.state();
-            (state.id, LockFile { time: Timestamp::now(), ..state.file.clone() })
+        let (old, file, renewed) = {
+            let mut state = self.state();
+            state.verify()?;
+            let file = LockFile { time: Timestamp::now(), ..state.file.clone() };
+            (state.id, file, host::uptime())
         };
         let new = self.repository.write_json(FileKind::Lock, &file)?;
-        let superfluous = {
+        {
             let mut state = self.state();
-            // Whoever released the lock meanwhile has removed the old file.
             if state.stopping {
-                new
-            } else {
-                (state.id, state.file) = (new, file);
-                old
+                // Whoever released the lock meanwhile has removed the old file.
+                drop(state);
+                let removed = self.repository.backend().remove(FileKind::Lock, &new);
+                return Ok(ignore_missing(removed)?);
             }
-        };
-        let removed = self.repository.backend().remove(FileKind::Lock, &superfluous);
-        Ok(ignore_missing(removed)?)
+            // The store may have taken too long.
+            let _ = state.verify();
+            (state.id, state.file, state.renewed) = (new, file, renewed);
+        }
+        match self.repository.backend().remove(FileKind::Lock, &old) {
+            Err(source) if source.is_not_found() => {
+                let mut state = self.state();
+                state.lost = true;
+                state.verify()
+            }
+            removed => Ok(removed?),
+        }
     }
 }
 
@@ -335,7 +453,14 @@ fn retry<T>(
     let deadline = Instant::now() + patience;
     loop {
         match attempt() {
-            Err(error @ RepositoryError::Locked { .. }) if Instant::now() < deadline => {
+            // One that is damaged may be one that somebody is writing.
+            Err(
+                error @ (RepositoryError::Locked { .. }
+                | RepositoryError::Damaged {
+                    file: FileRef { kind: FileKind::Lock, .. },
+                    ..
+                }),
+            ) if Instant::now() < deadline => {
                 waiting(&error)?;
                 let jitter = rand::random::<u32>() % 200;
                 thread::sleep(RETRY_EVERY + Duration::from_millis(jitter.into()));
@@ -364,7 +489,7 @@ fn not_writable(error: RepositoryError) -> RepositoryError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Kdf, LocalFolder};
+    use crate::{BlobId, Kdf, LocalFolder, SnapshotFile, index::file::IndexFile};
 
     #[test]
     fn r18_a_renewed_lock_is_another_file_and_a_released_one_does_not_come_back() {
@@ -388,15 +513,67 @@ mod tests {
         assert!(locks().is_empty());
     }
 
-    #[test]
-    fn a_lock_that_was_not_renewed_for_long_is_lost() {
+    fn locked() -> (tempfile::TempDir, Repository, Lock) {
         let scratch = tempfile::tempdir().unwrap();
         let backend = Arc::new(LocalFolder::create(scratch.path()).unwrap());
         let repository = Repository::init(backend, b"x", Kdf::WEAK_FOR_TESTS).unwrap();
         let lock = repository.lock(LockMode::Shared).unwrap();
-        lock.verify().unwrap();
+        lock.prove().unwrap();
+        (scratch, repository, lock)
+    }
+
+    fn assert_lost(repository: &Repository, lock: &Lock) {
+        let is_lost = |outcome| matches!(outcome, Err(RepositoryError::LockLost { .. }));
+        let snapshot = SnapshotFile::new(BlobId([0; 32]), Timestamp::now());
+        assert!(is_lost(repository.save_snapshot(&snapshot).map(drop)));
+        let nothing = IndexFile { packs: &[] };
+        assert!(is_lost(repository.write_json(FileKind::Index, &nothing).map(drop)));
+        assert!(is_lost(lock.shared.refresh()), "it would come back to life");
+        assert!(is_lost(lock.verify()) && is_lost(lock.prove()));
+        for kind in [FileKind::Snapshot, FileKind::Index] {
+            assert!(repository.backend().list(kind).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn r18_a_lock_that_was_not_renewed_for_long_is_lost_for_good() {
+        let (_scratch, repository, lock) = locked();
         lock.shared.state().file.time -= Duration::from_secs(26 * 60);
-        assert!(matches!(lock.verify(), Err(RepositoryError::LockLost { .. })));
+        assert!(lock.shared.refresh().is_err());
+        assert_lost(&repository, &lock);
+    }
+
+    #[test]
+    fn r18_a_lock_that_somebody_took_away_is_lost_before_anything_is_recorded() {
+        let (_scratch, repository, lock) = locked();
+        repository.backend().remove(FileKind::Lock, &lock.id()).unwrap();
+        lock.verify().expect("who asks nobody does not know yet");
+        assert_lost(&repository, &lock);
+        // The next one is another lock.
+        drop(lock);
+        let _lock = repository.lock(LockMode::Exclusive).unwrap();
+        let snapshot = SnapshotFile::new(BlobId([0; 32]), Timestamp::now());
+        repository.save_snapshot(&snapshot).unwrap();
+    }
+
+    #[test]
+    fn r18_a_renewal_that_finds_its_lock_gone_says_so() {
+        let (_scratch, repository, lock) = locked();
+        repository.backend().remove(FileKind::Lock, &lock.id()).unwrap();
+        let renewed = lock.shared.refresh();
+        assert!(matches!(renewed, Err(RepositoryError::LockLost { .. })), "{renewed:?}");
+        assert_lost(&repository, &lock);
+    }
+
+    #[test]
+    fn r17_a_lock_grows_old_whatever_the_clock_says() {
+        let (_scratch, _repository, lock) = locked();
+        let state = lock.shared.state();
+        let (now, uptime) = (state.file.time, state.renewed);
+        let (minutes, back) = (Duration::from_secs(26 * 60), now - Duration::from_secs(3600));
+        assert_eq!(state.age(now + minutes, uptime), minutes);
+        assert_eq!(state.age(back, uptime + minutes), minutes);
+        assert_eq!(state.age(back, uptime), Duration::ZERO);
     }
 
     #[test]

@@ -9,12 +9,14 @@ use std::{
 };
 
 use crate::{
-    BlobId, BlobKind, CheckReport, FileId, FileKind, FileRef, Index, Lock, LockMode, Problem,
-    Reader, Repository, RepositoryError, Tree,
+    BackendError, BlobId, BlobKind, CheckReport, FileId, FileKind, FileRef, Index, Lock, LockMode,
+    Problem, Reader, Repository, RepositoryError, Tree,
     index::file::{BlobEntry, IndexFile, PackEntry},
+    lock::STALE_AFTER,
     pack::PackedBlob,
     prune::{packer::Packer, rewrite::Remover},
     repository::ignore_missing,
+    writer::INDEX_BLOBS_MAX,
 };
 
 /// How to repair.
@@ -23,11 +25,13 @@ use crate::{
 pub struct RepairOptions {
     /// So long others have to let go of the repository.
     pub patience: Duration,
+    /// So long a lock that nobody can read is watched before it is removed.
+    pub lock_patience: Duration,
 }
 
 impl Default for RepairOptions {
     fn default() -> Self {
-        Self { patience: Duration::from_secs(600) }
+        Self { patience: Duration::from_secs(600), lock_patience: STALE_AFTER }
     }
 }
 
@@ -68,16 +72,18 @@ pub struct RepairReport {
     pub blobs_fetched: u64,
     /// Blobs that nobody has: the next backup may.
     pub blobs_lost: u64,
-    /// Damaged index files whose content was found in the packs.
+    /// Index files that were damaged or lost, and whose content was looked for in the packs.
     pub index_files: u64,
+    /// Packs that stay as they are: the store could not read them, which proves nothing.
+    pub unreadable: Vec<FileId>,
 }
 
 /// Says how far it is, and fails where it is to stop.
 type Step<'a> = &'a dyn Fn(RepairProgress) -> Result<(), RepositoryError>;
 
 impl Repository {
-    /// Mends what a check found in packs and index files, and fetches what is missing from a replica. Damaged
-    /// snapshots and keys stay as they are. Whatever interrupts it, nothing is lost that was not before.
+    /// Mends what a check found in packs and index files, and fetches what is missing from a replica; removes
+    /// locks that nobody can read. Damaged snapshots and keys stay as they are. Whatever interrupts it, nothing is lost that was not before.
     pub fn repair(
         &self,
         found: &CheckReport,
@@ -88,9 +94,10 @@ impl Repository {
         let replica = replica.map(Replica::open).transpose()?;
         let waiting =
             |held: &RepositoryError| progress(RepairProgress::Waiting { held: held.clone() });
+        self.outwait_damaged_locks(options.lock_patience, &waiting)?;
         let lock = self.lock_within(LockMode::Exclusive, options.patience, &waiting)?;
         let mut report = RepairReport::default();
-        self.mend_index(&lock, &mut report)?;
+        self.mend_index(&lock, found, &mut report)?;
         let mut lost = HashSet::new();
         self.mend_packs(&lock, found, replica.as_ref(), progress, &mut report, &mut lost)?;
         if let Some(replica) = &replica {
@@ -101,37 +108,54 @@ impl Repository {
         Ok(report)
     }
 
-    /// What damaged index files said is in the headers of the packs that no other mentions.
-    fn mend_index(&self, lock: &Lock, report: &mut RepairReport) -> Result<(), RepositoryError> {
+    /// What damaged or lost index files said is in the headers of the packs that no other mentions.
+    fn mend_index(
+        &self,
+        lock: &Lock,
+        found: &CheckReport,
+        report: &mut RepairReport,
+    ) -> Result<(), RepositoryError> {
         let (index, damaged) = self.index_of_readable()?;
-        if damaged.is_empty() {
+        let is_missing = |problem: &Problem| problem.file.is_none() && problem.blob.is_some();
+        if damaged.is_empty() && !found.problems.iter().any(is_missing) {
             return Ok(());
         }
         let known: HashSet<FileId> = index.packs().iter().map(|pack| pack.id).collect();
-        let mut found = Vec::new();
+        let (mut packs, mut blobs_len, mut written) = (Vec::new(), 0, 0);
         for (id, len) in self.backend().list(FileKind::Pack)? {
+            if known.contains(&id) {
+                continue;
+            }
             match self.read_pack_header(&id, len) {
-                _ if known.contains(&id) => {}
                 Ok(blobs) => {
+                    blobs_len += blobs.len();
                     let blobs = blobs.into_iter().map(BlobEntry).collect();
-                    found.push(PackEntry { id, blobs });
+                    packs.push(PackEntry { id, blobs });
                 }
-                Err(error) => tracing::error!(pack = %id, %error, "a pack cannot be told of"),
+                Err(error) if error.is_damage() => {
+                    tracing::error!(pack = %id, %error, "a pack cannot be told of");
+                }
+                Err(error) => return Err(error),
+            }
+            if blobs_len >= INDEX_BLOBS_MAX {
+                self.write_json(FileKind::Index, &IndexFile { packs: &packs })?;
+                (packs, blobs_len, written) = (Vec::new(), 0, written + 1);
             }
         }
-        if !found.is_empty() {
-            lock.verify()?;
-            self.write_json(FileKind::Index, &IndexFile { packs: &found })?;
+        if !packs.is_empty() {
+            self.write_json(FileKind::Index, &IndexFile { packs: &packs })?;
+            written += 1;
         }
+        report.index_files = written.max(damaged.len() as u64);
         for (FileRef { id, .. }, _) in damaged {
             lock.verify()?;
             ignore_missing(self.backend().remove(FileKind::Index, &id))?;
-            report.index_files += 1;
         }
         Ok(())
     }
 
-    /// Saves what is good of damaged packs, then takes them out of the index and away.
+    /// Saves what is good of damaged packs, then takes them out of the index and away. A pack that a store
+    /// cannot read today, and may tomorrow, stays as it is.
     fn mend_packs(
         &self,
         lock: &Lock,
@@ -144,38 +168,47 @@ impl Repository {
         let damaged: HashSet<FileId> = found.problems.iter().filter_map(pack_of).collect();
         let index = Arc::new(self.index()?);
         let numbers = index.packs().iter().zip(0_u32..);
-        let going: HashMap<u32, FileId> = numbers
+        let suspects: HashMap<u32, FileId> = numbers
             .filter(|(pack, _)| damaged.contains(&pack.id))
             .map(|(pack, number)| (number, pack.id))
             .collect();
-        if going.is_empty() {
+        if suspects.is_empty() {
             return Ok(());
         }
-        let mut blobs = blobs_of(&index, &going);
+        let lens: HashMap<FileId, u64> = self.backend().list(FileKind::Pack)?.into_iter().collect();
+        let mut blobs = blobs_of(&index, &suspects);
         let reader = Reader::new(self, Arc::clone(&index), 0);
         let mut packer = Packer::new(self)?;
-        let mut unreadable = HashSet::new();
-        for (done, (number, id)) in going.iter().enumerate() {
-            progress(RepairProgress::Packs { done: done as u64, total: going.len() as u64 })?;
-            for blob in blobs.remove(number).unwrap_or_default() {
-                match self.read_sealed(id, &blob, &mut packer) {
-                    Ok(Some(sealed)) => {
-                        packer.copy(&blob, &sealed)?;
+        let (mut going, mut present) = (HashSet::new(), HashSet::new());
+        for (done, (number, id)) in suspects.iter().enumerate() {
+            progress(RepairProgress::Packs { done: done as u64, total: suspects.len() as u64 })?;
+            let blobs = blobs.remove(number).unwrap_or_default();
+            let Some(found) = self.look_through(id, lens.get(id).copied(), &blobs, &mut packer)?
+            else {
+                report.unreadable.push(*id);
+                continue;
+            };
+            going.insert(*number);
+            present.extend(lens.contains_key(id).then_some(*id));
+            for (blob, sealed) in blobs.iter().zip(found) {
+                if let Some(sealed) = sealed {
+                    packer.copy(blob, &sealed)?;
+                    report.blobs_saved += 1;
+                    continue;
+                }
+                // Another pack may have a good copy, which a read finds.
+                match reader.read(blob.kind, &blob.id) {
+                    Ok(plain) => {
+                        packer.add(blob.kind, blob.id, &plain)?;
                         report.blobs_saved += 1;
                         continue;
                     }
-                    Ok(None) => {}
-                    // What a store cannot read today it may read tomorrow.
-                    Err(error) => {
-                        tracing::error!(pack = %id, %error, "the file of a pack stays");
-                        unreadable.insert(*id);
+                    Err(RepositoryError::Backend { source }) if source.is_away() => {
+                        return Err(source.into());
                     }
+                    Err(_) => {}
                 }
-                // Another pack may have a good copy, which a read finds.
-                if let Ok(plain) = reader.read(blob.kind, &blob.id) {
-                    packer.add(blob.kind, blob.id, &plain)?;
-                    report.blobs_saved += 1;
-                } else if let Some(plain) = replica.and_then(|r| r.read(blob.kind, &blob.id)) {
+                if let Some(plain) = replica.and_then(|r| r.read(blob.kind, &blob.id)) {
                     packer.add(blob.kind, blob.id, &plain)?;
                     report.blobs_fetched += 1;
                 } else {
@@ -184,37 +217,46 @@ impl Repository {
             }
         }
         packer.finish()?;
-        let lens = self.backend().list(FileKind::Pack)?;
-        let present = lens.into_iter().map(|(id, _)| id);
-        let present = present.filter(|id| damaged.contains(id) && !unreadable.contains(id));
-        let mut step = || progress(RepairProgress::Removing);
-        let numbers = going.keys().copied().collect();
-        Remover::new(self, lock, &index, &numbers, present.collect(), &mut step).run()?;
         report.packs = going.len() as u64;
+        let mut step = || progress(RepairProgress::Removing);
+        Remover::new(self, lock, &index, &going, present, &mut step).run()?;
         Ok(())
     }
 
-    /// A sealed blob, if it is what it should be.
-    fn read_sealed(
+    /// The sealed blobs of a pack that are what they should be, `None` for each that is proven not to be: it
+    /// was read, or the pack has not got so many bytes, or is not listed at all. `None` where nothing is
+    /// proven, for the store did not give all of it.
+    fn look_through(
         &self,
         pack: &FileId,
-        blob: &PackedBlob,
+        len: Option<u64>,
+        blobs: &[PackedBlob],
         packer: &mut Packer<'_>,
-    ) -> Result<Option<Vec<u8>>, RepositoryError> {
-        let mut sealed = vec![0; blob.len as usize];
-        let mut read = || {
-            self.backend().read_range(FileKind::Pack, pack, blob.offset.into(), &mut sealed)?;
-            Ok(packer.verify(blob, &sealed).is_ok())
-        };
-        // Once more: a transfer may have gone wrong.
-        match read().and_then(|is_good| if is_good { Ok(true) } else { read() }) {
-            Ok(true) => Ok(Some(sealed)),
-            Ok(false)
-            | Err(crate::BackendError::NotFound { .. } | crate::BackendError::Truncated { .. }) => {
-                Ok(None)
+    ) -> Result<Option<Vec<Option<Vec<u8>>>>, RepositoryError> {
+        let mut found = Vec::with_capacity(blobs.len());
+        for blob in blobs {
+            let end = u64::from(blob.offset) + u64::from(blob.len);
+            if len.is_none_or(|len| len < end) {
+                found.push(None);
+                continue;
             }
-            Err(error) => Err(error.into()),
+            let mut sealed = vec![0; blob.len as usize];
+            let mut read = || {
+                let offset = blob.offset.into();
+                self.backend().read_range(FileKind::Pack, pack, offset, &mut sealed)?;
+                Ok::<_, BackendError>(packer.verify(blob, &sealed).is_ok())
+            };
+            // Once more: a transfer may have gone wrong.
+            match read().and_then(|is_good| if is_good { Ok(true) } else { read() }) {
+                Ok(is_good) => found.push(is_good.then_some(sealed)),
+                Err(source) if source.is_away() => return Err(source.into()),
+                Err(error) => {
+                    tracing::error!(%pack, %error, "a pack cannot be read and stays as it is");
+                    return Ok(None);
+                }
+            }
         }
+        Ok(Some(found))
     }
 
     /// Walks all snapshots for what the index lacks, and fetches it.

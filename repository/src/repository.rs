@@ -1,6 +1,9 @@
 //! Creating and opening a repository, and its sealed files.
 
-use std::{io::Read, sync::Arc};
+use std::{
+    io::Read,
+    sync::{Arc, Mutex, Weak},
+};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -8,7 +11,7 @@ use crate::{
     Backend, BackendError, Defect, FileId, FileKind, FileRef, Kdf, RepositoryError,
     crypto::MasterKey,
     key::{self, Unlock},
-    polynomial,
+    lock, polynomial,
 };
 
 /// An open repository. Cheap to clone; all clones are the same one.
@@ -25,6 +28,8 @@ struct Inner {
     /// Digest of the key file as it was opened; another than its name if it is damaged.
     key_digest: FileId,
     config: Config,
+    /// The locks that this program has taken through it.
+    locks: Mutex<Vec<Weak<lock::Shared>>>,
 }
 
 /// The content of `config`.
@@ -67,12 +72,19 @@ impl Repository {
         let sealed = key.seal(&serde_json::to_vec(&config).expect("strings are valid JSON"));
         backend.write(FileKind::Key, &key_id, &key_file)?;
         if let Err(source) = backend.write(FileKind::Config, &FileId::CONFIG, &sealed) {
-            // A key without its `config` is useless; the error to report is the first one.
-            let _ = backend.remove(FileKind::Key, &key_id);
-            return Err(match source {
-                BackendError::Exists { .. } => RepositoryError::AlreadyExists { location },
-                source => source.into(),
-            });
+            // It may be there all the same: the answer was lost, and a second try refused.
+            let found = backend.read(FileKind::Config, &FileId::CONFIG);
+            if found.as_ref().ok() != Some(&sealed) {
+                // Without its `config` a key is useless, but only where that is known not to come. The error to
+                // report is the first one.
+                if found.is_ok() || found.is_err_and(|error| error.is_not_found()) {
+                    let _ = backend.remove(FileKind::Key, &key_id);
+                }
+                return Err(match source {
+                    BackendError::Exists { .. } => RepositoryError::AlreadyExists { location },
+                    source => source.into(),
+                });
+            }
         }
         // Other keys belong to attempts that ended before their `config`. Stock restic would try
         // them, open one, and then not understand our files.
@@ -85,7 +97,7 @@ impl Repository {
         if !backend.list(FileKind::Key)?.iter().any(|&(other, _)| other == key_id) {
             backend.write(FileKind::Key, &key_id, &key_file)?;
         }
-        Ok(Self { inner: Arc::new(Inner { backend, key, key_id, key_digest: key_id, config }) })
+        Ok(Self::new(backend, key, (key_id, key_id), config))
     }
 
     /// Opens a repository with any of its keys.
@@ -116,8 +128,7 @@ impl Repository {
                             let version = config.version;
                             return Err(RepositoryError::UnsupportedVersion { version });
                         }
-                        let inner = Inner { backend, key, key_id, key_digest, config };
-                        return Ok(Self { inner: Arc::new(inner) });
+                        return Ok(Self::new(backend, key, (key_id, key_digest), config));
                     }
                     Err(source) => {
                         let file = FileRef { kind: FileKind::Config, id: FileId::CONFIG };
@@ -134,6 +145,16 @@ impl Repository {
         Err(failure)
     }
 
+    fn new(
+        backend: Arc<dyn Backend>,
+        key: MasterKey,
+        (key_id, key_digest): (FileId, FileId),
+        config: Config,
+    ) -> Self {
+        let locks = Mutex::default();
+        Self { inner: Arc::new(Inner { backend, key, key_id, key_digest, config, locks }) }
+    }
+
     /// The random id of the repository, 64 hexadecimal digits: the same wherever it is moved.
     pub fn id(&self) -> &str {
         &self.inner.config.id
@@ -147,6 +168,10 @@ impl Repository {
     /// The store below.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.inner.backend
+    }
+
+    pub(crate) fn locks(&self) -> &Mutex<Vec<Weak<lock::Shared>>> {
+        &self.inner.locks
     }
 
     pub(crate) fn key(&self) -> &MasterKey {
@@ -200,12 +225,18 @@ impl Repository {
     }
 
     /// As [`Self::write_json`]; also returns the length of the file in bytes.
+    ///
+    /// The door that index files and snapshots go through: closed once a lock was lost, for then a prune may
+    /// have removed what they are about to mention.
     pub(crate) fn write_json_sized<T: Serialize>(
         &self,
         kind: FileKind,
         value: &T,
     ) -> Result<(FileId, usize), RepositoryError> {
         let sealed = self.seal_json(value)?;
+        if kind != FileKind::Lock {
+            self.prove_locks()?;
+        }
         let id = FileId::of(&sealed);
         self.backend().write(kind, &id, &sealed)?;
         Ok((id, sealed.len()))

@@ -94,6 +94,8 @@ pub struct Snapshots {
 
 impl Repository {
     /// Records a finished backup, the last step of one: packs and index must be durable already.
+    ///
+    /// Fails with [`RepositoryError::LockLost`] where what it refers to may have been removed.
     pub fn save_snapshot(&self, snapshot: &SnapshotFile) -> Result<FileId, RepositoryError> {
         self.write_json(FileKind::Snapshot, snapshot)
     }
@@ -110,12 +112,20 @@ impl Repository {
 
     /// Reads all snapshots. A damaged one does not hide the others.
     pub fn snapshots(&self) -> Result<Snapshots, RepositoryError> {
+        let mut snapshots = self.all_snapshots()?;
+        // Forgotten since the listing.
+        let is_forgotten = |error: &_| matches!(error, RepositoryError::SnapshotNotFound { .. });
+        snapshots.damaged.retain(|(_, error)| !is_forgotten(error));
+        Ok(snapshots)
+    }
+
+    /// As [`Self::snapshots`], where nobody may have forgotten one meanwhile: one that is listed and not
+    /// there cannot be read.
+    pub(crate) fn all_snapshots(&self) -> Result<Snapshots, RepositoryError> {
         let mut snapshots = Snapshots::default();
         for (id, _) in self.backend().list(FileKind::Snapshot)? {
             match self.snapshot(&id) {
                 Ok(snapshot) => snapshots.good.push((id, snapshot)),
-                // Forgotten since the listing.
-                Err(RepositoryError::SnapshotNotFound { .. }) => {}
                 Err(error) => snapshots.damaged.push((id, error)),
             }
         }

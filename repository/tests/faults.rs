@@ -87,6 +87,22 @@ fn r10_creating_a_repository_fails_cleanly_at_every_step() {
 }
 
 #[test]
+fn r14_a_repository_whose_last_answer_was_lost_is_made_all_the_same() {
+    let memory = Memory::new();
+    *memory.lost_answer.lock().unwrap() = Some(FileKind::Config);
+    Repository::init(memory.clone(), b"x", Kdf::WEAK_FOR_TESTS).unwrap();
+    Repository::open(memory.clone(), b"x").unwrap();
+
+    // Where nothing can be told any more the key stays, for the config may be there.
+    let memory = Memory::new();
+    *memory.lost_answer.lock().unwrap() = Some(FileKind::Config);
+    memory.no_read.lock().unwrap().insert(FileKind::Config, Some(ErrorKind::TimedOut));
+    Repository::init(memory.clone(), b"x", Kdf::WEAK_FOR_TESTS).unwrap_err();
+    memory.no_read.lock().unwrap().clear();
+    Repository::open(memory, b"x").unwrap();
+}
+
+#[test]
 fn r10_readers_are_told_when_a_lock_cannot_be_written() {
     let memory = Memory::new();
     let repository = init(memory.clone());

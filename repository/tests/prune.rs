@@ -16,12 +16,12 @@ use std::{
 
 use common::{
     CHUNK, folder, init,
-    memory::{BLOCK, Memory},
+    memory::{BLOCK, Files, Memory},
     noise, open, restic_ok, restore, store,
 };
 use repository::{
-    Backend, CheckOptions, FileId, FileKind, LockMode, PruneOptions, PruneProgress, PruneReport,
-    Repository, RepositoryError,
+    Backend, BlobId, BlobKind, CheckOptions, FileId, FileKind, LockMode, PruneOptions,
+    PruneProgress, PruneReport, Reader, Repository, RepositoryError,
 };
 
 fn options() -> PruneOptions {
@@ -127,7 +127,9 @@ fn little_waste_is_left_and_an_empty_repository_is_no_matter() {
     bounded.max_repack = 1;
     assert_eq!(repository.prune(&bounded, &|_| Ok(())).unwrap().packs_repacked, 0);
     kept.keys().for_each(|id| repository.remove_snapshot(id).unwrap());
-    prune(&repository).unwrap();
+    let mut all = options();
+    all.allow_empty = true;
+    repository.prune(&all, &|_| Ok(())).unwrap();
     assert!(packs(&repository).is_empty());
     assert!(repository.backend().list(FileKind::Index).unwrap().is_empty());
 }
@@ -343,4 +345,170 @@ fn packs_that_two_backups_stored_at_once_are_needed_once() {
     assert!(report.packs_removed > 0 && report.packs_repacked <= 1, "{report:?}");
     let checked = repository.check(&CheckOptions::new(Some(100.0)), &|_| {}).unwrap();
     assert!(checked.is_clean(), "{checked:?}");
+}
+
+#[test]
+fn p4_no_snapshot_at_all_is_not_taken_for_all_is_waste() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    forgetful(&repository);
+    memory.files.lock().unwrap().retain(|(kind, _), _| *kind != FileKind::Snapshot);
+    let before = memory.names();
+
+    let refused = prune(&repository);
+
+    assert!(matches!(refused, Err(RepositoryError::NoSnapshots { .. })), "{refused:?}");
+    assert_eq!(memory.names(), before);
+    let report = repository.check(&CheckOptions::default(), &|_| {}).unwrap();
+    assert!(report.has_only_data(), "{report:?}");
+}
+
+#[test]
+fn p4_a_store_that_finds_nothing_has_nothing_pruned() {
+    for kind in [FileKind::Snapshot, FileKind::Index, FileKind::Lock] {
+        let memory = Memory::new();
+        let repository = init(memory.clone());
+        let kept = forgetful(&repository);
+        let before = memory.names();
+        memory.no_list.lock().unwrap().insert(kind, None);
+        assert!(prune(&repository).is_err(), "{kind:?} cannot be listed");
+        memory.no_list.lock().unwrap().clear();
+        if kind != FileKind::Lock {
+            memory.no_read.lock().unwrap().insert(kind, None);
+            let refused = prune(&repository);
+            assert!(matches!(refused, Err(RepositoryError::InUseUnknown { .. })), "{refused:?}");
+            memory.no_read.lock().unwrap().clear();
+        }
+        assert_eq!(memory.names(), before, "{kind:?}");
+        assert_whole(&repository, &kept);
+    }
+}
+
+#[test]
+fn p4_packs_stay_for_as_long_as_an_index_file_mentions_them() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    let before = packs(&repository);
+    memory.no_removal.lock().unwrap().insert(FileKind::Index, None);
+    prune(&repository).unwrap();
+    assert!(before.iter().all(|id| packs(&repository).contains(id)));
+    assert_whole(&repository, &kept);
+
+    memory.no_removal.lock().unwrap().clear();
+    prune(&repository).unwrap();
+    assert!(!before.iter().all(|id| packs(&repository).contains(id)));
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn r18_a_prune_whose_lock_is_taken_away_removes_nothing_more() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    let before = packs(&repository);
+    let refused = repository.prune(&options(), &|step| {
+        if matches!(step, PruneProgress::Removing { done: 0 | 1 }) {
+            memory.files.lock().unwrap().retain(|(kind, _), _| *kind != FileKind::Lock);
+        }
+        Ok(())
+    });
+    assert!(matches!(refused, Err(RepositoryError::LockLost { .. })), "{refused:?}");
+    assert!(before.iter().all(|id| packs(&repository).contains(id)));
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn r10_a_backup_that_finishes_while_room_is_made_keeps_its_packs() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let mut kept = forgetful(&repository);
+    let rest = noise(1, 3 * BLOCK as usize);
+    memory.write(FileKind::Pack, &FileId::of(&rest), &rest).unwrap();
+    // What another host stores, which has its lock already: packs, then, once these are listed, the rest.
+    let before = memory.files.lock().unwrap().clone();
+    let disk = noise(50, 3 * CHUNK);
+    let lock = repository.lock(LockMode::Shared).unwrap();
+    kept.insert(store(&repository, "late", &disk, CHUNK).unwrap().0, disk);
+    let mut during = memory.files.lock().unwrap().clone();
+    during.retain(|file, _| !before.contains_key(file));
+    lock.release().unwrap();
+    let (locks, stored): (Files, Files) =
+        during.into_iter().partition(|((kind, _), _)| *kind == FileKind::Lock);
+    let (late_packs, records): (Files, Files) =
+        stored.into_iter().partition(|((kind, _), _)| *kind == FileKind::Pack);
+    *memory.files.lock().unwrap() = before;
+    memory.capacity.store(memory.len(), Ordering::SeqCst);
+    let (mut late_packs, mut records) = (Some(late_packs), Some(records));
+    memory.meanwhile.lock().unwrap().0 = Some(Box::new(move |kind, files| {
+        match kind {
+            FileKind::Pack => {
+                if let Some(packs) = late_packs.take() {
+                    files.extend(packs);
+                    files.extend(locks.clone());
+                }
+            }
+            // It has settled its lock: now it records and lets go.
+            FileKind::Lock if late_packs.is_none() => {
+                if let Some(records) = records.take() {
+                    files.extend(records);
+                    files.retain(|file, _| !locks.contains_key(file));
+                }
+            }
+            _ => {}
+        }
+    }));
+
+    // Whether the room suffices in the end is another matter.
+    let _ = prune(&repository);
+
+    memory.meanwhile.lock().unwrap().0 = None;
+    memory.capacity.store(0, Ordering::SeqCst);
+    assert!(!packs(&repository).contains(&FileId::of(&rest)), "room was made");
+    assert_whole(&repository, &kept);
+}
+
+#[test]
+fn p4_of_two_copies_the_good_one_stays() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let empty = Arc::new(repository.index().unwrap());
+    let (shared, mut snapshots) = (noise(1, CHUNK), Vec::new());
+    // Two backups, neither of which knows of the other, store one chunk; each has another one that nobody
+    // needs, so that both packs are to be written anew.
+    for number in [1, 2] {
+        let options = repository::WriterOptions::default();
+        let writer = repository::Writer::new(&repository, Arc::clone(&empty), options).unwrap();
+        writer.save_blob(noise(100 + number, 2 * CHUNK).into()).unwrap();
+        let id = writer.save_blob(shared.clone().into()).unwrap();
+        let time = jiff::Timestamp::now();
+        let node = repository::Node::file("vda.raw", CHUNK as u64, vec![id], time);
+        let tree = writer.save_tree(&repository::Tree::new(vec![node])).unwrap();
+        writer.finish().unwrap();
+        snapshots
+            .push(repository.save_snapshot(&repository::SnapshotFile::new(tree, time)).unwrap());
+    }
+    let chunk = BlobId::of(&shared);
+    let whole = memory.files.lock().unwrap().clone();
+    let index = repository.index().unwrap();
+    let of_data = |id: &FileId| {
+        let other = index.locate(BlobKind::Data, &chunk).unwrap();
+        whole[&(FileKind::Pack, *id)].len() > 2 * CHUNK || *id == other.pack
+    };
+    let both: Vec<FileId> = packs(&repository).into_iter().filter(of_data).collect();
+    assert_eq!(both.len(), 2);
+    for damaged in both {
+        *memory.files.lock().unwrap() = whole.clone();
+        // Which of its blobs comes first is chance, so all of them.
+        let len = whole[&(FileKind::Pack, damaged)].len();
+        for at in (0..len).step_by(CHUNK / 4) {
+            memory.files.lock().unwrap().get_mut(&(FileKind::Pack, damaged)).unwrap()[at] ^= 1;
+        }
+        let repository = open(memory.clone()).unwrap();
+
+        prune(&repository).unwrap();
+
+        let reader = Reader::new(&repository, Arc::new(repository.index().unwrap()), 0);
+        assert!(reader.blob(&chunk).unwrap() == shared, "{damaged}");
+    }
 }

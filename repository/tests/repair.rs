@@ -2,12 +2,17 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+    time::Duration,
+};
 
 use common::{CHUNK, folder, init, memory::Memory, noise, open, restic_ok, restore, store};
 use repository::{
-    BlobId, BlobKind, CheckOptions, CheckReport, FileId, FileKind, RepairOptions, RepairReport,
-    Repository,
+    BlobId, BlobKind, CheckOptions, CheckReport, Defect, FileId, FileKind, FileRef, LockMode,
+    Problem, RepairOptions, RepairProgress, RepairReport, Repository, RepositoryError,
 };
 
 fn check(repository: &Repository) -> CheckReport {
@@ -134,4 +139,91 @@ fn a_repair_of_what_is_whole_changes_nothing() {
     assert_eq!(repair(&repository, None), RepairReport::default());
     assert_eq!(repair(&repository, Some(&repository)), RepairReport::default());
     assert_eq!(memory.names(), before);
+}
+
+#[test]
+fn p4_what_a_store_cannot_give_today_is_no_loss() {
+    let refusals = [None, Some(ErrorKind::PermissionDenied), Some(ErrorKind::TimedOut)];
+    for refusal in refusals {
+        let memory = Memory::new();
+        let repository = init(memory.clone());
+        let snapshots = back_up_three(&repository);
+        let before = memory.names();
+        memory.no_read.lock().unwrap().insert(FileKind::Pack, refusal);
+        // With the packs of folders away nothing else can be told.
+        let found = CheckReport {
+            problems: packs_of_disks(&repository).into_iter().map(unreadable).collect(),
+            ..CheckReport::default()
+        };
+        let packs = found.problems.len();
+
+        let mended = repository.repair(&found, None, &RepairOptions::default(), &|_| Ok(()));
+
+        match refusal {
+            Some(ErrorKind::TimedOut) => assert!(mended.is_err(), "{mended:?}"),
+            _ => {
+                let mended = mended.unwrap();
+                let (packs_mended, lost) = (mended.packs, mended.blobs_lost);
+                assert_eq!((packs_mended, lost, mended.unreadable.len()), (0, 0, packs));
+            }
+        }
+        memory.no_read.lock().unwrap().clear();
+        assert_eq!(memory.names(), before);
+        assert!(check(&repository).is_clean());
+        for (id, content) in &snapshots {
+            assert_eq!(restore(&repository, id).unwrap(), *content);
+        }
+    }
+}
+
+fn unreadable(id: FileId) -> Problem {
+    let file = Some(FileRef { kind: FileKind::Pack, id });
+    Problem { file, blob: None, defect: Defect::Missing, affected: Vec::new() }
+}
+
+#[test]
+fn r20_lost_index_files_are_made_anew_from_the_packs() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let snapshots = back_up_three(&repository);
+    let (lost, _) = repository.backend().list(FileKind::Index).unwrap()[1];
+    repository.backend().remove(FileKind::Index, &lost).unwrap();
+    assert!(!check(&repository).is_clean());
+
+    let report = repair(&repository, None);
+
+    assert_eq!((report.index_files, report.blobs_lost), (1, 0), "{report:?}");
+    assert!(check(&repository).is_clean());
+    for (id, content) in &snapshots {
+        assert_eq!(restore(&repository, id).unwrap(), *content);
+    }
+}
+
+#[test]
+fn r18_a_lock_that_nobody_can_read_is_removed_once_nobody_renewed_it() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    back_up_three(&repository);
+    let empty = FileId::of(b"what it was before the power went");
+    repository.backend().write(FileKind::Lock, &empty, b"").unwrap();
+    let refused = repository.lock(LockMode::Shared);
+    assert!(matches!(refused, Err(RepositoryError::Damaged { .. })), "{refused:?}");
+    let found = check(&repository);
+    assert_eq!(found.problems.len(), 1, "{found:?}");
+
+    let mut options = RepairOptions::default();
+    options.lock_patience = Duration::from_millis(100);
+    let watched = Cell::new(false);
+    let step = |step| {
+        if let RepairProgress::Waiting { .. } = step {
+            watched.set(true);
+            assert!(memory.names().contains(&(FileKind::Lock, empty)), "it is watched first");
+        }
+        Ok(())
+    };
+    repository.repair(&found, None, &options, &step).unwrap();
+
+    assert!(watched.get());
+    assert!(check(&repository).is_clean());
+    repository.lock(LockMode::Exclusive).unwrap().release().unwrap();
 }

@@ -5,17 +5,20 @@ mod common;
 use std::{
     collections::BTreeSet,
     fs,
+    io::{Read as _, Write as _},
+    net::TcpListener,
     num::NonZeroU64,
     path::Path,
     process::Command,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
 use common::{CHUNK, PASSWORD, back_up, disk, has_restic, noise, open, restore};
 use repository::{
-    Access, Address, Backend, BackendError, CheckOptions, FileId, FileKind, Kdf, LockMode, Pace,
-    Repository, RepositoryError,
+    Access, Address, Backend, BackendError, CheckOptions, FileId, FileKind, Kdf, LocalFolder,
+    LockMode, Pace, Repository, RepositoryError,
 };
 use vm_fixtures::servers::{REST_PASSWORD, Rest, S3_SECRET, Server};
 
@@ -142,7 +145,7 @@ fn keeps_files(place: &Place) {
 
 /// Many threads use one store, and a list has more than one page.
 fn at_once(store: &Arc<dyn Backend>) {
-    let ids: BTreeSet<FileId> = std::thread::scope(|scope| {
+    let ids: BTreeSet<FileId> = thread::scope(|scope| {
         let threads: Vec<_> = (0..8_u64)
             .map(|thread| {
                 scope.spawn(move || {
@@ -322,6 +325,36 @@ fn r14_a_server_that_comes_back_is_waited_for_and_one_that_is_gone_is_told() {
     let gone = store.list(FileKind::Snapshot).unwrap_err();
     assert!(gone.is_away(), "{gone:?}");
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+/// Some servers say "not found" of a folder that they cannot list.
+#[test]
+fn p4_a_list_that_is_not_found_is_no_list_of_nothing() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("rest:http://{}/", listener.local_addr().unwrap());
+    let kinds = [FileKind::Snapshot, FileKind::Index, FileKind::Pack, FileKind::Lock];
+    let server = thread::spawn(move || {
+        for _ in kinds {
+            let (mut asked, _) = listener.accept().unwrap();
+            let _ = asked.read(&mut [0; 4096]).unwrap();
+            let answer =
+                b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            asked.write_all(answer).unwrap();
+        }
+    });
+    let store = url.parse::<Address>().unwrap().open(&Arc::default()).unwrap();
+    for kind in kinds {
+        let refused = store.list(kind);
+        assert!(refused.as_ref().is_err_and(BackendError::is_not_found), "{kind:?} {refused:?}");
+    }
+    server.join().unwrap();
+
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = LocalFolder::create(scratch.path()).unwrap();
+    for kind in [FileKind::Snapshot, FileKind::Index, FileKind::Pack] {
+        fs::remove_dir(scratch.path().join(kind.folder())).unwrap();
+        assert!(folder.list(kind).unwrap_err().is_not_found(), "{kind:?}");
+    }
 }
 
 #[test]

@@ -529,11 +529,13 @@ fn announce_lock_to_read(
 ) -> Result<Option<AnnouncedLock>, RepositoryError> {
     match repository.announce_lock(LockMode::Shared) {
         Ok(lock) => Ok(Some(lock)),
-        Err(error @ RepositoryError::LockNotWritable { .. }) => {
+        Err(error @ RepositoryError::Locked { .. }) => Err(error),
+        Err(RepositoryError::Backend { source }) if source.is_away() => Err(source.into()),
+        // Nothing about a lock is worth a restore.
+        Err(error) => {
             tracing::warn!(%error, "reading without a lock: do not prune meanwhile");
             Ok(None)
         }
-        Err(error) => Err(error),
     }
 }
 

@@ -32,6 +32,9 @@ pub struct PruneArgs {
     /// Copy at most so many bytes of packs, like 50GiB; the next prune goes on
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     max_repack: Option<u64>,
+    /// Remove all data where there is no snapshot at all
+    #[arg(long)]
+    allow_empty: bool,
     /// Only say what would be freed
     #[arg(long)]
     dry_run: bool,
@@ -48,6 +51,7 @@ pub async fn run(args: PruneArgs, context: &Context) -> Result<(), CommandError>
     let mut options = PruneOptions::default();
     options.max_unused = args.max_unused.percent();
     options.max_repack = args.max_repack.unwrap_or(u64::MAX);
+    options.allow_empty = args.allow_empty;
     options.dry_run = args.dry_run;
     options.patience = Duration::from_secs(args.wait);
     prune(context.open().await?, options, context).await

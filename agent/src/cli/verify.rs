@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ::repository::{
-    AnnouncedLock, CheckOptions, CheckProgress, CheckReport, FileId, Problem, RepairOptions,
-    RepairProgress, RepairReport, Repository, SnapshotRef,
+    AnnouncedLock, CheckOptions, CheckProgress, CheckReport, Defect, FileId, Problem,
+    RepairOptions, RepairProgress, RepairReport, Repository, SnapshotRef,
 };
 use clap::Args;
 
@@ -65,13 +65,15 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
     let mut report = look(&repository, &wanted, read, context).await?;
     let replica = args.from.map(|name| context.another(&name, args.from_password_file.as_deref()));
     let replica = replica.transpose()?;
+    let mut left = 0;
     if args.repair && !report.is_clean() {
         let mended = mend(&repository, report, replica, context).await?;
         print_mended(&mended, context)?;
+        left = mended.unreadable.len();
         // What was mended was read; whom the rest affects shows without.
         report = look(&repository, &wanted, None, context).await?;
     }
-    match report.problems.len() {
+    match report.problems.len().max(left) {
         0 => Ok(()),
         problems => Err(CommandError::Damaged { problems }),
     }
@@ -123,7 +125,11 @@ async fn check(
         let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
         let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
         let told = |step| tell(&progress, step);
-        let report = repository.check(&options, &told)?;
+        let mut report = repository.check(&options, &told)?;
+        if report.has_only_data() {
+            let (defect, affected) = (Defect::NoSnapshots, Vec::new());
+            report.problems.push(Problem { file: None, blob: None, defect, affected });
+        }
         Ok::<_, CommandError>((report, wanted))
     });
     // Held here and not by the thread that reads: an interrupted check lets go of it at once.
@@ -168,7 +174,7 @@ fn print_mended(mended: &RepairReport, context: &Context) -> Result<(), CommandE
         let line = serde_json::json!({
             "repaired_packs": mended.packs, "repaired_index_files": mended.index_files,
             "blobs_saved": mended.blobs_saved, "blobs_fetched": mended.blobs_fetched,
-            "blobs_lost": mended.blobs_lost,
+            "blobs_lost": mended.blobs_lost, "unreadable_packs": mended.unreadable,
         });
         return context.print_json(&mut out, &line);
     }

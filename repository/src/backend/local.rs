@@ -148,6 +148,11 @@ impl Backend for LocalFolder {
             };
         }
         let mut files = Vec::new();
+        // `locks` alone may be missing: copies of a repository lack it where nobody had a lock.
+        if kind != FileKind::Lock {
+            let folder = self.root.join(kind.folder());
+            fs::read_dir(&folder).map_err(|source| failed("list", &folder, source))?;
+        }
         for folder in self.folders(kind)? {
             for (name, entry) in entries(&folder)? {
                 let Ok(id) = name.parse::<FileId>() else { continue };

@@ -196,7 +196,9 @@ impl BackendError {
 
 /// A store for the files of one repository. All calls block; all may come from many threads at once.
 pub trait Backend: Send + Sync + fmt::Debug {
-    /// Ids and lengths in bytes of all files of `kind`, in no particular order.
+    /// Ids and lengths in bytes of all files of `kind`, in no particular order. A folder that is not there
+    /// is [`BackendError::NotFound`]: it is lost, or not mounted, and says nothing about its files. Only
+    /// stores without folders have none to miss.
     fn list(&self, kind: FileKind) -> Result<Vec<(FileId, u64)>, BackendError>;
 
     /// The whole content of a file, at most [`FileKind::len_max`] bytes.

@@ -155,11 +155,8 @@ impl Backend for RestServer {
         let url = format!("{}{}/", self.base, kind.folder());
         let folder = format!("{}{}", self.shown, kind.folder());
         let about = ("list", folder.as_str());
-        let json = match self.get(&url, about, &[("Accept", LIST_V2)], LIST_LEN_MAX, 200) {
-            // Servers that make folders with their first file.
-            Err(error) if error.is_not_found() => return Ok(Vec::new()),
-            other => other?,
-        };
+        // "Not found" is no list of no files: some servers say it of any folder that they cannot list.
+        let json = self.get(&url, about, &[("Accept", LIST_V2)], LIST_LEN_MAX, 200)?;
         let listed: Vec<Listed> =
             serde_json::from_slice(&json).map_err(|_| BackendError::Protocol {
                 file: folder,

@@ -306,6 +306,16 @@ impl Builder {
 impl Repository {
     /// Reads all index files. The first damaged one is an error that names it.
     pub fn index(&self) -> Result<Index, RepositoryError> {
+        let (index, damaged) = self.index_of_readable()?;
+        match damaged.into_iter().next() {
+            Some((_, error)) => Err(error),
+            None => Ok(index),
+        }
+    }
+
+    /// As [`Self::index`], where nobody may have removed an index file meanwhile: one that is listed and
+    /// not there is damaged.
+    pub(crate) fn whole_index(&self) -> Result<Index, RepositoryError> {
         let (builder, damaged) = self.read_index_files()?;
         match damaged.into_iter().next() {
             Some((_, error)) => Err(error),
@@ -318,7 +328,7 @@ impl Repository {
         &self,
     ) -> Result<(Index, Vec<(FileRef, RepositoryError)>), RepositoryError> {
         let (builder, damaged) = self.read_index_files()?;
-        Ok((builder.finish(), damaged))
+        Ok((builder.finish(), without_removed(damaged)))
     }
 
     /// As [`Self::index_of_readable`], and takes what the index lacks from the packs themselves. For
@@ -328,7 +338,8 @@ impl Repository {
     pub fn index_salvaged(
         &self,
     ) -> Result<(Index, Vec<(FileRef, RepositoryError)>), RepositoryError> {
-        let (mut builder, mut damaged) = self.read_index_files()?;
+        let (mut builder, damaged) = self.read_index_files()?;
+        let mut damaged = without_removed(damaged);
         for (id, len) in self.backend().list(FileKind::Pack)? {
             if builder.numbers.contains_key(&id) {
                 continue;
@@ -386,8 +397,10 @@ impl Repository {
                 let file = FileRef { kind: FileKind::Index, id };
                 match self.read_index_file(&id, &builder) {
                     Ok(()) => {}
-                    // A prune that ran meanwhile has put its content elsewhere.
-                    Err(RepositoryError::Backend { source }) if source.is_not_found() => {}
+                    Err(RepositoryError::Backend { source }) if source.is_not_found() => {
+                        let error = RepositoryError::Damaged { file, source: Defect::Missing };
+                        damaged.lock().expect("no panic while locked").push((file, error));
+                    }
                     Err(error @ RepositoryError::Damaged { .. }) => {
                         damaged.lock().expect("no panic while locked").push((file, error));
                     }
@@ -431,6 +444,16 @@ impl Repository {
         builder.files.push(file);
         Ok(())
     }
+}
+
+/// A prune that ran meanwhile has put the content of files that are gone elsewhere.
+fn without_removed(
+    mut damaged: Vec<(FileRef, RepositoryError)>,
+) -> Vec<(FileRef, RepositoryError)> {
+    let is_gone =
+        |error: &_| matches!(error, RepositoryError::Damaged { source: Defect::Missing, .. });
+    damaged.retain(|(_, error)| !is_gone(error));
+    damaged
 }
 
 /// The store could read, but what it read cannot be right.

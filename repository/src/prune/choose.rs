@@ -15,7 +15,7 @@ pub(super) struct PackUse {
     pub(super) used: u64,
     /// Bytes of its other blobs.
     pub(super) unused: u64,
-    /// Whether the file is there, as long as it should be.
+    /// Whether the file is there, as long as it should be, and not known to be damaged.
     pub(super) is_whole: bool,
 }
 

@@ -36,6 +36,8 @@ pub struct PruneOptions {
     pub max_unused: f64,
     /// At most so many bytes of packs are written anew.
     pub max_repack: u64,
+    /// Removes all data where there is no snapshot, as after the last one was forgotten.
+    pub allow_empty: bool,
     /// Only say what would be done.
     pub dry_run: bool,
     /// So long others have to let go of the repository.
@@ -47,6 +49,7 @@ impl Default for PruneOptions {
         Self {
             max_unused: 5.0,
             max_repack: u64::MAX,
+            allow_empty: false,
             dry_run: false,
             patience: Duration::from_secs(600),
         }
@@ -121,7 +124,8 @@ type Step<'a> = &'a dyn Fn(PruneProgress) -> Result<(), RepositoryError>;
 impl Repository {
     /// Frees what no snapshot needs. `progress` hears of each step and may fail, which ends it.
     ///
-    /// Fails with [`RepositoryError::InUseUnknown`] where damage hides what is in use, and with
+    /// Fails with [`RepositoryError::InUseUnknown`] where damage hides what is in use, with
+    /// [`RepositoryError::NoSnapshots`] where nothing is in use, which is not believed, and with
     /// [`RepositoryError::Locked`] when others did not let go in time: what was copied by then stays, and
     /// the next prune goes on from there.
     pub fn prune(
@@ -135,7 +139,7 @@ impl Repository {
             Err(RepositoryError::LockNotWritable { .. }) if options.dry_run => None,
             other => Some(other?),
         };
-        let survey = Survey::new(self, progress, &mut report)?;
+        let survey = Survey::new(self, options, progress, &mut report)?;
         let plan = survey.plan(options);
         if options.dry_run {
             survey.foresee(&plan, &mut report);
@@ -151,8 +155,9 @@ impl Repository {
         Ok(report)
     }
 
-    /// Takes a lock. Where the store is too full for one, packs that no index file mentions make room: with
-    /// no lock of anybody there nobody has written them who could still mention them.
+    /// Takes a lock. Where the store is too full for one, packs that no index file mentions make room. They
+    /// are listed first, then nobody has a lock, then the index is read: so who wrote them has mentioned
+    /// them by then, or never will.
     fn lock_or_make_room(
         &self,
         mode: LockMode,
@@ -167,11 +172,12 @@ impl Repository {
             Err(RepositoryError::LockNotWritable { source })
                 if source.is_full() && !options.dry_run =>
             {
-                self.look_for_conflicts(LockMode::Exclusive, None)?;
                 let packs = self.backend().list(FileKind::Pack)?;
-                let index = self.index().map_err(RepositoryError::cannot_tell)?;
-                let mentioned: HashSet<FileId> = index.packs().iter().map(|pack| pack.id).collect();
                 self.look_for_conflicts(LockMode::Exclusive, None)?;
+                // It fails where the index lacks anything that is in use.
+                let survey = Survey::new(self, options, progress, report)?;
+                let known = survey.reader.index().packs().iter();
+                let mentioned: HashSet<FileId> = known.map(|pack| pack.id).collect();
                 for (id, len) in packs.into_iter().filter(|(id, _)| !mentioned.contains(id)) {
                     self.backend().remove(FileKind::Pack, &id)?;
                     report.packs_removed += 1;
@@ -275,14 +281,17 @@ impl Repository {
         report: &mut PruneReport,
     ) -> Result<(), RepositoryError> {
         progress(PruneProgress::Metadata)?;
-        let snapshots = self.snapshots()?;
-        let index = Arc::new(self.index().map_err(RepositoryError::cannot_tell)?);
+        let snapshots = self.all_snapshots()?;
+        let index = Arc::new(self.whole_index().map_err(RepositoryError::cannot_tell)?);
         let reader = Reader::new(self, Arc::clone(&index), 0);
         let mut walk = Walk::new(&reader, seen);
         walk.snapshots(&snapshots, |done| progress(PruneProgress::Trees { done }))?;
         let used = used.and(walk.finish().0);
         let lens: HashMap<FileId, u64> = self.backend().list(FileKind::Pack)?.into_iter().collect();
-        let (census, _) = choose::census(&index, &used, &lens);
+        // Of a blob that a damaged pack has too the other copy is the one to keep.
+        let mut sound = lens.clone();
+        sound.retain(|id, _| !report.damaged.contains(id));
+        let (census, _) = choose::census(&index, &used, &sound);
         // A pack that came since belongs to a backup whose snapshot may still come.
         let is_known = |id: &FileId| packs.contains_key(id) || !lens.contains_key(id);
         let id_of = |pack: &PackUse| index.packs()[pack.number as usize].id;
@@ -298,6 +307,7 @@ impl Repository {
         let going: HashSet<u32> = unneeded.iter().map(|pack| pack.number).collect();
         let present: HashSet<FileId> =
             unneeded.iter().map(|pack| id_of(pack)).filter(|id| lens.contains_key(id)).collect();
+        report.damaged.retain(|id| !present.contains(id));
         report.packs_unreferenced += unmentioned.len() as u64;
         report.bytes_removed += present.iter().chain(&unmentioned).map(|id| lens[id]).sum::<u64>();
         let stay = census.iter().filter(|pack| pack.used > 0);
@@ -333,14 +343,21 @@ impl Survey {
     /// has not written its index yet, or never will.
     fn new(
         repository: &Repository,
+        options: &PruneOptions,
         progress: Step<'_>,
         report: &mut PruneReport,
     ) -> Result<Self, RepositoryError> {
         progress(PruneProgress::Metadata)?;
         let packs: HashMap<FileId, u64> =
             repository.backend().list(FileKind::Pack)?.into_iter().collect();
-        let snapshots = repository.snapshots()?;
-        let index = Arc::new(repository.index().map_err(RepositoryError::cannot_tell)?);
+        let snapshots = repository.all_snapshots()?;
+        let index = Arc::new(repository.whole_index().map_err(RepositoryError::cannot_tell)?);
+        if snapshots.good.is_empty() && snapshots.damaged.is_empty() && !options.allow_empty {
+            match index.pack_count() as u64 {
+                0 => {}
+                packs => return Err(RepositoryError::NoSnapshots { packs }),
+            }
+        }
         let reader = Reader::new(repository, Arc::clone(&index), 0);
         let mut walk = Walk::new(&reader, Seen::default());
         walk.snapshots(&snapshots, |done| progress(PruneProgress::Trees { done }))?;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    fmt, io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,9 +15,33 @@ use repository::{Backend, BackendError, Begun, FileId, FileKind, FileRef};
 /// A file takes up whole blocks of so many bytes.
 pub(crate) const BLOCK: u64 = 512;
 
+pub(crate) type Files = BTreeMap<(FileKind, FileId), Vec<u8>>;
+
+type Happens = dyn FnMut(FileKind, &mut Files) + Send;
+
+/// What happens meanwhile: hears of each listing before it is made.
+#[derive(Default)]
+pub(crate) struct Meanwhile(pub(crate) Option<Box<Happens>>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meanwhile")
+    }
+}
+
+/// What is refused whatever is there: by kind, `None` for "not found".
+pub(crate) type Refused = Mutex<BTreeMap<FileKind, Option<io::ErrorKind>>>;
+
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    pub(crate) files: Mutex<BTreeMap<(FileKind, FileId), Vec<u8>>>,
+    pub(crate) files: Mutex<Files>,
+    pub(crate) meanwhile: Mutex<Meanwhile>,
+    /// Listings, reads and removals that are refused.
+    pub(crate) no_list: Refused,
+    pub(crate) no_read: Refused,
+    pub(crate) no_removal: Refused,
+    /// Files of this kind are stored, but the answer is lost.
+    pub(crate) lost_answer: Mutex<Option<FileKind>>,
     /// Effects (write, remove) so far.
     pub(crate) effects: AtomicU64,
     /// The effect, counted from 1, from which on all fail; 0 for never.
@@ -69,18 +93,34 @@ impl Memory {
     }
 }
 
+fn refused(by: &Refused, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
+    match by.lock().unwrap().get(&kind) {
+        None => Ok(()),
+        Some(None) => Err(missing(kind, id)),
+        Some(Some(error)) => {
+            let (file, source) = (FileRef { kind, id: *id }.to_string(), Arc::new((*error).into()));
+            Err(BackendError::Io { operation: "use", file, source })
+        }
+    }
+}
+
 fn missing(kind: FileKind, id: &FileId) -> BackendError {
     BackendError::NotFound { file: FileRef { kind, id: *id }.to_string() }
 }
 
 impl Backend for Memory {
     fn list(&self, kind: FileKind) -> Result<Vec<(FileId, u64)>, BackendError> {
-        let files = self.files.lock().unwrap();
+        refused(&self.no_list, kind, &FileId::CONFIG)?;
+        let mut files = self.files.lock().unwrap();
+        if let Some(happens) = &mut self.meanwhile.lock().unwrap().0 {
+            happens(kind, &mut files);
+        }
         let of_kind = files.iter().filter(|((of, _), _)| *of == kind);
         Ok(of_kind.map(|((_, id), content)| (*id, content.len() as u64)).collect())
     }
 
     fn read(&self, kind: FileKind, id: &FileId) -> Result<Vec<u8>, BackendError> {
+        refused(&self.no_read, kind, id)?;
         self.files.lock().unwrap().get(&(kind, *id)).cloned().ok_or(missing(kind, id))
     }
 
@@ -91,6 +131,7 @@ impl Backend for Memory {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), BackendError> {
+        refused(&self.no_read, kind, id)?;
         let files = self.files.lock().unwrap();
         let content = files.get(&(kind, *id)).ok_or(missing(kind, id))?;
         let end = offset + buffer.len() as u64;
@@ -113,6 +154,10 @@ impl Backend for Memory {
             return Err(BackendError::Exists { file });
         }
         files.insert((kind, *id), content.to_vec());
+        if *self.lost_answer.lock().unwrap() == Some(kind) {
+            let source = Arc::new(io::Error::from(io::ErrorKind::ConnectionReset));
+            return Err(BackendError::Io { operation: "write", file, source });
+        }
         Ok(())
     }
 
@@ -126,6 +171,7 @@ impl Backend for Memory {
 
     fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
         self.effect("remove", &FileRef { kind, id: *id }.to_string())?;
+        refused(&self.no_removal, kind, id)?;
         let removed = self.files.lock().unwrap().remove(&(kind, *id));
         removed.map(drop).ok_or(missing(kind, id))
     }

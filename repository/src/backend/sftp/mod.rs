@@ -252,7 +252,13 @@ impl Backend for SftpFolder {
         }
         let folders = self.folders(kind);
         let about = self.path(kind.folder());
-        let entries = self.run("list", &about, |session| session.list(&folders))?;
+        let entries = self.run("list", &about, |session| {
+            // `locks` alone may be missing: copies of a repository lack it where nobody had a lock.
+            if kind != FileKind::Lock {
+                session.stat(&about)?;
+            }
+            session.list(&folders)
+        })?;
         let named = entries.into_iter().filter_map(|(folder, entry)| {
             let id: FileId = entry.name.parse().ok()?;
             // One that lies elsewhere would be looked for in vain.
