@@ -109,6 +109,35 @@ fn an_image_that_does_not_start_is_told_within_its_deadline() {
     assert_eq!(content(&image), before);
 }
 
+/// A machine may start again, as one does whose files SELinux has labelled, but not for ever.
+#[test]
+fn a_machine_that_starts_again_and_again_has_ended() {
+    if !qemu_available() {
+        return;
+    }
+    let host = Host::without_repository();
+    // mov dx, 0x3f8; mov al, 'x'; out dx, al; mov al, 0xfe; out 0x64, al; jmp $: says so on its console, and
+    // has the keyboard's controller reset the processor.
+    let code = b"\xba\xf8\x03\xb0x\xee\xb0\xfe\xe6\x64\xeb\xfe";
+    let mut sector = [0; 512];
+    sector[..code.len()].copy_from_slice(code);
+    sector[510..].copy_from_slice(&[0x55, 0xAA]);
+    let raw = host.folder().join("raw");
+    fs::write(&raw, [&sector[..], &[0; 512 << 10]].concat()).expect("a folder of ours");
+    let disk = host.folder().join("again.qcow2");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]).args([&raw, &disk]);
+    tool(convert);
+    let image = image_folder(&host.folder().join("images/again"), &disk, &[]);
+
+    let outcome = host.run(["image", "boot", image.to_str().expect("plain"), "--deadline", "100"]);
+
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("ended before it was up"), "{outcome:?}");
+    let log = fs::read_to_string(image.join("boot/console.log")).expect("a log");
+    assert!(log.matches('x').count() > 1, "it was not let start again");
+}
+
 /// A machine on trial never outlives the program, however that ends.
 #[test]
 fn a_trial_that_is_ended_leaves_no_machine() {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -237,9 +237,10 @@ fn forget_disks(tree: &Path) -> String {
 }
 
 /// P1, P3, R29: the machine that a template becomes starts and is the tree's, though it ran on other hardware;
-/// every difference from a tree is told; brought up to date once more it costs what changed.
+/// every difference from a tree is told; brought up to date once more it costs what changed. The longest story:
+/// by its name it is the first to begin.
 #[test]
-fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
+fn p1_r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
     let Some((scene, debian)) = Scene::of_a_system() else { return };
     let before = scene.template_content();
     let tree = scene.host.folder().join("tree");
@@ -250,7 +251,10 @@ fn r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() {
 
     let mut update = scene.make(tree_name);
     let log = scene.host.folder().join("effects");
-    update.args(["--boot-test", "--wait", "agent"]).env("KVMSNAP_EFFECTS", &log);
+    // By time: whether that was enough, the check tells, which looks into every file.
+    update
+        .args(["--compare", "time", "--boot-test", "--wait", "agent"])
+        .env("KVMSNAP_EFFECTS", &log);
     let outcome = run(update);
     let made = line(&outcome);
     assert_golden_log("image update of a template, with a trial", &log);
@@ -493,7 +497,13 @@ fn s06_an_rsync_daemon_that_misbehaves_ends_the_update() {
     let port = listener.local_addr().unwrap().port();
     let daemon = thread::spawn(move || {
         let (mut peer, _) = listener.accept().unwrap();
-        peer.write_all(b"@RSYNCD: 31.0\n@ERROR: \x1b[2Jgo away\n").unwrap();
+        peer.set_read_timeout(Some(WAIT)).unwrap();
+        peer.write_all(b"@RSYNCD: 31.0\n").unwrap();
+        let mut asked = BufReader::new(peer.try_clone().unwrap()).lines();
+        while asked.next().unwrap().unwrap() != "birch" {}
+        peer.write_all(b"@ERROR: \x1b[2Jgo away\n").unwrap();
+        // Until the other side has heard it.
+        asked.for_each(drop);
     });
 
     let outcome = run(scene.make(&format!("rsync://127.0.0.1:{port}/birch")));

@@ -93,7 +93,7 @@ impl DeployError {
                 "--xml takes an adapted copy of the description"
             }
             Self::Write(RestoreError::Exists { .. }) => {
-                "nothing is ever written over: --to names another folder; what an interrupted one left there may be removed"
+                "nothing is ever written over: --to names another folder; what an interrupted one left there, and no domain has, may be removed"
             }
             Self::Define(error) => return error.hint(),
             Self::Write(error) => error.hint()?,
@@ -114,6 +114,8 @@ pub struct Deploy {
     pub files: Vec<FileManifest>,
     /// The descriptions of networks that it uses, by name.
     pub networks: BTreeMap<String, String>,
+    /// The files that the disks of this host's domains are.
+    pub used: Vec<PathBuf>,
     /// What it was made into, where it was made from a template.
     machine: Option<String>,
     folder: PathBuf,
@@ -156,7 +158,8 @@ impl Deploy {
         let images = record.disks.clone();
         let is_made = matches!(record.origin, Origin::Update { .. });
         let machine = is_made.then(|| record.machine.clone());
-        Ok(Self { domain, disks, files, networks, machine, folder, images, contents })
+        let used = Vec::new();
+        Ok(Self { domain, disks, files, networks, used, machine, folder, images, contents })
     }
 
     /// What the machine is called, unless told otherwise. A machine that was made from a template still has
@@ -191,15 +194,16 @@ impl Deploy {
         Ok(Place { folder, prefix: format!("{name}-"), images })
     }
 
-    /// The file that each disk becomes.
+    /// The file that each disk becomes. What an interrupted run has left under its name will do.
     ///
     /// # Errors
     /// [`RestoreError::Exists`] for the first that is there, [`DeployError::Twice`].
     pub fn targets(&self, place: &Place) -> Result<Vec<PathBuf>, DeployError> {
         let mut targets: Vec<PathBuf> = Vec::new();
-        for disk in &self.disks {
+        for (disk, image) in self.disks.iter().zip(&self.images) {
             let path = place.disk(disk, crate::restore::Format::Qcow2);
             match fs::symlink_metadata(&path) {
+                Ok(_) if self.has_left(&path, image) => {}
                 Ok(_) => return Err(RestoreError::Exists { path }.into()),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => return Err(RestoreError::Write { path, source }.into()),
@@ -212,7 +216,24 @@ impl Deploy {
         Ok(targets)
     }
 
-    /// Copies the disks. None gets its name before all are whole, checked and durable.
+    /// Whether an interrupted run has given a disk its name, and no domain here has it.
+    fn has_left(&self, path: &Path, image: &DiskFile) -> bool {
+        let id = image.sums.sha256.parse();
+        !self.used.iter().any(|used| used == path)
+            && id.is_ok_and(|id: FileId| Partial::has_named(path, &id))
+    }
+
+    /// Whether a file beside the disks is what an interrupted run has left with them.
+    pub fn is_left(&self, copy: &Copy, place: &Place) -> bool {
+        let mut disks = self.disks.iter().zip(&self.images);
+        let path = |disk| place.disk(disk, crate::restore::Format::Qcow2);
+        disks.any(|(disk, image)| self.has_left(&path(disk), image))
+            && fs::read(&copy.to).ok().as_ref() == self.contents.get(&copy.file)
+    }
+
+    /// Copies the disks. None gets its name before all are whole, checked and durable. Each is also known by its
+    /// temporary name until what comes with it is dropped: so the next run can tell those of one that was
+    /// killed before a domain had them.
     ///
     /// # Errors
     /// [`DeployError`].
@@ -222,7 +243,7 @@ impl Deploy {
         folder_mode: u32,
         progress: &Progress,
         stop: &Stop,
-    ) -> Result<Vec<PathBuf>, DeployError> {
+    ) -> Result<Vec<(PathBuf, Partial)>, DeployError> {
         let targets = self.targets(place)?;
         if !place.folder.exists() {
             let write = |source| RestoreError::Write { path: place.folder.clone(), source };
@@ -234,10 +255,10 @@ impl Deploy {
         for (disk, to) in self.images.iter().zip(&targets) {
             whole.push(self.copy_one(disk, to, progress, stop)?);
         }
-        for (partial, to) in whole.into_iter().zip(&targets) {
-            partial.publish(to)?;
+        for (partial, to) in whole.iter_mut().zip(&targets) {
+            partial.name(to)?;
         }
-        Ok(targets)
+        Ok(targets.into_iter().zip(whole).collect())
     }
 
     fn copy_one(
@@ -249,31 +270,36 @@ impl Deploy {
     ) -> Result<Partial, DeployError> {
         let from = self.folder.join(&disk.file);
         let write = |source| RestoreError::Write { path: to.to_owned(), source };
-        let read = ImageError::file("read", &from);
-        let mut source = File::open(&from).map_err(read)?;
         effect::about_to("deploy: disk").map_err(write)?;
         // What a killed try has left is its own: it goes by the checksum of what it is a copy of.
         let id: FileId = disk.sums.sha256.parse().map_err(|_| damaged(&from))?;
         let partial = Partial::take_up(to, &id)?;
-        let mut target = partial.file();
-        target.set_len(0).map_err(write)?;
-        progress.bytes(&format!("copying {}", disk.target), disk.file_len);
-        let mut part = vec![0; PART_LEN];
-        loop {
-            stop.check()?;
-            let len = source.read(&mut part).map_err(ImageError::file("read", &from))?;
-            if len == 0 {
-                break;
+        // What has its name is whole already, and nothing is ever written over.
+        let is_named = partial.is_named(to);
+        if !is_named {
+            progress.bytes(&format!("copying {}", disk.target), disk.file_len);
+            let read = ImageError::file("read", &from);
+            let mut source = File::open(&from).map_err(read)?;
+            let mut target = partial.file();
+            target.set_len(0).map_err(write)?;
+            let mut part = vec![0; PART_LEN];
+            loop {
+                stop.check()?;
+                let len = source.read(&mut part).map_err(ImageError::file("read", &from))?;
+                if len == 0 {
+                    break;
+                }
+                target.write_all(&part[..len]).map_err(write)?;
+                progress.read(len as u64);
             }
-            target.write_all(&part[..len]).map_err(write)?;
-            progress.read(len as u64);
+            target.sync_all().map_err(write)?;
         }
-        target.sync_all().map_err(write)?;
         progress.bytes(&format!("checking {}", disk.target), disk.file_len);
         let copy = File::open(partial.path()).map_err(write)?;
         let wrong = sums::check(copy, &disk.sums, disk.file_len, |len| progress.read(len));
         match wrong.map_err(write)?.is_empty() {
             true => Ok(partial),
+            false if is_named => Err(RestoreError::Exists { path: to.to_owned() }.into()),
             false => Err(damaged(&from)),
         }
     }

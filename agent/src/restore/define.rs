@@ -9,7 +9,7 @@ use virt::connect::Connect;
 use virt_sys as sys;
 
 use super::host::Host;
-use super::plan::{Place, Plan};
+use super::plan::{Copy, Place, Plan};
 use super::{RestoreError, files};
 use crate::effect;
 use crate::hypervisor::HypervisorError;
@@ -175,7 +175,12 @@ impl DefineError {
 ///
 /// # Errors
 /// [`DefineError::Barred`], [`RestoreError::Exists`].
-pub fn check(plan: &Plan, host: &Host, place: &Place) -> Result<(), DefineError> {
+pub fn check(
+    plan: &Plan,
+    host: &Host,
+    place: &Place,
+    is_left: impl Fn(&Copy) -> bool,
+) -> Result<(), DefineError> {
     let folder = std::path::absolute(&place.folder).unwrap_or_else(|_| place.folder.clone());
     if let Some(user) = host.qemu_user
         && let Some(folder) = user.barred_from(&folder)
@@ -186,7 +191,8 @@ pub fn check(plan: &Plan, host: &Host, place: &Place) -> Result<(), DefineError>
     match plan
         .copies
         .iter()
-        .find(|copy| copy.to.extension().is_some_and(|e| e == "fd") && copy.to.exists())
+        .filter(|copy| copy.to.extension().is_some_and(|e| e == "fd") && copy.to.exists())
+        .find(|copy| !is_left(copy))
     {
         Some(copy) => Err(RestoreError::Exists { path: copy.to.clone() }.into()),
         None => Ok(()),

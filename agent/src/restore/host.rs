@@ -48,6 +48,8 @@ pub struct DomainHere {
     pub uuid: String,
     /// Its MAC addresses, in lower case.
     pub macs: Vec<String>,
+    /// The files of its disks.
+    pub images: Vec<PathBuf>,
 }
 
 /// A machine type.
@@ -95,8 +97,9 @@ pub async fn look(libvirt: &Libvirt, domain: &Element) -> Result<Host, Hyperviso
     let capabilities = xml::parse(&capabilities).map_err(HypervisorError::Xml)?;
     let mut host = Host { networks, pools, ..Host::default() };
     for (name, uuid, description) in domains {
-        let macs = macs(&xml::parse(&description).map_err(HypervisorError::Xml)?);
-        host.domains.push(DomainHere { name, uuid, macs });
+        let description = xml::parse(&description).map_err(HypervisorError::Xml)?;
+        let (macs, images) = (macs(&description), xml::read_named(&description).images);
+        host.domains.push(DomainHere { name, uuid, macs, images });
     }
     read_capabilities(&mut host, &capabilities, domain);
     let links = fs::read_dir(LINKS).into_iter().flatten().flatten();

@@ -67,15 +67,53 @@ impl Partial {
         &self.file
     }
 
+    /// Whether it has its final name, too, as a run leaves it that is killed after [`Self::name`].
+    pub fn is_named(&self, to: &Path) -> bool {
+        is_at(&self.file, to)
+    }
+
+    /// The same of what a killed run may have left.
+    pub fn has_named(to: &Path, snapshot: &FileId) -> bool {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(nix::libc::O_NOFOLLOW);
+        options.open(path_of(to, snapshot)).is_ok_and(|file| is_at(&file, to))
+    }
+
+    /// Makes the content durable and gives it its final name, unless that is taken. Where the file system allows
+    /// it, it keeps its temporary name beside that until it is dropped.
+    ///
+    /// # Errors
+    /// [`RestoreError::Exists`], [`RestoreError::Rename`], [`RestoreError::Write`].
+    pub fn name(&mut self, to: &Path) -> Result<(), RestoreError> {
+        let link = |from: &Path, to: &Path| match fs::hard_link(from, to) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => rename_new(from, to),
+            linked => linked,
+        };
+        if !self.is_named(to) {
+            self.give_name(to, link)?;
+            // Dropped, it takes what is at its temporary name: there is nothing where it was renamed.
+            self.keep = false;
+        }
+        Ok(())
+    }
+
     /// Makes the content durable and gives it its final name, unless that is taken; then it goes.
     ///
     /// # Errors
     /// [`RestoreError::Exists`], [`RestoreError::Rename`], [`RestoreError::Write`].
     pub fn publish(mut self, to: &Path) -> Result<(), RestoreError> {
+        self.give_name(to, rename_new)
+    }
+
+    fn give_name(
+        &mut self,
+        to: &Path,
+        rename: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(), RestoreError> {
         let write = |source| RestoreError::Write { path: to.to_owned(), source };
         self.file.sync_all().map_err(write)?;
         crate::effect::about_to("restore: rename").map_err(write)?;
-        match rename_new(&self.path, to) {
+        match rename(&self.path, to) {
             Ok(()) => {
                 self.keep = true;
                 let folder = to.parent().unwrap_or(Path::new("."));
@@ -213,6 +251,26 @@ mod tests {
         assert!(matches!(refused, RestoreError::Exists { .. }), "{refused:?}");
         assert_eq!(names(folder.path()), ["vda.raw"]);
         assert_eq!(fs::read_to_string(&to).unwrap(), "somebody's");
+    }
+
+    #[test]
+    fn p5_what_a_killed_run_has_named_is_told_from_what_others_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let to = folder.path().join("vda.qcow2");
+        let mut first = Partial::take_up(&to, &SNAPSHOT).unwrap();
+        assert!(!Partial::has_named(&to, &SNAPSHOT));
+        first.name(&to).unwrap();
+        assert!(Partial::has_named(&to, &SNAPSHOT) && !Partial::has_named(&to, &FileId([1; 32])));
+
+        let killed = std::mem::ManuallyDrop::new(first);
+        killed.file().unlock().unwrap();
+        let mut next = Partial::take_up(&to, &SNAPSHOT).unwrap();
+
+        assert!(next.is_named(&to));
+        next.name(&to).unwrap();
+        drop(next);
+        assert_eq!(names(folder.path()), ["vda.qcow2"]);
+        assert!(!Partial::has_named(&to, &SNAPSHOT));
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub async fn run(args: DeployArgs, context: &Context) -> Result<(), CommandError
         let place = place.clone();
         blocking(move || {
             let copied = deploy.copy(&place, SEARCHABLE, &progress, &stop);
-            copied.map(|paths| (deploy, paths))
+            copied.map(|named| (deploy, named))
         })
     };
     tokio::pin!(work);
@@ -82,9 +82,9 @@ pub async fn run(args: DeployArgs, context: &Context) -> Result<(), CommandError
         }
     };
     context.progress.finish();
-    let (deploy, paths) = copied?;
+    let (deploy, named) = copied?;
     let mut out = std::io::stdout().lock();
-    for (disk, path) in deploy.disks.iter().zip(&paths) {
+    for (disk, (path, _)) in deploy.disks.iter().zip(&named) {
         if context.global.json {
             let line = serde_json::json!({"target": disk, "path": path, "deployed": true});
             context.print_json(&mut out, &line)?;
@@ -96,6 +96,8 @@ pub async fn run(args: DeployArgs, context: &Context) -> Result<(), CommandError
     // From here on each step is short, and none is left half done.
     let contents = deploy.contents(&plan);
     let defined = define::define(&libvirt, &plan, &place, contents, &deploy.networks).await;
+    // From here on the disks have an owner, or are left to the user.
+    drop(named);
     defined.map_err(DeployError::from)?;
     print_domain(&plan, "defined", context)?;
     if let Some(pool) = &args.pool {
@@ -118,7 +120,7 @@ struct Prepared {
 
 async fn prepare(args: &DeployArgs, context: &Context) -> Result<Prepared, DeployError> {
     let (folder, xml) = (args.image.clone(), args.xml.clone());
-    let deploy = blocking(move || Deploy::read(&Image::open(&folder)?, xml.as_deref())).await?;
+    let mut deploy = blocking(move || Deploy::read(&Image::open(&folder)?, xml.as_deref())).await?;
     let libvirt =
         Libvirt::connect(&context.global.connect).await.map_err(define::DefineError::from)?;
     let name = args.name.clone().map_or_else(|| deploy.name(), Ok)?;
@@ -148,7 +150,8 @@ async fn prepare(args: &DeployArgs, context: &Context) -> Result<Prepared, Deplo
         generation: &random_uuid(),
     };
     let plan = plan::plan(deploy.domain.clone(), &looked, &wanted)?;
-    define::check(&plan, &looked, &place)?;
+    deploy.used = looked.domains.iter().flat_map(|domain| domain.images.clone()).collect();
+    define::check(&plan, &looked, &place, |copy| deploy.is_left(copy, &place))?;
     deploy.targets(&place)?;
     Ok(Prepared { deploy, libvirt, place, plan })
 }

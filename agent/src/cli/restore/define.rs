@@ -132,7 +132,7 @@ async fn prepare(
         generation: &random_uuid(),
     };
     let plan = plan::plan(domain, &host, &wanted)?;
-    define::check(&plan, &host, place)?;
+    define::check(&plan, &host, place, |_| false)?;
     Ok(Machine { plan, networks })
 }
 

@@ -120,8 +120,6 @@ impl Machine<'_> {
         add("-nic", "none".to_owned());
         add("-display", "none".to_owned());
         add("-vga", "std".to_owned());
-        // A machine that starts again and again is not up.
-        add("-action", "reboot=shutdown".to_owned());
         let socket = |id: &str, path: &Path| {
             format!("socket,id={id},path={},server=on,wait=off", escape(path))
         };

@@ -23,6 +23,7 @@ use qmp_client::{Command, Options, Qga, Qmp, QmpError};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, ChildStdout};
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use self::console::Console;
@@ -49,6 +50,11 @@ const AGENT_PAUSE: Duration = Duration::from_millis(300);
 const PICTURE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a killed QEMU may take to be gone.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a machine may start again before it is up: after SELinux has labelled its files, and after shim has
+/// noted the boot loader in the firmware's variables.
+const RESTARTS_MAX: u32 = 2;
+/// What comes sooner after one belongs to it: SeaBIOS resets the machine itself, once or twice, on the way.
+const RESTARTS_APART: Duration = Duration::from_secs(3);
 /// How long it may take to tell its host's name, and how much of that is taken.
 const NAME_TIMEOUT: Duration = Duration::from_secs(10);
 const NAME_CHARS_MAX: usize = 64;
@@ -250,7 +256,7 @@ impl Trial<'_> {
                 return Err(BootError::Qemu { words });
             }
             Some(qmp) => {
-                let sign = running.wait(self.wait, started + self.deadline, &private).await;
+                let sign = running.wait(self.wait, started + self.deadline, &private, &qmp).await;
                 let (sign, name) = sign.map_err(host("write", &log))?;
                 let elapsed = started.elapsed();
                 running.picture(&qmp, &screen).await;
@@ -424,6 +430,7 @@ impl Running {
         wait: Wait,
         deadline: Instant,
         private: &PrivateFolder,
+        qmp: &Qmp,
     ) -> io::Result<(Option<BootSign>, Option<String>)> {
         let socket = private.path().join("agent");
         let agent = async {
@@ -445,6 +452,7 @@ impl Running {
             tokio::select! {
                 name = agent => Ok((Some(BootSign::Agent), name)),
                 sign = console => sign,
+                never = bound_restarts(qmp) => never,
             }
         };
         timeout_at(deadline, sign).await.unwrap_or(Ok((None, None)))
@@ -496,6 +504,29 @@ async fn listen(
         0 => Ok(None),
         len => console.take(&part[..len]).map(Some),
     }
+}
+
+/// Has a machine that starts again and again end. Never ready.
+async fn bound_restarts<T>(qmp: &Qmp) -> T {
+    let (mut events, mut restarts, mut last) = (qmp.events(), 0, None::<Instant>);
+    while restarts < RESTARTS_MAX {
+        match events.recv().await {
+            Ok(event) => {
+                let is_apart = last.is_none_or(|last| last.elapsed() > RESTARTS_APART);
+                if is_apart && event.name == "RESET" && event.data["guest"] == true {
+                    (restarts, last) = (restarts + 1, Some(Instant::now()));
+                }
+            }
+            // They are few, and come no more once QEMU has ended.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
+    }
+    let command = Command::new("set-action", json!({"reboot": "shutdown"}));
+    if let Err(error) = qmp.execute(command).await {
+        tracing::warn!(%error, "a machine that starts again and again goes on until the deadline");
+    }
+    std::future::pending().await
 }
 
 /// Ready once the guest's agent answers; what it calls the machine, where it tells.

@@ -65,7 +65,7 @@ impl Scene {
 
     fn neighbour(mut self, name: &str, uuid: &str, mac: &str) -> Self {
         let (name, uuid, macs) = (name.to_owned(), uuid.to_owned(), vec![mac.to_owned()]);
-        self.host.domains.push(DomainHere { name, uuid, macs });
+        self.host.domains.push(DomainHere { name, uuid, macs, images: Vec::new() });
         self
     }
 
