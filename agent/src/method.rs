@@ -104,6 +104,11 @@ impl MethodError {
 }
 
 impl Wanted {
+    /// Whether a guest's service is away while it is backed up.
+    pub fn is_disturbing(self) -> bool {
+        matches!(self, Self::Suspend | Self::Stop)
+    }
+
     /// Makes sure that it can be had of a QEMU that nobody manages.
     ///
     /// # Errors

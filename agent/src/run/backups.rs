@@ -9,7 +9,7 @@ use super::child::{Answer, Launcher};
 use super::history::{Outcome, Step};
 use super::places::Places;
 use super::{Machine, STEP_TIMEOUT};
-use crate::config::{Job, Length};
+use crate::config::{Config, Job, Length};
 use crate::metrics::BackupFigures;
 use crate::units::human_duration;
 
@@ -27,18 +27,26 @@ struct Pending {
     took: Duration,
     /// Why the last try failed.
     reason: String,
+    /// Whether each try takes the service down.
+    is_disturbing: bool,
 }
 
 /// Backs up machines, in their order. Each step is told when it is over.
 pub async fn run(
     launcher: &Launcher,
+    config: &Config,
     (name, job): (&str, &Job),
     machines: Vec<Machine>,
     places: &mut Places,
     mut tell: impl FnMut(Step),
 ) {
-    let begin =
-        |machine| Pending { machine, attempts: 0, took: Duration::ZERO, reason: String::new() };
+    let begin = |machine: Machine| Pending {
+        is_disturbing: config.domain(&machine.name).method.is_some_and(|it| it.is_disturbing()),
+        machine,
+        attempts: 0,
+        took: Duration::ZERO,
+        reason: String::new(),
+    };
     let mut pending: Vec<Pending> = machines.into_iter().map(begin).collect();
     let mut pause = job.retry_pause.map_or(RETRY_PAUSE, Length::get);
     let mut retries = job.retries();
@@ -150,16 +158,20 @@ async fn round(
             }),
             None => {
                 it.reason = answer.reason();
-                match answer.code {
-                    // However often it is tried.
-                    Some(USAGE | WRONG_PASSWORD) if !answer.is_aborted() => {
-                        tell(it.over(name, Some(repository), launcher));
-                    }
-                    _ => again.push(it),
+                match may_retry(&answer, it.is_disturbing) {
+                    true => again.push(it),
+                    false => tell(it.over(name, Some(repository), launcher)),
                 }
             }
         }
     }
+}
+
+/// Whether what failed may be tried again: not what fails however often it is tried, nor what would harm more
+/// than a backup that is missing.
+fn may_retry(answer: &Answer, is_disturbing: bool) -> bool {
+    let is_hopeless = matches!(answer.code, Some(USAGE | WRONG_PASSWORD));
+    answer.is_aborted() || !(is_hopeless || is_disturbing || answer.is_too_slow())
 }
 
 /// A backup that was made.
@@ -177,8 +189,14 @@ fn done(answer: &Answer) -> Option<Done> {
         answer.lines.iter().find(|line| line["kind"].is_string() && line["id"].is_string())?;
     let disks = line["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
     let sum = |field: &str| disks.iter().filter_map(|disk| disk[field].as_u64()).sum();
-    let warnings: Vec<&str> =
-        line["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let warnings = line["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut warnings: Vec<String> = warnings.map(str::to_owned).collect();
+    // What the snapshot does not tell: a hook that failed after it, something that is left in the guest.
+    for logged in answer.warnings() {
+        if !warnings.iter().any(|warning| logged.contains(warning.as_str())) {
+            warnings.push(logged);
+        }
+    }
     let figures = BackupFigures {
         duration_ms: line["duration_ms"].as_u64().unwrap_or_default(),
         freeze_ms: line["freeze_ms"].as_u64(),
@@ -196,4 +214,39 @@ fn done(answer: &Answer) -> Option<Done> {
     };
     let uuid = line["uuid"].as_str().map(str::to_owned);
     Some(Done { outcome, snapshot: line["id"].as_str()?.to_owned(), uuid, figures, text })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::child::Stopped;
+    use super::*;
+
+    #[test]
+    fn what_takes_a_service_down_or_too_long_is_not_tried_again() {
+        let answer = |code, was_stopped| Answer { code, was_stopped, ..Answer::default() };
+        let too_long = Some(Stopped::TooLong(Duration::from_secs(60)));
+        assert!(may_retry(&answer(Some(1), None), false));
+        assert!(!may_retry(&answer(Some(1), None), true));
+        assert!(!may_retry(&answer(Some(130), too_long), false));
+        assert!(!may_retry(&answer(Some(WRONG_PASSWORD), None), false));
+        // So that all that is left is told at once.
+        assert!(may_retry(&answer(None, Some(Stopped::Asked)), true));
+    }
+
+    #[test]
+    fn what_a_backup_logged_is_a_warning_even_if_it_was_made() {
+        let line = json!({"kind": "full", "id": "a1", "uuid": "u", "warnings": ["not frozen"]});
+        let answer = |errors: &str| Answer {
+            code: Some(0),
+            lines: vec![line.clone()],
+            errors: errors.to_owned(),
+            ..Answer::default()
+        };
+        let made = done(&answer(" WARN not frozen\n WARN hook `notify`: exit code 1\n")).unwrap();
+        assert_eq!(made.outcome, Outcome::Warning);
+        assert_eq!(made.text, "not frozen\nhook `notify`: exit code 1");
+        assert_eq!((made.figures.warnings, made.uuid.as_deref()), (2, Some("u")));
+    }
 }

@@ -28,6 +28,8 @@ const LINE_LEN_MAX: usize = 1 << 20;
 const LINES_MAX: usize = 100_000;
 /// How much of the end of standard error is kept, in bytes.
 const ERRORS_LEN_MAX: usize = 16 << 10;
+/// Warnings of a command that are kept.
+const WARNINGS_MAX: usize = 20;
 /// How long output may stay open after its process has ended, as by a guard.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -93,6 +95,20 @@ impl Answer {
     pub fn is_aborted(&self) -> bool {
         self.was_stopped == Some(Stopped::Asked)
             || (self.was_stopped.is_none() && self.code == Some(INTERRUPTED))
+    }
+
+    /// What it logged that a person should look at, whether or not it failed.
+    pub fn warnings(&self) -> Vec<String> {
+        let logged = self.errors.lines().filter_map(|line| {
+            let line = line.trim_start();
+            line.strip_prefix("WARN ").or_else(|| line.strip_prefix("ERROR "))
+        });
+        logged.map(|line| printable(line.trim())).take(WARNINGS_MAX).collect()
+    }
+
+    /// Whether it was ended because it took too long.
+    pub fn is_too_slow(&self) -> bool {
+        matches!(self.was_stopped, Some(Stopped::TooLong(_)))
     }
 
     /// Why it failed, in a few lines.
@@ -301,6 +317,14 @@ mod tests {
         let slow = Answer { was_stopped: too_long, ..answer(Some(130), "error: interrupted\n") };
         assert_eq!((slow.reason().as_str(), slow.is_aborted()), ("it took longer than 2 h", false));
         assert!(answer(Some(130), "").is_aborted());
+    }
+
+    #[test]
+    fn what_was_logged_as_a_warning_is_known_also_of_a_command_that_succeeds() {
+        let told =
+            " WARN the hook failed: \u{1b}[2Jno\n INFO fine\nERROR disk `vda` runs bare\nnoise\n";
+        let warnings = answer(Some(0), told).warnings();
+        assert_eq!(warnings, ["the hook failed: \\u{1b}[2Jno", "disk `vda` runs bare"]);
     }
 
     #[tokio::test]

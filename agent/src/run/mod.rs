@@ -260,7 +260,7 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
             record.steps.push(step);
             *trouble = trouble.take().or(keep(state, record, state_dir, config).err());
         };
-        backups::run(launcher, (name, job), machines, places, over).await;
+        backups::run(launcher, config, (name, job), machines, places, over).await;
     }
 
     /// Says when a job takes longer than there is time until the next one.

@@ -67,11 +67,16 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
     ) -> (Step, Answer) {
         let (step, begin) = (Step::begin(job, work, None, Some(repository)), Instant::now());
         let answer = self.with.launcher.run(Some(repository), arguments, STEP_TIMEOUT).await;
-        let (outcome, text) = match () {
-            () if answer.is_done() => (Outcome::Done, summary(&answer)),
+        let warnings = answer.warnings();
+        let (outcome, mut text) = match () {
+            () if answer.is_done() && warnings.is_empty() => (Outcome::Done, summary(&answer)),
+            () if answer.is_done() => (Outcome::Warning, summary(&answer)),
             () if answer.is_aborted() => (Outcome::Aborted, String::new()),
             () => (Outcome::Failed, [summary(&answer), answer.reason()].join("\n")),
         };
+        if outcome != Outcome::Aborted {
+            text = [text, warnings.join("\n")].join("\n");
+        }
         let duration_ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
         (Step { duration_ms, ..step }.end(outcome, text.trim()), answer)
     }
@@ -161,7 +166,7 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         let outcome = self.step(named, &["prune".to_owned()], summary).await;
         if outcome != Outcome::Aborted {
             let known = self.with.state.repository(repository);
-            (known.last_prune, known.has_waste) = (Some(now), outcome != Outcome::Done);
+            (known.last_prune, known.has_waste) = (Some(now), !outcome.is_done());
         }
     }
 
@@ -194,7 +199,7 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
                 }
             }
             known.last = Some(now);
-            if step.outcome == Outcome::Done && !known.damaged.is_empty() {
+            if step.outcome.is_done() && !known.damaged.is_empty() {
                 step.outcome = Outcome::Warning;
                 step.text += "\nother parts of the data were damaged when they were last read";
             }
