@@ -120,6 +120,12 @@ pub enum CommandError {
         /// How many; each was named.
         count: usize,
     },
+    /// Files that the configuration names cannot be used.
+    #[error("{count} {} of the configuration cannot be used", if *.count == 1 { "secret" } else { "secrets" })]
+    UnusableSecrets {
+        /// How many; each was named.
+        count: usize,
+    },
     /// Of several images some cannot be used.
     #[error("{count} {} cannot be used", if *.count == 1 { "image" } else { "images" })]
     UnusableImages {

@@ -76,7 +76,7 @@ async fn check(context: &Context) -> Result<(), CommandError> {
             });
             context.print_json(&mut out, &line)?;
         }
-        return Ok(());
+        return look_at_secrets(config);
     }
     let file = context.global.config.as_deref().unwrap_or(PATH.as_ref());
     writeln!(out, "{} makes sense.", file.display())?;
@@ -96,7 +96,27 @@ async fn check(context: &Context) -> Result<(), CommandError> {
     if config.job.is_empty() {
         writeln!(out, "\nNo job is configured: `kvmsnap run` has nothing to do.")?;
     }
-    Ok(())
+    look_at_secrets(config)
+}
+
+/// Whether what stands in files of its own can be had, before it is needed.
+fn look_at_secrets(config: &Config) -> Result<(), CommandError> {
+    let mut problems: Vec<(String, Box<dyn std::error::Error>)> = Vec::new();
+    for (name, repository) in &config.repository {
+        if let Err(error) = repository.check_password_file() {
+            problems.push((format!("the password of the repository {name}"), error.into()));
+        }
+    }
+    for error in config.alerts.unusable_secrets() {
+        problems.push(("who is told of failures".to_owned(), error.into()));
+    }
+    for (what, error) in &problems {
+        tracing::error!(error = &**error, "{what}");
+    }
+    match problems.len() {
+        0 => Ok(()),
+        count => Err(CommandError::UnusableSecrets { count }),
+    }
 }
 
 /// Rules of retention, in words.
@@ -143,7 +163,7 @@ fn describe(
     }
     let repositories = config.repositories_of(job);
     match repositories.as_slice() {
-        [] => say("It has no repository: --repository or KVMSNAP_REPOSITORY must name one.".into()),
+        [] => {}
         [only] => say(format!("Into the repository {only}.")),
         [first, others @ ..] => {
             say(format!("Into {first}; where that does not answer, into {}.", others.join(", ")));

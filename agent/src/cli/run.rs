@@ -389,21 +389,30 @@ async fn tell_people(
             None
         }
     };
-    let mut known = Known::load(state_dir);
+    let run_dir = &context.global.run_dir;
+    let mut known = Known::load(state_dir, run_dir);
+    let keep = |known: &Known| {
+        if let Err(error) = known.save(state_dir, run_dir) {
+            tracing::warn!(%error, "people may be told again");
+        }
+    };
     let remind = SignedDuration::from_hours(i64::from(config.alerts.remind_hours));
     let events: Vec<Event> = known.sift(events, well, now, remind);
     for event in &events {
         tracing::warn!("{}: {}", event.kind.as_str(), event.title);
     }
-    for told in config.alerts.tell(host, &events).await {
+    config.alerts.enqueue(&mut known.queue, &events);
+    if !events.is_empty() {
+        // Whatever becomes of us, it will be told.
+        keep(&known);
+    }
+    for told in config.alerts.deliver(host, &mut known.queue).await {
         if let Err(error) = told.outcome {
             let error: &dyn std::error::Error = &error;
             tracing::error!(error, "cannot tell {}", told.channel);
         }
     }
-    if let Err(error) = known.save(state_dir) {
-        tracing::warn!(%error, "people may be told again");
-    }
+    keep(&known);
     if let Some(metrics) = &config.metrics
         && let Err(error) = metrics.write(&watch.figures())
     {

@@ -10,7 +10,7 @@ use serde::de::{self, IntoDeserializer, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::value::{Length, Pattern};
+use super::value::{Length, Pattern, Window};
 use crate::retention::Policy;
 use crate::schedule::Schedule;
 
@@ -42,7 +42,7 @@ pub struct Job {
     /// How much later it may begin.
     pub random_delay: Option<Length>,
     /// How long after its time it may begin.
-    pub window: Option<Length>,
+    pub window: Option<Window>,
     /// How often a domain whose backup failed is tried again.
     pub retries: Option<Count<0, RETRIES_MAX>>,
     /// How long to wait before that; twice as long each time.

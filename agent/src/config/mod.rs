@@ -11,6 +11,7 @@ mod value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -24,7 +25,7 @@ pub use domain::{Domain, TrackHow};
 pub use job::{Job, Prune, Run, VerifyPlan};
 pub use problem::Problem;
 pub use repository::{PasswordError, Repository, read_file as read_password};
-pub use value::{Length, Name, Pattern, Size};
+pub use value::{Length, Name, Pattern, Size, Window};
 
 /// Where the configuration is unless another file is named.
 pub const PATH: &str = "/etc/kvmsnap/kvmsnap.toml";
@@ -103,7 +104,18 @@ impl Config {
 
     /// What the types cannot say.
     fn check(&self, text: &str) -> Result<(), Problem> {
+        if let Err((place, message)) = self.alerts.check() {
+            return Err(Problem::at(place_of(place, text), text, message));
+        }
         for (name, job) in &self.job {
+            if self.repositories_of(job).is_empty() {
+                let place = place_of(&format!("[job.{name}]"), text);
+                let message = match self.repository.len() {
+                    0 => format!("job `{name}` has no repository: configure one"),
+                    _ => format!("job `{name}` has no repository: name one, or call one `{MAIN}`"),
+                };
+                return Err(Problem::at(place, text, message));
+            }
             let place = job.repository.as_ref().map(Spanned::span).unwrap_or_default();
             let named = job.repositories().into_iter().map(|wanted| (wanted, place.clone()));
             let copies = job.copy.iter().map(|copy| (copy.to.get_ref().as_str(), copy.to.span()));
@@ -162,6 +174,11 @@ impl Config {
     }
 }
 
+/// Where something is written, as far as that can be told.
+fn place_of(what: &str, text: &str) -> Range<usize> {
+    text.find(what).map(|at| at..at + what.len()).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,6 +235,15 @@ mod tests {
             ("[job.a]\nschedule = \"03:00\"\nverify = true\n", "3:10: invalid value"),
             ("[job.a]\nschedule = \"03:00\"\nverify = {read-all-in = 3}\n", "3:25: "),
             ("[domain.\"*\"]\nqmp = \"/run/a\"\n", "1:1: "),
+            ("\n[job.a]\nschedule = \"03:00\"\n", "2:1: job `a` has no repository: configure one"),
+            (
+                "[job.a]\nschedule = \"03:00\"\n[repository.b]\nlocation = \"/b\"\n\
+                 [repository.c]\nlocation = \"/c\"\n",
+                "1:1: job `a` has no repository: name one, or call one `main`",
+            ),
+            ("[job.a]\nschedule = \"03:00\"\nwindow = \"2min\"\n", "3:10: a window is 10 min or"),
+            ("[alerts]\nremind-hours = 0\n", "2:1: `remind-hours` is 1 or more"),
+            ("[[alerts.webhook]]\ntoken-file = \"/t\"\n", "1:1: it needs `url` or `url-file`"),
             ("[repository.\"a/b\"]\nlocation = \"/x\"\n", "1:13: "),
         ] {
             let told = problem(text);

@@ -177,6 +177,20 @@ impl Repository {
     }
 }
 
+impl Repository {
+    /// Whether its password can be read, where that is in a file: what is a command's or systemd's is there when
+    /// it is needed.
+    ///
+    /// # Errors
+    /// [`PasswordError`].
+    pub fn check_password_file(&self) -> Result<(), PasswordError> {
+        match &self.password {
+            Some(Source::File(path)) => read_file(path).map(drop),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Source {
     fn read(&self) -> Result<Vec<u8>, PasswordError> {
         match self {

@@ -9,6 +9,9 @@ use serde::Deserialize;
 
 use crate::units::{human_duration, parse_bytes, parse_duration};
 
+/// The shortest window of a job.
+const WINDOW_MIN: Duration = Duration::from_secs(600);
+
 /// A number of bytes above zero: `"20MiB"`, or a plain number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "NumberOrText")]
@@ -66,6 +69,35 @@ impl TryFrom<String> for Length {
 impl fmt::Display for Length {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&human_duration(self.0))
+    }
+}
+
+/// How long after its time a job may begin: longer than the time between two starts of the timer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Window(Length);
+
+impl Window {
+    /// So long.
+    pub fn get(self) -> Duration {
+        self.0.get()
+    }
+}
+
+impl TryFrom<String> for Window {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let length = Length::try_from(text)?;
+        match length.get() < WINDOW_MIN {
+            true => Err("a window is 10 min or more: a run begins every few minutes".to_owned()),
+            false => Ok(Self(length)),
+        }
+    }
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What people have been told already: a failure that lasts is told once and then now and then, and its end
 //! is told too.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -8,15 +9,21 @@ use std::path::{Path, PathBuf};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Kind, Subject};
+use super::{Event, Kind, Queue, Subject};
 
 /// Name of the file in the state folder.
 const FILE: &str = "alerts.json";
+
+/// What lasts is told again this part of its time earlier.
+const SLACK: i32 = 24;
 
 /// What is known to be wrong. Losing it costs one more message.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     problems: Vec<Problem>,
+    /// What people were to be told and could not be yet.
+    #[serde(default)]
+    pub queue: Queue,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +32,9 @@ struct Problem {
     subject: Subject,
     kind: Kind,
     since: Timestamp,
-    told: Timestamp,
+    /// When that it is of a kind was last told.
+    #[serde(default)]
+    told_as: BTreeMap<Kind, Timestamp>,
 }
 
 /// Why what is known cannot be kept.
@@ -37,29 +46,42 @@ pub struct KnownError {
 }
 
 impl Known {
-    /// Reads it from the state folder. What is not there, or makes no sense, is nothing.
-    pub fn load(state_dir: &Path) -> Self {
-        let text = fs::read(state_dir.join(FILE)).unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
+    /// Reads it from the state folder, or from where it was kept when that was full. What is not there, or
+    /// makes no sense, is nothing.
+    pub fn load(state_dir: &Path, run_dir: &Path) -> Self {
+        let text = fs::read(run_dir.join(FILE)).or_else(|_| fs::read(state_dir.join(FILE)));
+        serde_json::from_slice(&text.unwrap_or_default()).unwrap_or_default()
     }
 
-    /// Keeps it there.
+    /// Keeps it there; in the folder of sockets where it cannot be, so that a full disk is told once and not
+    /// every few minutes.
     ///
     /// # Errors
     /// [`KnownError`]; then the old one is still there.
-    pub fn save(&self, state_dir: &Path) -> Result<(), KnownError> {
-        let path = state_dir.join(FILE);
+    pub fn save(&self, state_dir: &Path, run_dir: &Path) -> Result<(), KnownError> {
+        match self.write(state_dir) {
+            Ok(()) => {
+                // There mostly is none.
+                let _ = fs::remove_file(run_dir.join(FILE));
+                Ok(())
+            }
+            Err(error) => self.write(run_dir).map_err(|_| error),
+        }
+    }
+
+    fn write(&self, folder: &Path) -> Result<(), KnownError> {
+        let path = folder.join(FILE);
         let write = || {
-            fs::create_dir_all(state_dir)?;
-            let mut file = tempfile::NamedTempFile::new_in(state_dir)?;
+            fs::create_dir_all(folder)?;
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
             file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
             file.persist(&path).map_err(|error| error.error)
         };
         write().map(drop).map_err(|source| KnownError { path, source })
     }
 
-    /// Of what happened, what is to be told: what is new or worse, what lasts and was told `remind` ago, and
-    /// the end of what was wrong. `well` are the subjects that went well; a subject that is in neither was
+    /// Of what happened, what is to be told: what is new or of another kind, what lasts and was told `remind`
+    /// ago as what it is, and the end of what was wrong. `well` are the subjects that went well; a subject that is in neither was
     /// not tried, and nothing is known of it.
     pub fn sift(
         &mut self,
@@ -79,19 +101,22 @@ impl Known {
             let known = self.problems.iter_mut().find(|known| known.subject == event.subject);
             match known {
                 Some(known) => {
-                    // A clock that was set back must not silence anybody.
-                    let age = now.duration_since(known.told);
-                    let is_due = age >= remind || age < SignedDuration::ZERO;
-                    let is_worse = event.kind < known.kind;
+                    let is_due = known.told_as.get(&event.kind).is_none_or(|told| {
+                        let age = now.duration_since(*told);
+                        // A clock that was set back must not silence anybody. A nightly job ends a bit
+                        // earlier or later.
+                        age + remind / SLACK >= remind || age < SignedDuration::ZERO
+                    });
                     known.kind = event.kind;
-                    if is_due || is_worse {
-                        known.told = now;
+                    if is_due {
+                        known.told_as.insert(event.kind, now);
                         told.push(event);
                     }
                 }
                 None => {
                     let (subject, kind) = (event.subject.clone(), event.kind);
-                    self.problems.push(Problem { subject, kind, since: now, told: now });
+                    let told_as = [(kind, now)].into();
+                    self.problems.push(Problem { subject, kind, since: now, told_as });
                     told.push(event);
                 }
             }
@@ -144,7 +169,7 @@ mod tests {
             let events = known.sift(vec![failure.clone()], &[], at(hour), REMIND);
             told.extend(events.iter().map(|_| hour));
         }
-        assert_eq!(told, [0, 24, 48]);
+        assert_eq!(told, [0, 23, 46], "about once a day");
         let well = [failure.subject.clone()];
         let end = known.sift(Vec::new(), &well, at(50), REMIND);
         assert_eq!(end[0].title, "backup of web is well again, after 2 days of failure");
@@ -153,13 +178,19 @@ mod tests {
     }
 
     #[test]
-    fn what_gets_worse_is_told_at_once_and_what_gets_better_is_not() {
+    fn what_gets_worse_or_better_is_told_at_once_and_what_goes_to_and_fro_is_not() {
         let mut known = Known::default();
         let mut sift =
             |kind, hour| kinds(&known.sift(vec![event(kind, "web")], &[], at(hour), REMIND));
         assert_eq!(sift(Kind::Warning, 0), [Kind::Warning]);
         assert_eq!(sift(Kind::Failure, 1), [Kind::Failure]);
         assert_eq!(sift(Kind::Warning, 2), []);
+        assert_eq!(sift(Kind::Failure, 3), []);
+        let mut known = Known::default();
+        let mut sift =
+            |kind, hour| kinds(&known.sift(vec![event(kind, "web")], &[], at(hour), REMIND));
+        assert_eq!(sift(Kind::Failure, 0), [Kind::Failure]);
+        assert_eq!(sift(Kind::Warning, 1), [Kind::Warning], "it is not as bad any more");
     }
 
     #[test]
@@ -191,12 +222,33 @@ mod tests {
     #[test]
     fn what_is_known_outlives_the_run_and_its_loss_is_no_error() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Known::load(folder.path()), Known::default());
+        let (state, run) = (folder.path().join("state"), folder.path().join("run"));
+        assert_eq!(Known::load(&state, &run), Known::default());
         let mut known = Known::default();
         known.sift(vec![event(Kind::Warning, "web")], &[], at(0), REMIND);
-        known.save(folder.path()).unwrap();
-        assert_eq!(Known::load(folder.path()), known);
-        fs::write(folder.path().join(FILE), "{").unwrap();
-        assert_eq!(Known::load(folder.path()), Known::default());
+        known.queue.push("mail", [event(Kind::Digest, "web")]);
+        known.save(&state, &run).unwrap();
+        assert_eq!(Known::load(&state, &run), known);
+        fs::write(state.join(FILE), "{").unwrap();
+        assert_eq!(Known::load(&state, &run), Known::default());
+        // Where the state folder takes nothing.
+        fs::remove_dir_all(&state).unwrap();
+        fs::write(&state, "").unwrap();
+        known.save(&state, &run).unwrap();
+        assert_eq!(Known::load(&state, &run), known);
+        fs::remove_file(&state).unwrap();
+        known.save(&state, &run).unwrap();
+        assert!(!run.join(FILE).exists());
+    }
+
+    #[test]
+    fn what_an_older_version_knew_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = r#"{"problems": [{"job": "nightly", "domain": "web", "work": "backup",
+            "kind": "failure", "since": "2026-11-01T00:00:00Z", "told": "2026-11-01T00:00:00Z"}]}"#;
+        fs::write(folder.path().join(FILE), text).unwrap();
+        let mut known = Known::load(folder.path(), &folder.path().join("run"));
+        let well = [event(Kind::Failure, "web").subject];
+        assert_eq!(kinds(&known.sift(Vec::new(), &well, at(0), REMIND)), [Kind::Recovery]);
     }
 }

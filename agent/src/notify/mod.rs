@@ -6,6 +6,7 @@ mod command;
 pub mod known;
 mod log;
 mod mail;
+mod queue;
 mod web;
 
 use std::fmt::Write as _;
@@ -20,6 +21,7 @@ use crate::schedule::Schedule;
 pub use self::command::Program;
 pub use self::log::Log;
 pub use self::mail::Mail;
+pub use self::queue::Queue;
 pub use self::web::{Ping, Webhook};
 
 /// How long one channel may take for what it has to tell.
@@ -198,42 +200,124 @@ pub struct Told {
     pub outcome: Result<(), NotifyError>,
 }
 
+/// One of those who are told.
+struct Channel<'a> {
+    /// What it is called in the queue.
+    name: String,
+    /// The same in words that hold no secret.
+    words: String,
+    /// What it is told; everything where not given.
+    on: Option<&'a [Kind]>,
+    via: Via<'a>,
+}
+
+enum Via<'a> {
+    Log(Log),
+    Mail(&'a Mail),
+    Webhook(&'a Webhook),
+    Program(&'a Program),
+}
+
 impl Alerts {
-    /// Tells everybody what they want to hear. One that cannot be told keeps nobody from the others.
-    pub async fn tell(&self, host: &str, events: &[Event]) -> Vec<Told> {
+    /// Takes note of what each channel is to be told.
+    pub fn enqueue(&self, queue: &mut Queue, events: &[Event]) {
+        let channels = self.channels();
+        for channel in &channels {
+            let is_wanted =
+                |event: &&Event| channel.on.is_none_or(|kinds| kinds.contains(&event.kind));
+            queue.push(&channel.name, events.iter().filter(is_wanted).cloned());
+        }
+        queue.keep(|name| channels.iter().any(|channel| channel.name == name));
+    }
+
+    /// Tells everybody what waits for them; what cannot be told goes on waiting. One that cannot be told keeps
+    /// nobody from the others.
+    pub async fn deliver(&self, host: &str, queue: &mut Queue) -> Vec<Told> {
         let mut told = Vec::new();
-        if self.log.enabled && !events.is_empty() {
-            let outcome = self.log.tell(events);
-            told.push(Told { channel: "the system's log".to_owned(), outcome });
-        }
-        if let Some((mail, events)) = self.mail.as_ref().and_then(|it| self.of(it, &it.on, events))
-        {
-            let to: Vec<String> = mail.to.iter().map(|to| to.email.to_string()).collect();
-            let outcome = mail.tell(host, events).await;
-            told.push(Told { channel: format!("mail to {}", to.join(", ")), outcome });
-        }
-        for (webhook, events) in self.webhook.iter().filter_map(|it| self.of(it, &it.on, events)) {
-            let outcome = webhook.tell(host, events).await;
-            told.push(Told { channel: "a webhook".to_owned(), outcome });
-        }
-        for (program, events) in self.command.iter().filter_map(|it| self.of(it, &it.on, events)) {
-            let channel = format!("the program {}", program.run.first().map_or("", String::as_str));
-            told.push(Told { channel, outcome: program.tell(host, &events).await });
+        for Channel { name, words, via, .. } in self.channels() {
+            let events = queue.of(&name);
+            if events.is_empty() {
+                continue;
+            }
+            let outcome = match via {
+                Via::Log(log) => log.tell(events),
+                Via::Mail(mail) => mail.tell(host, events.to_vec()).await,
+                Via::Webhook(webhook) => webhook.tell(host, events.to_vec()).await,
+                Via::Program(program) => program.tell(host, events).await,
+            };
+            if outcome.is_ok() {
+                queue.clear(&name);
+            }
+            told.push(Told { channel: words, outcome });
         }
         told
     }
 
-    /// A channel, with those of the events that it wants; `None` where it wants none.
-    fn of<'a, C>(
-        &self,
-        channel: &'a C,
-        on: &Option<Vec<Kind>>,
-        events: &[Event],
-    ) -> Option<(&'a C, Vec<Event>)> {
-        let on = on.as_ref().unwrap_or(&self.on);
-        let events: Vec<Event> =
-            events.iter().filter(|event| on.contains(&event.kind)).cloned().collect();
-        (!events.is_empty()).then_some((channel, events))
+    fn channels(&self) -> Vec<Channel<'_>> {
+        let mut channels = Vec::new();
+        if self.log.enabled {
+            let words = "the system's log".to_owned();
+            channels.push(Channel {
+                name: "log".to_owned(),
+                words,
+                on: None,
+                via: Via::Log(self.log),
+            });
+        }
+        if let Some(mail) = &self.mail {
+            let to: Vec<String> = mail.to.iter().map(|to| to.email.to_string()).collect();
+            let words = format!("mail to {}", to.join(", "));
+            let on = mail.on.as_deref().or(Some(&self.on));
+            channels.push(Channel { name: "mail".to_owned(), words, on, via: Via::Mail(mail) });
+        }
+        for (webhook, number) in self.webhook.iter().zip(1..) {
+            let (name, words) = (format!("webhook {number}"), "a webhook".to_owned());
+            let on = webhook.on.as_deref().or(Some(&self.on));
+            channels.push(Channel { name, words, on, via: Via::Webhook(webhook) });
+        }
+        for (program, number) in self.command.iter().zip(1..) {
+            let words = format!("the program {}", program.run.first().map_or("", String::as_str));
+            let on = program.on.as_deref().or(Some(&self.on));
+            let via = Via::Program(program);
+            channels.push(Channel { name: format!("program {number}"), words, on, via });
+        }
+        channels
+    }
+
+    /// What would be found out at the first alarm: a key or section of the configuration, and what is wrong
+    /// with it.
+    ///
+    /// # Errors
+    /// The first.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.remind_hours == 0 {
+            return Err(("remind-hours", "`remind-hours` is 1 or more".to_owned()));
+        }
+        if self.mail.as_ref().is_some_and(|mail| mail.to.is_empty()) {
+            return Err(("[alerts.mail]", "a mail goes to somebody: `to` is empty".to_owned()));
+        }
+        if self.command.iter().any(|program| program.run.is_empty()) {
+            return Err(("[[alerts.command]]", "`run` names no program".to_owned()));
+        }
+        for webhook in &self.webhook {
+            web::check(webhook.url.as_deref(), webhook.url_file.as_deref())
+                .map_err(|why| ("[[alerts.webhook]]", why))?;
+        }
+        if let Some(ping) = &self.ping {
+            web::check(ping.url.as_deref(), ping.url_file.as_deref())
+                .map_err(|why| ("[alerts.ping]", why))?;
+        }
+        Ok(())
+    }
+
+    /// Why files with secrets cannot be used.
+    pub fn unusable_secrets(&self) -> Vec<NotifyError> {
+        let mail = self.mail.iter().flat_map(|mail| &mail.password_file);
+        let tokens = self.webhook.iter().flat_map(|webhook| &webhook.token_file);
+        let secrets = mail.chain(tokens).map(|path| web::secret(path).map(drop));
+        let addresses = self.webhook.iter().filter_map(|webhook| webhook.url_file.as_deref());
+        let addresses = addresses.chain(self.ping.iter().filter_map(|it| it.url_file.as_deref()));
+        secrets.chain(addresses.map(web::secret_address)).filter_map(Result::err).collect()
     }
 }
 
@@ -276,6 +360,9 @@ fn plain_text(events: &[Event]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::TcpListener;
+
     use super::*;
 
     pub(super) fn event(kind: Kind, domain: &str) -> Event {
@@ -301,6 +388,98 @@ mod tests {
             plain_text(&both[..1]),
             "failure: backup of web\n    cannot connect\n    hint: start it\n"
         );
+    }
+
+    fn alerts(text: &str) -> Alerts {
+        toml::from_str(text).unwrap()
+    }
+
+    /// A web service that answers so many calls; the number of events in each.
+    fn service(calls: usize) -> (String, std::thread::JoinHandle<Vec<usize>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let answer = move || {
+            let mut stream = BufReader::new(listener.accept().unwrap().0);
+            let (mut line, mut length) = (String::new(), 0);
+            while stream.read_line(&mut line).unwrap() > 2 {
+                let header = line.to_ascii_lowercase();
+                length = header
+                    .strip_prefix("content-length:")
+                    .map_or(length, |it| it.trim().parse().unwrap());
+                line.clear();
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).unwrap();
+            let done = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            stream.get_mut().write_all(done).unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            body["events"].as_array().unwrap().len()
+        };
+        (url, std::thread::spawn(move || (0..calls).map(|_| answer()).collect()))
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_told_waits_and_keeps_nobody_from_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("url");
+        let ((there, heard), (away, heard_late)) = (service(2), service(1));
+        let alerts = alerts(&format!(
+            "log = {{ enabled = false }}\n[[webhook]]\nurl = {there:?}\n\
+             [[webhook]]\nurl-file = {file:?}\non = [\"failure\"]\n"
+        ));
+        let mut queue = Queue::default();
+        alerts.enqueue(&mut queue, &[event(Kind::Failure, "web"), event(Kind::Digest, "")]);
+        let told = alerts.deliver("alder", &mut queue).await;
+        assert!(told[0].outcome.is_ok() && told[1].outcome.is_err(), "{told:?}");
+
+        // It is told with the next one, once it is there.
+        std::fs::write(&file, away).unwrap();
+        let kept = serde_json::to_vec(&queue).unwrap();
+        let mut queue: Queue = serde_json::from_slice(&kept).unwrap();
+        alerts.enqueue(&mut queue, &[event(Kind::Failure, "db")]);
+        let told = alerts.deliver("alder", &mut queue).await;
+        assert!(told.iter().all(|told| told.outcome.is_ok()), "{told:?}");
+        assert_eq!(heard.join().unwrap(), [2, 1]);
+        assert_eq!(heard_late.join().unwrap(), [2]);
+        assert!(alerts.deliver("alder", &mut queue).await.is_empty());
+    }
+
+    #[test]
+    fn what_waits_for_a_channel_has_a_limit_and_goes_with_the_channel() {
+        let (mut queue, mut alerts) = (Queue::default(), alerts("[[command]]\nrun = [\"a\"]\n"));
+        let events = vec![event(Kind::Failure, "web"); 300];
+        alerts.enqueue(&mut queue, &events);
+        assert_eq!(queue.of("program 1").len(), 200);
+        alerts.command.clear();
+        alerts.enqueue(&mut queue, &[]);
+        assert!(queue.of("program 1").is_empty());
+    }
+
+    #[test]
+    fn a_channel_that_can_tell_nobody_is_refused() {
+        for (text, place) in [
+            ("remind-hours = 0", "remind-hours"),
+            ("[mail]\nto = []", "[alerts.mail]"),
+            ("[[command]]\nrun = []", "[[alerts.command]]"),
+            ("[[webhook]]\ntoken-file = \"/t\"", "[[alerts.webhook]]"),
+            ("[ping]", "[alerts.ping]"),
+            ("[ping]\nurl = \"ping.example.org\"", "[alerts.ping]"),
+        ] {
+            assert_eq!(alerts(text).check().unwrap_err().0, place, "{text}");
+        }
+        assert!(alerts("[ping]\nurl = \"https://ping.example.org/1\"").check().is_ok());
+    }
+
+    #[test]
+    fn a_file_with_a_secret_that_is_not_there_is_found_before_the_first_alarm() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("url");
+        let text = format!(
+            "[ping]\nurl-file = {file:?}\n[[webhook]]\nurl = \"http://a/\"\ntoken-file = {file:?}"
+        );
+        assert_eq!(alerts(&text).unusable_secrets().len(), 2);
+        std::fs::write(&file, "nonsense").unwrap();
+        assert_eq!(alerts(&text).unusable_secrets().len(), 1, "it is a token, and no address");
     }
 
     #[test]

@@ -88,6 +88,28 @@ pub(super) fn secret(path: &Path) -> Result<String, NotifyError> {
     Ok(text.trim().to_owned())
 }
 
+/// Whether a service can be told, as far as the configuration says.
+pub(super) fn check(url: Option<&str>, file: Option<&Path>) -> Result<(), String> {
+    match (url, file) {
+        (None, None) => Err("it needs `url` or `url-file`".to_owned()),
+        (Some(url), _) if host_of(url).is_none() => {
+            Err("`url` is no address of a web service".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether there is an address in a file.
+pub(super) fn secret_address(path: &Path) -> Result<(), NotifyError> {
+    let address = secret(path)?;
+    host_of(&address).map(drop).ok_or(NotifyError::Address { channel: "web service" })
+}
+
+fn host_of(url: &str) -> Option<String> {
+    let uri = url.parse::<Uri>().ok()?;
+    Some(uri.scheme().and(uri.authority())?.host().to_owned())
+}
+
 fn address(
     url: Option<&String>,
     file: Option<&Path>,
@@ -106,9 +128,7 @@ async fn post(
     kind: &'static str,
     body: Vec<u8>,
 ) -> Result<(), NotifyError> {
-    let uri = url.parse::<Uri>().ok();
-    let host = uri.as_ref().and_then(|uri| Some(uri.authority()?.host().to_owned()));
-    let (Some(uri), Some(host)) = (uri, host) else {
+    let (Ok(uri), Some(host)) = (url.parse::<Uri>(), host_of(&url)) else {
         return Err(NotifyError::Address { channel: "web service" });
     };
     blocking(move || {

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::state::{JobState, State};
-use crate::config::{Config, Job, Length, Prune};
+use crate::config::{Config, Job, Length, Prune, Window};
 use crate::schedule::{Plan, Schedule, Verdict};
 
 /// A job, and what of it is due.
@@ -53,7 +53,7 @@ pub fn plan<'a>(job: &'a Job, seed: &'a str) -> Plan<'a> {
         zone: job.timezone.get(),
         delay_max: job.random_delay.map_or(Duration::ZERO, Length::get),
         seed,
-        window: job.window.map(Length::get),
+        window: job.window.map(Window::get),
     }
 }
 

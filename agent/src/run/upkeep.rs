@@ -312,7 +312,8 @@ mod tests {
     use crate::config::Config;
 
     fn job(text: &str) -> Job {
-        let text = format!("[job.a]\ntimezone = \"UTC\"\n{text}");
+        let repository = "[repository.main]\nlocation = \"/srv\"\n";
+        let text = format!("{repository}[job.a]\ntimezone = \"UTC\"\n{text}");
         Config::parse(&text).unwrap().job.into_values().next().unwrap()
     }
 
