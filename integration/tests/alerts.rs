@@ -166,7 +166,8 @@ fn s09_a_channel_that_fails_keeps_nobody_from_the_others_and_its_address_stays_s
              [[alerts.webhook]]\nurl = \"http://127.0.0.1:{web}/broken?{CANARY}\"\n\
              [[alerts.webhook]]\nurl = \"http://127.0.0.1:{web}/hook\"\n\
              [[alerts.command]]\nrun = [\"sh\", \"-c\", \"echo no tape >&2; exit 7\"]\n\
-             [[alerts.command]]\nrun = [\"/does/not/exist\"]\n",
+             [[alerts.command]]\nrun = [\"/does/not/exist\"]\n\
+             [alerts.ping]\nurl = \"http://127.0.0.1:{web}/alive\"\n",
             web = servers.web,
         ),
     );
@@ -182,5 +183,7 @@ fn s09_a_channel_that_fails_keeps_nobody_from_the_others_and_its_address_stays_s
     assert!(told.stderr.contains("no tape"), "{}", told.stderr);
     // The part of the address that may be a secret.
     assert!(!format!("{}{}", told.stdout, told.stderr).contains(CANARY), "{}", told.stderr);
-    assert!(servers.kept().iter().any(|message| message["path"] == "/hook"));
+    for path in ["/hook", "/alive"] {
+        assert!(servers.kept().iter().any(|message| message["path"] == path), "{path}");
+    }
 }

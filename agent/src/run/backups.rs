@@ -10,6 +10,7 @@ use super::history::{Outcome, Step};
 use super::places::Places;
 use super::{Machine, STEP_TIMEOUT};
 use crate::config::{Config, Job, Length};
+use crate::method::Wanted;
 use crate::metrics::BackupFigures;
 use crate::units::human_duration;
 
@@ -41,7 +42,7 @@ pub async fn run(
     mut tell: impl FnMut(Step),
 ) {
     let begin = |machine: Machine| Pending {
-        is_disturbing: config.domain(&machine.name).method.is_some_and(|it| it.is_disturbing()),
+        is_disturbing: config.domain(&machine.name).method.is_some_and(Wanted::is_disturbing),
         machine,
         attempts: 0,
         took: Duration::ZERO,
