@@ -178,6 +178,9 @@ fn r01_the_snapshots_of_a_killed_run_are_removed_and_no_others() {
     for n in &lvm[1..] {
         let killed = scene.run(&format!("KVMSNAP_CRASH_AT={n} {BACKUP}"));
         assert_eq!(killed.code, 137, "{killed:?}");
+        // Its guard would do the same while doctor looks.
+        let guard = scene.ok("ps | grep 'self/ex[e] guard'");
+        scene.ok(&format!("kill -KILL {}", words(&guard)[0]));
         if lvm.ends_with(&[*n]) {
             // They do not end with its QEMU.
             scene.ok("kill -KILL $(cat /tmp/qemu.pid)");
