@@ -34,7 +34,8 @@ Examples:
   kvmsnap image update /srv/images/shop --tree /srv/rsync/shop
 
 The last one brings an image up to date that was made before: it writes only what changed since.
-Made for it: rsync -aHAXS --numeric-ids --delete root@shop:/ /srv/rsync/shop/ --exclude={/proc,/sys,/dev,/run}/\\*")]
+Made for it: rsync -aHAXS --numeric-ids --delete --exclude='/proc/*' --exclude='/sys/*' --exclude='/dev/*' \
+--exclude='/run/*' root@shop:/ /srv/rsync/shop/")]
 pub struct UpdateArgs {
     /// The template's folder, or an image that was made from one
     #[arg(value_name = "IMAGE")]
