@@ -192,6 +192,12 @@ fn one_broken_domain_is_tried_again_and_keeps_nobody_from_the_others() {
         let told = fs::read_to_string(&told).unwrap_or_default();
         told.lines().filter(|line| line.contains("\"digest\"")).count()
     };
+    let status = there.host.ok(["status", "--json", "broken", "web"]);
+    let status: Vec<Value> =
+        status.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    assert_eq!(status.iter().map(|line| text(line, "state")).collect::<Vec<_>>(), ["unmanaged"; 2]);
+    assert!(status[0]["last"].is_null() && status[1]["last"].is_object(), "{status:?}");
+    assert!(status.iter().all(|line| line["due"].is_string()), "{status:?}");
     assert_eq!(digests(), 0);
     assert_eq!(told_of(), pairs(&[("failure", "broken")]));
 

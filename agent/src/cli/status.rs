@@ -29,6 +29,9 @@ use crate::run::due;
 use crate::run::state::{DomainState, State};
 use crate::store::blocking;
 
+const NOT_HERE: &str = "not here";
+const UNMANAGED: &str = "unmanaged";
+
 /// Show for each domain its last backup, how the next one will be taken and why, and what is left
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -46,7 +49,7 @@ pub struct StatusArgs {
 struct Line {
     domain: String,
     uuid: String,
-    /// Where it is: `running`, `shut off`, or `not here`.
+    /// Where it is: `running`, `shut off`, `not here`, or `unmanaged`: named by its socket, and not looked at.
     state: &'static str,
     last: Option<Last>,
     next: Vec<Next>,
@@ -64,6 +67,26 @@ struct Line {
     due: Option<Timestamp>,
     /// Why its backups are not young or many enough for a job.
     stale: Option<String>,
+}
+
+impl Line {
+    /// Of a domain nothing is known of but where it is.
+    fn of(domain: &str, uuid: &str, state: &'static str) -> Self {
+        Self {
+            domain: domain.to_owned(),
+            uuid: uuid.to_owned(),
+            state,
+            last: None,
+            next: Vec::new(),
+            method: None,
+            skipped: Vec::new(),
+            problem: None,
+            leftovers: Vec::new(),
+            overlays: Vec::new(),
+            due: None,
+            stale: None,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -132,7 +155,10 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
         }
     }
     match context.config() {
-        Ok(config) => look_at_jobs(&mut lines, config, &backups, &context.global.state_dir),
+        Ok(config) => {
+            add_unmanaged(&mut lines, config, |name| is_wanted(&args, name));
+            look_at_jobs(&mut lines, config, &backups, &context.global.state_dir);
+        }
         Err(error) => tracing::warn!(%error, "what jobs do is not shown"),
     }
     lines.sort_by(|a, b| a.domain.cmp(&b.domain));
@@ -143,15 +169,25 @@ pub async fn run(args: StatusArgs, context: &Context) -> Result<(), CommandError
     Ok(writeln!(out, "{}", table(&lines))?)
 }
 
+/// Those that no libvirt manages are here where the configuration says so, and also without a backup.
+fn add_unmanaged(lines: &mut Vec<Line>, config: &Config, is_wanted: impl Fn(&str) -> bool) {
+    for (name, _) in config.unmanaged().filter(|(name, _)| is_wanted(name)) {
+        let mut of_it = lines.iter_mut().filter(|line| line.domain == name).peekable();
+        if of_it.peek().is_none() {
+            lines.push(Line::of(name, "", UNMANAGED));
+            continue;
+        }
+        of_it.filter(|line| line.state == NOT_HERE).for_each(|line| line.state = UNMANAGED);
+    }
+}
+
 /// When jobs back up domains next, and whether their backups are young and many enough.
 fn look_at_jobs(lines: &mut [Line], config: &Config, backups: &[Backup], state_dir: &Path) {
     let (state, host, now) = (State::load(state_dir), super::run::host(), Timestamp::now());
     for due in due::all(config, &state, &host, now) {
         // What is no longer here is not backed up here.
-        let is_named = |name: &str| config.unmanaged().any(|(named, _)| named == name);
-        let of_job = lines.iter_mut().filter(|line| {
-            due.job.is_about(&line.domain) && (line.state != "not here" || is_named(&line.domain))
-        });
+        let is_of_it = |line: &&mut Line| line.state != NOT_HERE && due.job.is_about(&line.domain);
+        let of_job = lines.iter_mut().filter(is_of_it);
         for line in of_job {
             line.due = line.due.into_iter().chain(due.next).min();
             let of_it = |backup: &&Backup| {
@@ -202,22 +238,14 @@ async fn line<L>(
     left: &[Recorded],
     (run_dir, state_dir): (&Path, &Path),
 ) -> Line {
+    let state = if known.is_active { "running" } else { "shut off" };
     let mut line = Line {
-        domain: known.name.clone(),
-        uuid: known.uuid.clone(),
-        state: if known.is_active { "running" } else { "shut off" },
         last: last(&known.name, &known.uuid, backups),
-        next: Vec::new(),
-        method: None,
-        skipped: Vec::new(),
-        problem: None,
         leftovers: left_by(left, |reach| match reach {
             Reach::Domain(address) => address.uuid == known.uuid,
             Reach::Monitor(_) => false,
         }),
-        overlays: Vec::new(),
-        due: None,
-        stale: None,
+        ..Line::of(&known.name, &known.uuid, state)
     };
     let planned = async {
         let domain: DomainName = known.name.parse()?;
@@ -283,23 +311,14 @@ fn elsewhere<'a>(
         }
         seen.push((domain, uuid));
         Some(Line {
-            domain: domain.to_owned(),
-            uuid: uuid.to_owned(),
-            state: "not here",
             last: last(domain, uuid, backups),
-            next: Vec::new(),
-            method: None,
-            skipped: Vec::new(),
-            problem: None,
             leftovers: left
                 .iter()
                 .map(Recorded::record)
                 .filter(|record| record.uuid == uuid && record.domain.as_str() == domain)
                 .map(|record| record.run.to_string())
                 .collect(),
-            overlays: Vec::new(),
-            due: None,
-            stale: None,
+            ..Line::of(domain, uuid, NOT_HERE)
         })
     })
 }

@@ -53,6 +53,7 @@ pub struct Job {
     #[serde(default)]
     pub repository: Option<Spanned<OneOrMany>>,
     /// Which snapshots stay; all unless given.
+    #[serde(default, deserialize_with = "some_rule")]
     pub keep: Option<Policy>,
     /// Where its snapshots are copied to.
     #[serde(default)]
@@ -223,7 +224,19 @@ pub struct Copy {
     /// The repository that receives copies.
     pub to: Spanned<String>,
     /// Which snapshots stay there; all unless given.
+    #[serde(default, deserialize_with = "some_rule")]
     pub keep: Option<Policy>,
+}
+
+/// Rules that keep nothing would mean that all snapshots stay, or that none does.
+fn some_rule<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Policy>, D::Error> {
+    let policy = Policy::deserialize(from)?;
+    match policy.is_empty() {
+        true => {
+            Err(de::Error::custom("none of these rules keeps anything; without `keep` all stays"))
+        }
+        false => Ok(Some(policy)),
+    }
 }
 
 /// When freed space is given back.

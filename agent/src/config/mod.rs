@@ -22,7 +22,7 @@ use crate::names::DomainName;
 use crate::notify::Alerts;
 
 pub use domain::{Domain, TrackHow};
-pub use job::{Job, Prune, Run, VerifyPlan};
+pub use job::{Copy, Job, Prune, Run, VerifyPlan};
 pub use problem::Problem;
 pub use repository::{PasswordError, Repository, read_file as read_password};
 pub use value::{Length, Name, Pattern, Size, Window};
@@ -126,6 +126,12 @@ impl Config {
                     return Err(Problem::at(place, text, message).suggesting(wanted, known));
                 }
             }
+            let used = self.repositories_of(job);
+            let is_all = |copy: &&Copy| used.iter().all(|used| used == copy.to.get_ref());
+            if let Some(copy) = job.copy.iter().find(is_all) {
+                let message = format!("job `{name}` copies into the repository of its backups");
+                return Err(Problem::at(copy.to.span(), text, message));
+            }
         }
         for (pattern, domain) in &self.domain {
             let name = pattern.as_str();
@@ -210,6 +216,15 @@ mod tests {
              copy = [{ to = \"offside\" }]\n",
         );
         assert!(told.starts_with("5:16: job `a` names an unknown repository `offside`"), "{told}");
+
+        let told = problem(
+            "[repository.main]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
+             copy = [{ to = \"main\" }]\n",
+        );
+        assert!(told.starts_with("5:16: job `a` copies into the repository of its"), "{told}");
+
+        let told = problem("[job.a]\nschedule = \"03:00\"\nkeep = { daily = 0 }\n");
+        assert!(told.starts_with("3:8: none of these rules keeps anything"), "{told}");
 
         let told = problem("[job.a]\nschedule = \"03:00\"\nverify = {read-al-in = \"3d\"}\n");
         assert!(told.starts_with("3:11: unknown field `read-al-in`"), "{told}");
