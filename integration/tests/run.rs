@@ -290,6 +290,9 @@ fn r16_of_two_runs_the_second_ends_at_once_and_abort_ends_the_first_cleanly() {
     assert_eq!(second.code, Some(0), "{second:?}");
     assert_eq!(lines(&second), [json!({"active": pid.to_string()})]);
     assert!(second.took < Duration::from_secs(10), "{second:?}");
+    let look = there.run_at("2040-03-02T03:10:00Z", &["--only-look"]);
+    assert_eq!(look.code, Some(0), "{look:?}");
+    assert!(look.stderr.contains("job nightly takes longer than its interval"), "{look:?}");
 
     assert!(there.host.ok(["run", "--abort"]).contains("the run has ended"));
 

@@ -69,6 +69,9 @@ pub struct RunArgs {
     /// Ask the active run to stop, and wait until it has cleaned up
     #[arg(long, conflicts_with_all = ["jobs", "now", "dry_run"])]
     abort: bool,
+    /// Only tell people what they should know, as while another run is active
+    #[arg(long, hide = true, conflicts_with_all = ["now", "jobs", "dry_run", "pause", "resume", "abort"])]
+    only_look: bool,
     /// As if it were that time; for tests of schedules
     #[arg(long, value_name = "TIME", hide = true)]
     at: Option<Timestamp>,
@@ -107,6 +110,9 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<(), CommandError> {
     }
     if config.job.is_empty() {
         return Err(CommandError::NoJobs);
+    }
+    if args.only_look {
+        return watch_only(Moment::Active, config, clock, context).await;
     }
     let paused = Pause::load(state_dir, clock.now());
     if args.dry_run {

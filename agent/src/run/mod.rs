@@ -31,6 +31,9 @@ use state::{State, StateError};
 
 pub use fresh::Wanted;
 
+/// How often somebody looks what people should know while a run goes on, and how long that may take.
+const LOOK_EVERY: Duration = Duration::from_secs(5 * 60);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How long it may take to mend what earlier runs left.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(2 * 3600);
 /// How long any other step may take where nothing is configured.
@@ -127,12 +130,14 @@ impl<'a, F: FnMut(&Step)> Runner<'a, F> {
                 self.repair().await;
             }
         }
+        let looks = tokio::spawn(look_on(self.with.launcher.clone()));
         for due in jobs {
             if self.with.launcher.is_asked_to_stop() || self.trouble.is_some() {
                 break;
             }
             self.job(due).await;
         }
+        looks.abort();
         self.record.ended = Some(self.with.clock.now());
         let (mut events, mut well) = tell::of_steps(&self.record.steps);
         well.append(&mut self.well);
@@ -316,6 +321,17 @@ fn missing(job: &Job, machines: &[Machine]) -> Vec<(Option<String>, String)> {
         return vec![(None, text)];
     }
     missing
+}
+
+/// systemd's timer starts no second run beside one that hangs, so nobody else would tell of it.
+async fn look_on(launcher: Launcher) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let answer = launcher.run(None, &["run", "--only-look"], LOOK_TIMEOUT).await;
+        if !answer.is_done() && !answer.is_aborted() {
+            tracing::warn!("cannot look how old backups are: {}", answer.reason());
+        }
+    }
 }
 
 /// What is asked of a domain's backups by a job.
