@@ -20,6 +20,8 @@ pub const TAG: &str = "kvmsnap";
 const TAG_UUID: &str = "uuid=";
 /// Prefix of the tag that names the manifest's blob, so that a list need not read disks' trees.
 const TAG_MANIFEST: &str = "manifest=";
+/// Of a snapshot that lacks disks.
+const TAG_PARTIAL: &str = "partial";
 /// End of the manifest's name in a snapshot.
 const MANIFEST_SUFFIX: &str = ".manifest.json";
 /// Memory for manifests and trees; disks have their own readers.
@@ -408,14 +410,21 @@ pub fn is_of(file: &SnapshotFile, domain: &str) -> bool {
     file.paths.iter().any(|path| path.strip_prefix('/') == Some(domain))
 }
 
+/// Whether a snapshot is known to lack disks that were to be backed up.
+pub fn is_partial(file: &SnapshotFile) -> bool {
+    file.tags.iter().any(|tag| tag == TAG_PARTIAL)
+}
+
 /// The tags of a snapshot.
 pub fn tags(manifest: &Manifest, blob: &BlobId) -> Vec<String> {
-    vec![
+    let partial = (!manifest.is_whole()).then(|| TAG_PARTIAL.to_owned());
+    let tags = [
         TAG.to_owned(),
         format!("{TAG_UUID}{}", manifest.uuid),
         format!("kind={}", manifest.kind.as_str()),
         format!("{TAG_MANIFEST}{blob}"),
-    ]
+    ];
+    tags.into_iter().chain(partial).collect()
 }
 
 /// The name of a domain's manifest in a snapshot, beside the domain's folder and never its name.

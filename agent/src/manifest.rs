@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::hypervisor::{MachineFile, Role, Skipped};
+use crate::hypervisor::{EXCLUDED, MachineFile, Role, Skipped};
 use crate::names::{DiskName, DomainName, RunId};
 use crate::quiesce::application::Report;
 
@@ -204,6 +204,12 @@ impl Manifest {
     pub fn missing_disks(&self) -> Vec<&str> {
         let missing = self.skipped.iter().filter(|skipped| skipped.is_disk);
         missing.map(|skipped| skipped.device.as_str()).collect()
+    }
+
+    /// Whether it has all disks that it was to have.
+    pub fn is_whole(&self) -> bool {
+        let mut missing = self.skipped.iter().filter(|skipped| skipped.is_disk);
+        missing.all(|skipped| skipped.reason == EXCLUDED)
     }
 
     /// The version that this program writes and the newest it reads.

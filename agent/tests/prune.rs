@@ -188,3 +188,27 @@ fn p4_verify_repairs_from_a_replica_and_names_whom_damage_affects_before_and_aft
     host.ok(&["verify", "--read-data"]);
     host.judge();
 }
+
+#[test]
+fn p4_data_without_a_snapshot_is_told_and_kept_and_no_lock_hides_backups() {
+    let host = Host::in_folder(place());
+    forgetful(&host);
+    fs::write(host.folder.join(format!("locks/{}", FileId::of(b"a lock"))), b"").unwrap();
+    assert_eq!(host.lines(&["list"]).len(), 3);
+    let refused = host.kvmsnap(&["prune", "--wait=0"]);
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(text.contains("is damaged") && text.contains("verify --repair"), "{text}");
+    fs::remove_dir_all(host.folder.join("locks")).unwrap();
+    let packs = files(&host.folder.join("data"));
+
+    host.snapshots().iter().for_each(|id| host.repository.remove_snapshot(id).unwrap());
+
+    assert_eq!(host.kvmsnap(&["verify"]).status.code(), Some(1));
+    let refused = host.kvmsnap(&["prune"]);
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(text.contains("not one snapshot") && text.contains("--allow-empty"), "{text}");
+    assert_eq!(files(&host.folder.join("data")), packs);
+    host.ok(&["prune", "--allow-empty"]);
+    assert!(files(&host.folder.join("data")).is_empty());
+    host.ok(&["verify"]);
+}

@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use repository::{FileId, SnapshotFile};
 
 use super::{Candidate, Machine};
-use crate::catalog::{Catalog, CatalogError, domain_of, is_ours, uuid_of};
-use crate::hypervisor::EXCLUDED;
+use crate::catalog::{Catalog, CatalogError, domain_of, is_ours, is_partial, uuid_of};
 use crate::manifest::Manifest;
 
 /// Tag of a snapshot that no rule drops.
@@ -65,6 +64,8 @@ pub fn gather(
                     time: file.time,
                     tags: file.tags.clone(),
                     is_whole: false,
+                    is_partial: is_partial(file),
+                    is_unreadable: false,
                     is_anchor: false,
                     not_copied_to: Vec::new(),
                     last_in: Vec::new(),
@@ -113,11 +114,12 @@ fn look_through(
         let manifest = match catalog.manifest(candidate.id, files[&candidate.id]) {
             Ok(manifest) => manifest,
             Err(error) => {
+                candidate.is_unreadable = true;
                 gathered.broken.push(error);
                 continue;
             }
         };
-        candidate.is_whole = is_whole(&manifest);
+        candidate.is_whole = manifest.is_whole();
         is_found |= candidate.is_whole;
         let lacking = lacking.get_or_insert_with(|| {
             untracked = targets(&manifest);
@@ -136,12 +138,6 @@ fn look_through(
 fn targets(manifest: &Manifest) -> BTreeSet<String> {
     let there = manifest.disks.iter().map(|disk| disk.target.to_string());
     there.chain(manifest.missing_disks().into_iter().map(str::to_owned)).collect()
-}
-
-/// Whether a backup has all disks that it was to have.
-fn is_whole(manifest: &Manifest) -> bool {
-    let mut missing = manifest.skipped.iter().filter(|skipped| skipped.is_disk);
-    missing.all(|skipped| skipped.reason == EXCLUDED)
 }
 
 /// What is newer than the newest that a replica has too must be copied yet. What is older was copied and

@@ -79,6 +79,10 @@ pub struct Candidate {
     pub tags: Vec<String>,
     /// Whether it can be read and has all disks of its machine that were to be backed up.
     pub is_whole: bool,
+    /// Whether it is known to lack disks of its machine, by its tags.
+    pub is_partial: bool,
+    /// Whether its record cannot be read.
+    pub is_unreadable: bool,
     /// Whether the next incremental backup continues it.
     pub is_anchor: bool,
     /// Replicas that it has to be copied to yet.
@@ -105,6 +109,8 @@ pub enum Reason {
     Tag(String),
     /// Somebody protects it.
     Protected,
+    /// What it is cannot be read.
+    Unreadable,
     /// The next incremental backup continues it.
     Anchor,
     /// It is the last good one.
@@ -134,6 +140,7 @@ impl fmt::Display for Reason {
             Self::Within(within) => write!(f, "within {within}"),
             Self::Tag(tag) => write!(f, "tag {tag}"),
             Self::Protected => f.write_str("protected"),
+            Self::Unreadable => f.write_str("cannot be read"),
             Self::Anchor => f.write_str("anchor of the next incremental backup"),
             Self::LastGood => f.write_str("the last good one"),
             Self::NotCopied(replica) => write!(f, "not yet in {replica}"),
@@ -245,10 +252,11 @@ fn plan_group(
 fn whatever_the_rules(candidate: &Candidate) -> impl Iterator<Item = Reason> {
     let is_protected = candidate.tags.iter().any(|tag| tag == PROTECTED);
     let protected = is_protected.then_some(Reason::Protected);
+    let unreadable = candidate.is_unreadable.then_some(Reason::Unreadable);
     let anchor = candidate.is_anchor.then_some(Reason::Anchor);
     let not_copied = candidate.not_copied_to.iter().cloned().map(Reason::NotCopied);
     let common = candidate.last_in.iter().cloned().map(Reason::Common);
-    protected.into_iter().chain(anchor).chain(not_copied).chain(common)
+    protected.into_iter().chain(unreadable).chain(anchor).chain(not_copied).chain(common)
 }
 
 /// A snapshot, and the hour, day, … of its point in time.
@@ -298,13 +306,26 @@ fn by_rules(
     let mut kept: Vec<Vec<Kept>> = vec![Vec::new(); places.len()];
     for (number, rule) in Rule::ALL.into_iter().enumerate() {
         let (mut left, mut counted, mut seen) = (policy.count(rule), 0, HashSet::new());
+        // Periods whose newest lacks disks: of these the newest that is whole stays too.
+        let mut lacking = HashSet::new();
         for (at, &place) in places.iter().enumerate().rev() {
-            if left == 0 {
-                break;
+            let (bucket, is_partial) =
+                (taken[place].buckets[number], taken[place].candidate.is_partial);
+            if !is_partial && lacking.remove(&bucket) {
+                kept[at].push(Kept::Newest(rule));
+                continue;
+            }
+            match left {
+                0 if lacking.is_empty() => break,
+                0 => continue,
+                _ => {}
             }
             // The oldest stays while there is room: so the history is as long as the rule allows.
-            let is_newest = rule == Rule::Last || seen.insert(taken[place].buckets[number]);
+            let is_newest = rule == Rule::Last || seen.insert(bucket);
             if is_newest || at == 0 {
+                if is_newest && is_partial && rule != Rule::Last {
+                    lacking.insert(bucket);
+                }
                 (left, counted) = (left - 1, counted + 1);
                 kept[at].push(match rule {
                     Rule::Last => Kept::Last(counted),

@@ -24,6 +24,8 @@ fn candidate(number: usize, time: Timestamp) -> Candidate {
         time,
         tags: Vec::new(),
         is_whole: true,
+        is_partial: false,
+        is_unreadable: false,
         is_anchor: false,
         not_copied_to: Vec::new(),
         last_in: Vec::new(),
@@ -288,4 +290,24 @@ proptest! {
             prop_assert!(!snapshot.is_anchor || stays(place));
         }
     }
+}
+
+#[test]
+fn p4_of_a_period_whose_newest_lacks_disks_the_newest_whole_one_stays_too() {
+    let mut snapshots = history([0, 6, 12, 18, 24, 30, 36]);
+    for place in [2, 3, 6] {
+        (snapshots[place].is_partial, snapshots[place].is_whole) = (true, false);
+    }
+    let group = decide(&snapshots, &Policy { daily: 2, ..Policy::default() }, None);
+    assert_eq!(kept(&group), [1, 3, 5, 6]);
+    assert_eq!(reasons(&group, 1), ["daily 2026-01-01"]);
+    assert_eq!(reasons(&group, 3), ["daily 2026-01-01"]);
+}
+
+#[test]
+fn p4_what_cannot_be_read_stays() {
+    let mut snapshots = history([0, 24, 48]);
+    snapshots[0].is_unreadable = true;
+    let group = decide(&snapshots, &Policy { last: 1, ..Policy::default() }, None);
+    assert_eq!((kept(&group), reasons(&group, 0)), (vec![0, 2], vec!["cannot be read".into()]));
 }
