@@ -1,9 +1,12 @@
 //! What a replica lacks: decided from the lists of snapshots of both repositories, without I/O.
 
+mod failed;
+
 use std::collections::{HashMap, HashSet};
 
 use repository::{FileId, SnapshotFile};
 
+pub use self::failed::Failed;
 use crate::catalog::uuid_of;
 
 /// Snapshots with their names, oldest first.
@@ -14,7 +17,7 @@ pub type Listed = Vec<(FileId, SnapshotFile)>;
 pub struct Lacking {
     /// The snapshots, each after the one that it continues.
     pub snapshots: Listed,
-    /// How many older ones the replica lacks: it dropped them, or they were damaged when they were copied.
+    /// How many older ones the replica lacks: it has dropped them.
     pub older: usize,
 }
 

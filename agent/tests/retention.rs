@@ -1,10 +1,10 @@
-//! `kvmsnap forget` and `kvmsnap protect`, on repositories of hand-made backups.
+//! `kvmsnap forget`, `kvmsnap protect` and `kvmsnap copy`, on repositories of hand-made backups.
 
 mod common;
 
 use common::{Backup, Host, noise, time};
 use jiff::SignedDuration;
-use repository::{FileId, LockMode};
+use repository::{BlobId, BlobKind, FileId, FileKind, FileRef, LockMode};
 
 /// A backup a day at three, the last one on 20 November 2026.
 fn daily(host: &Host, domain: &str, days: i64) -> Vec<FileId> {
@@ -111,4 +111,33 @@ fn forget_without_rules_is_a_mistake_and_with_a_lock_of_others_it_waits() {
     lock.release().unwrap();
     assert!(waiting.wait_with_output().unwrap().status.success());
     assert_eq!(host.snapshots(), made[2..]);
+}
+
+#[test]
+fn r28_a_snapshot_that_could_not_be_copied_is_tried_again() {
+    let (host, replica) = (Host::new(), Host::new());
+    let made = daily(&host, "web", 2);
+    let chunk = BlobId::of(&noise(0, 10_000)[..common::CHUNK]);
+    let index = host.repository.index().unwrap();
+    let id = index.locate(BlobKind::Data, &chunk).unwrap().pack;
+    let pack = host.folder.join(FileRef { kind: FileKind::Pack, id }.to_string());
+    let whole = std::fs::read(&pack).unwrap();
+    std::fs::write(&pack, vec![0; whole.len()]).unwrap();
+    let copy = || host.kvmsnap(&["copy", "--to", replica.folder.to_str().unwrap()]);
+    assert_eq!(copy().status.code(), Some(3), "the second one is copied");
+    assert_eq!(replica.snapshots().len(), 1);
+
+    let again = copy();
+    std::fs::write(&pack, whole).unwrap();
+    let mended = copy();
+
+    let text = String::from_utf8_lossy(&again.stderr);
+    assert_eq!(again.status.code(), Some(1), "all is not well: {text}");
+    assert!(mended.status.success(), "{mended:?}");
+    let copies = replica.repository.snapshots().unwrap().good;
+    let mut copied: Vec<FileId> = copies.iter().map(|(id, file)| file.first_id(id)).collect();
+    copied.sort_by_key(|id| made.iter().position(|made| made == id));
+    assert_eq!(copied, made);
+    let out = String::from_utf8(copy().stdout).unwrap();
+    assert!(out.starts_with("0 snapshots copied"), "{out}");
 }

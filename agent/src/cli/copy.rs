@@ -18,7 +18,7 @@ use super::{Context, Stop, announce_lock_to_read};
 use crate::catalog::{Catalog, domain_of, is_ours, short};
 use crate::error::CommandError;
 use crate::progress::{Progress, human_bytes};
-use crate::replicate::{self, Lacking};
+use crate::replicate::{self, Failed, Lacking};
 use crate::retention::Machine;
 use crate::share::Share;
 use crate::store::blocking;
@@ -74,6 +74,7 @@ pub async fn run(args: CopyArgs, context: &Context) -> Result<(), CommandError> 
     let task = Task {
         args,
         json: context.global.json,
+        state_dir: context.global.state_dir.clone(),
         progress: context.progress.clone(),
         source,
         target,
@@ -84,6 +85,7 @@ pub async fn run(args: CopyArgs, context: &Context) -> Result<(), CommandError> 
 struct Task {
     args: CopyArgs,
     json: bool,
+    state_dir: PathBuf,
     progress: Progress,
     source: Repository,
     target: Repository,
@@ -104,21 +106,27 @@ impl Task {
             tracing::error!(snapshot = %short(id), %error, "a snapshot is passed over");
         }
         let catalog = Catalog::new(&self.source, Arc::clone(&index));
+        let mut failed = Failed::read(&self.state_dir, self.source.id(), self.target.id());
         if self.args.dry_run {
-            let lacking = self.lacking(&catalog, &snapshots, &self.target.snapshots()?)?;
+            let lacking = self.lacking(&catalog, &snapshots, &self.target.snapshots()?, &failed)?;
             self.progress.finish();
             return self.print_plan(&lacking);
         }
         let patience = Duration::from_secs(self.args.wait);
         let theirs = self.target.lock_within(LockMode::Shared, patience, &|_| stop.check())?;
         let there = self.target.snapshots()?;
-        let lacking = self.lacking(&catalog, &snapshots, &there)?;
+        if snapshots.damaged.is_empty() {
+            failed.retain(|known| {
+                snapshots.good.iter().any(|(id, file)| file.first_id(id) == *known)
+            });
+        }
+        let lacking = self.lacking(&catalog, &snapshots, &there, &failed)?;
         let copier = Copier::new(
             (&self.source, index, &snapshots),
             (&self.target, theirs, &there),
             self.args.read_back.percent(),
         )?;
-        self.copy_all(copier, &lacking, stop)
+        self.copy_all(copier, &lacking, &mut failed, stop)
     }
 
     /// What is to be copied of what was asked for.
@@ -127,6 +135,7 @@ impl Task {
         catalog: &Catalog,
         snapshots: &Snapshots,
         there: &Snapshots,
+        failed: &Failed,
     ) -> Result<Lacking, CommandError> {
         let (domains, ids) = self.wanted(catalog, snapshots)?;
         let is_all = self.args.wanted.is_empty() && self.args.machine.is_empty();
@@ -138,10 +147,15 @@ impl Task {
         };
         let of_domains = snapshots.good.iter().filter(is_wanted).cloned().collect();
         let mut lacking = replicate::lacking(of_domains, &there.good, self.args.older);
-        // Those that were named, however old.
-        let named = snapshots.good.iter().filter(|(id, _)| ids.contains(id)).cloned().collect();
-        for (id, file) in replicate::lacking(named, &there.good, true).snapshots {
+        // Those that were named, and those that could not be copied before, however old.
+        let named = snapshots.good.iter().filter(|snapshot| {
+            let (id, file) = snapshot;
+            ids.contains(id) || (failed.has(&file.first_id(id)) && is_wanted(snapshot))
+        });
+        for (id, file) in replicate::lacking(named.cloned().collect(), &there.good, true).snapshots
+        {
             if !lacking.snapshots.iter().any(|(known, _)| *known == id) {
+                lacking.older -= usize::from(!ids.contains(&id));
                 lacking.snapshots.push((id, file));
             }
         }
@@ -177,6 +191,7 @@ impl Task {
         &self,
         mut copier: Copier,
         lacking: &Lacking,
+        known: &mut Failed,
         stop: &Stop,
     ) -> Result<(), CommandError> {
         let (mut copies, mut failed) = (Vec::new(), 0);
@@ -185,11 +200,13 @@ impl Task {
             match copier.copy(id, file, &|| stop.check(), &told) {
                 Ok(copied) => {
                     self.progress.finish();
+                    known.note(file.first_id(id), true);
                     self.print_copied(id, file, &copied)?;
                     copies.push(copied);
                 }
                 Err(error) if error.is_damage() => {
                     self.progress.finish();
+                    known.note(file.first_id(id), false);
                     self.print_failed(id, file, &error.into())?;
                     failed += 1;
                 }
