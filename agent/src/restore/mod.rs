@@ -121,12 +121,22 @@ impl RestoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Exists { .. } => Some(
-                "nothing is ever written over: choose another folder, or remove what an interrupted one left",
+                "nothing is ever written over: choose another folder, or name with --disk those that are not there",
             ),
             Self::NoRoom { .. } => Some("choose another folder, or one disk at a time with --disk"),
             Self::UnknownDisk { .. } => Some("`kvmsnap show` names its disks"),
             Self::Busy { .. } => Some("wait until it is done, or choose another folder"),
             _ => None,
+        }
+    }
+
+    /// Whether the same restore may do better later: the store failed, not the backup.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Repository(error) | Self::Catalog(CatalogError::Repository(error)) => {
+                !error.is_damage()
+            }
+            _ => false,
         }
     }
 }
@@ -220,7 +230,8 @@ impl Restore<'_> {
         }
     }
 
-    /// Restores. Files of disks that are done stay when a later one fails.
+    /// Restores. Files of disks that are done stay when a later one fails; where the store failed, all stay
+    /// under their temporary names, so that the same command goes on.
     ///
     /// # Errors
     /// [`RestoreError`]; no half a disk has its final name.
@@ -264,6 +275,13 @@ impl Restore<'_> {
                 }
             }
         }
+        if let Err(error) = outcome.as_ref()
+            && error.may_pass()
+        {
+            whole.into_iter().for_each(|(_, _, partial)| partial.leave());
+            tracing::warn!("what was restored is kept: the same command goes on from there");
+            return outcome.map(|()| Vec::new());
+        }
         outcome = outcome.and_then(|()| self.write_machine_files(&folder));
         outcome = outcome.and_then(|()| self.write_manifest());
         let mut restored = Vec::new();
@@ -294,9 +312,15 @@ impl Restore<'_> {
         let partial = self.begin("restore: create", path)?;
         let (progress, stop) = (self.progress, &self.stop);
         let target = Target { file: partial.file(), path, reader, progress, stop };
-        match self.format {
-            Format::Raw => raw::write(&target)?,
-            Format::Qcow2 => qcow2::write(&target)?,
+        let written = match self.format {
+            Format::Raw => raw::write(&target),
+            Format::Qcow2 => qcow2::write(&target),
+        };
+        if let Err(error) = written {
+            if error.may_pass() {
+                partial.leave();
+            }
+            return Err(error);
         }
         self.stop.check()?;
         partial.file().sync_all().map_err(|source| target.failed(source))?;

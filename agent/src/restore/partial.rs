@@ -18,7 +18,7 @@ const ID_DIGITS: usize = 16;
 /// How often somebody may take the file away between its creation and its lock.
 const TRIES: u32 = 10;
 
-/// A file that is being written; removed when dropped.
+/// A file that is being written; removed when dropped, unless it is left for the next restore.
 #[derive(Debug)]
 pub struct Partial {
     path: PathBuf,
@@ -95,6 +95,11 @@ impl Partial {
             self.keep = false;
         }
         Ok(())
+    }
+
+    /// Leaves what was written to the next restore of the same snapshot.
+    pub fn leave(mut self) {
+        self.keep = true;
     }
 
     /// Makes the content durable and gives it its final name, unless that is taken; then it goes.
