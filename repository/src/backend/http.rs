@@ -193,7 +193,8 @@ impl Answer<'_> {
             401 | 403 => ErrorKind::PermissionDenied,
             408 => ErrorKind::TimedOut,
             429 | 500 | 502 | 503 | 504 => ErrorKind::ResourceBusy,
-            507 => ErrorKind::StorageFull,
+            // A quota of restic's REST server is 413.
+            413 | 507 => ErrorKind::StorageFull,
             _ => ErrorKind::Other,
         };
         call.failed(io::Error::new(kind, Refusal { status, code }))

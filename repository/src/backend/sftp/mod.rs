@@ -179,19 +179,24 @@ fn write_temporary(
     keys: &str,
 ) -> Result<(), SftpError> {
     let write = |session: &mut Session| session.write_new(temporary, content, &access.pace);
+    let folder = path.rsplit_once('/').map_or(".", |(folder, _)| folder);
     let written = match write(session) {
         // `keys` is always there: without it the repository's file system is not mounted, and
         // folders made now would hide under it.
         Err(SftpError::Status(status::NO_SUCH_FILE)) => {
             session.stat(keys)?;
-            let folder = path.rsplit_once('/').map_or(".", |(folder, _)| folder);
             make_folders(session, folder)?;
             write(session)
         }
         other => other,
     };
-    if matches!(written, Err(SftpError::Status(_))) {
+    if let Err(SftpError::Status(status)) = written {
+        // The server does not say why; and what was written so far still takes up its room.
+        let is_full = status == status::FAILURE && session.is_full(folder, content.len())?;
         let _ = session.call(&Request::Remove { path: temporary });
+        if is_full {
+            return Err(SftpError::Full);
+        }
     }
     written
 }
@@ -385,6 +390,47 @@ impl fmt::Debug for SftpFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A server on a file system of its own with room for a megabyte, which a name space of its own gives.
+    #[test]
+    fn r10_a_full_server_says_so() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().display();
+        let servers = ["/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server"];
+        let server = servers.into_iter().find(|server| std::path::Path::new(server).exists());
+        let space = |run: &str| {
+            let script = format!("mount -t tmpfs -o size=1m none {path} && exec {run}");
+            ["unshare", "-Urm", "sh", "-c", &script].map(str::to_owned).to_vec()
+        };
+        let check = space("true");
+        let checked = std::process::Command::new(&check[0]).args(&check[1..]).output();
+        let may = checked.is_ok_and(|output| output.status.success());
+        let Some(server) = server.filter(|_| may) else {
+            let reason = b"SKIPPED: no sftp-server, or no name spaces\n";
+            io::Write::write_all(&mut io::stderr(), reason).unwrap();
+            return;
+        };
+        let access = Access { ssh: space(server), ..Access::default() };
+        let address: SftpAddress = match format!("sftp:host:{path}/r").parse().unwrap() {
+            crate::Address::Sftp(address) => address,
+            other => panic!("{other:?}"),
+        };
+        let store = SftpFolder::create(&address, &Arc::new(access)).unwrap();
+        let write = |len: usize| {
+            let content = vec![7; len];
+            let id = FileId::of(&content);
+            store.write(FileKind::Pack, &id, &content).map(|()| id)
+        };
+        let first = write(700 << 10).unwrap();
+
+        let refused = write(600 << 10).unwrap_err();
+
+        assert!(refused.is_full(), "{refused:?}");
+        let (packs, of_one) = (store.list(FileKind::Pack).unwrap(), [(first, 700 << 10)]);
+        assert_eq!(packs, of_one);
+        store.remove(FileKind::Pack, &first).unwrap();
+        write(600 << 10).expect("what was begun took up no room");
+    }
 
     #[test]
     fn only_our_own_temporary_files_are_swept() {

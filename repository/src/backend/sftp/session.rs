@@ -21,6 +21,8 @@ use crate::backend::{Access, Pace};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long one operation on one file may take, however slowly it goes on.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+/// A file system with less room than this is full: folders and their likes need some too.
+const ROOM_MIN: u64 = 64 << 10;
 /// Requests that wait for their answers: 2 MiB of data.
 const WINDOW: usize = 64;
 /// Folders that are listed at once.
@@ -36,6 +38,8 @@ const LAST_WORDS_LEN_MAX: u64 = 4 << 10;
 pub(super) enum SftpError {
     #[error("the server answered {}", name_of(*.0))]
     Status(u32),
+    #[error("no room is left there")]
+    Full,
     #[error("the server ends the file early")]
     Truncated,
     /// The connection is of no more use.
@@ -53,6 +57,7 @@ impl SftpError {
             Self::Status(status::NO_CONNECTION | status::CONNECTION_LOST) => {
                 io::Error::new(ErrorKind::ConnectionReset, self.to_string())
             }
+            Self::Full => io::Error::new(ErrorKind::StorageFull, self.to_string()),
             Self::Status(_) => io::Error::other(self.to_string()),
             Self::Truncated => ErrorKind::UnexpectedEof.into(),
             Self::Connection(source) => source,
@@ -85,8 +90,7 @@ fn name_of(status: u32) -> String {
         status::EOF => "\"end of file\"".to_owned(),
         status::NO_SUCH_FILE => "\"no such file\"".to_owned(),
         status::PERMISSION_DENIED => "\"permission denied\"".to_owned(),
-        // All that OpenSSH says of a full disk, a quota, or a file that exists.
-        4 => "\"failure\"".to_owned(),
+        status::FAILURE => "\"failure\"".to_owned(),
         other => format!("with status {other}"),
     }
 }
@@ -177,6 +181,17 @@ impl Session {
         match self.ask(&Request::Stat { path })? {
             Answer::Attributes(attributes) => Ok(attributes),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Whether there is no room for so many bytes on the file system of a folder; false where nobody tells.
+    pub(super) fn is_full(&mut self, folder: &str, len: usize) -> Result<bool, SftpError> {
+        if !self.offers(wire::STATVFS) {
+            return Ok(false);
+        }
+        match self.ask(&Request::Room { path: folder })? {
+            Answer::Room(room) => Ok(room.no_files || room.bytes < (len as u64).max(ROOM_MIN)),
+            _ => Ok(false),
         }
     }
 

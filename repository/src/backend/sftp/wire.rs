@@ -13,12 +13,17 @@ pub(super) const POSIX_RENAME: &str = "posix-rename@openssh.com";
 /// Makes a file durable.
 pub(super) const FSYNC: &str = "fsync@openssh.com";
 
+/// Tells how much room is left.
+pub(super) const STATVFS: &str = "statvfs@openssh.com";
+
 /// Numbers of statuses (section 7).
 pub(super) mod status {
     pub(in super::super) const OK: u32 = 0;
     pub(in super::super) const EOF: u32 = 1;
     pub(in super::super) const NO_SUCH_FILE: u32 = 2;
     pub(in super::super) const PERMISSION_DENIED: u32 = 3;
+    /// All that OpenSSH says of a full disk, a quota, or a file that exists.
+    pub(in super::super) const FAILURE: u32 = 4;
     pub(in super::super) const NO_CONNECTION: u32 = 6;
     pub(in super::super) const CONNECTION_LOST: u32 = 7;
 }
@@ -49,6 +54,7 @@ const DATA: u8 = 103;
 const NAME: u8 = 104;
 const ATTRS: u8 = 105;
 const EXTENDED: u8 = 200;
+const EXTENDED_REPLY: u8 = 201;
 
 const ATTR_SIZE: u32 = 0x1;
 const ATTR_UIDGID: u32 = 0x2;
@@ -74,6 +80,7 @@ pub(super) enum Request<'a> {
     Rename { from: &'a str, to: &'a str },
     Replace { from: &'a str, to: &'a str },
     Sync { handle: &'a [u8] },
+    Room { path: &'a str },
 }
 
 /// What a server answers.
@@ -84,6 +91,15 @@ pub(super) enum Answer {
     Data(Vec<u8>),
     Names(Vec<Entry>),
     Attributes(Attributes),
+    Room(Room),
+}
+
+/// What a file system has left for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) bytes: u64,
+    /// It counts files, and can take no more of them.
+    pub(super) no_files: bool,
 }
 
 /// A name in a folder.
@@ -145,7 +161,7 @@ pub(super) fn write(packet: &mut Vec<u8>, id: u32, request: &Request<'_>) {
         Request::Remove { .. } => REMOVE,
         Request::MakeFolder { .. } => MKDIR,
         Request::Rename { .. } => RENAME,
-        Request::Replace { .. } | Request::Sync { .. } => EXTENDED,
+        Request::Replace { .. } | Request::Sync { .. } | Request::Room { .. } => EXTENDED,
     };
     packet.push(kind);
     packet.extend(id.to_be_bytes());
@@ -188,6 +204,10 @@ pub(super) fn write(packet: &mut Vec<u8>, id: u32, request: &Request<'_>) {
             string(packet, FSYNC.as_bytes());
             string(packet, handle);
         }
+        Request::Room { path } => {
+            string(packet, STATVFS.as_bytes());
+            string(packet, path.as_bytes());
+        }
     }
     let len = len_of(packet.len() - start - 4);
     packet[start..start + 4].copy_from_slice(&len.to_be_bytes());
@@ -229,6 +249,8 @@ pub(super) fn read(packet: &[u8]) -> Result<(u32, Answer), Malformed> {
             }
             Answer::Names(names)
         }
+        // The only request that is answered so.
+        EXTENDED_REPLY => Answer::Room(cursor.room()?),
         ATTRS => Answer::Attributes(cursor.attributes()?),
         _ => return Err(Malformed),
     };
@@ -264,11 +286,26 @@ impl<'a> Cursor<'a> {
         self.take(usize::try_from(len).map_err(|_| Malformed)?)
     }
 
+    fn u64(&mut self) -> Result<u64, Malformed> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    /// Block size, fragment size, blocks, free ones, those for us; files, free ones, those for us; …
+    fn room(&mut self) -> Result<Room, Malformed> {
+        let mut fields = [0; 8];
+        for field in &mut fields {
+            *field = self.u64()?;
+        }
+        let [_, fragment_len, _, _, fragments, files, _, files_left] = fields;
+        let bytes = fragment_len.saturating_mul(fragments);
+        Ok(Room { bytes, no_files: files > 0 && files_left == 0 })
+    }
+
     fn attributes(&mut self) -> Result<Attributes, Malformed> {
         let mut attributes = Attributes::default();
         let flags = self.u32()?;
         if flags & ATTR_SIZE != 0 {
-            attributes.size = Some(u64::from_be_bytes(self.array()?));
+            attributes.size = Some(self.u64()?);
         }
         if flags & ATTR_UIDGID != 0 {
             self.take(8)?;
