@@ -203,8 +203,9 @@ fn describe(
             say(format!("Its repository is verified {when}; {data}."));
         }
     }
+    let wanted = wanted(config, job, now);
     for name in names {
-        let wanted = wanted(config, job, name, now);
+        let wanted = wanted(name);
         let count = match wanted.count_min {
             0 => String::new(),
             count => format!(", and when it has fewer than {count} snapshots"),

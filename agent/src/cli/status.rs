@@ -188,6 +188,7 @@ fn look_at_jobs(lines: &mut [Line], config: &Config, backups: &[Backup], state_d
         // What is no longer here is not backed up here.
         let is_of_it = |line: &&mut Line| line.state != NOT_HERE && due.job.is_about(&line.domain);
         let of_job = lines.iter_mut().filter(is_of_it);
+        let wanted = crate::run::wanted(config, due.job, now);
         for line in of_job {
             line.due = line.due.into_iter().chain(due.next).min();
             let of_it = |backup: &&Backup| {
@@ -202,8 +203,7 @@ fn look_at_jobs(lines: &mut [Line], config: &Config, backups: &[Backup], state_d
                 snapshots: Some(backups.iter().filter(of_it).count() as u64),
                 ..DomainState::default()
             };
-            let wanted = crate::run::wanted(config, due.job, &line.domain, now);
-            line.stale = line.stale.take().or(wanted.lacks(&known, now));
+            line.stale = line.stale.take().or(wanted(&line.domain).lacks(&known, now));
         }
     }
 }

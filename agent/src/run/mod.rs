@@ -334,11 +334,14 @@ async fn look_on(launcher: Launcher) {
     }
 }
 
-/// What is asked of a domain's backups by a job.
-pub fn wanted(config: &Config, job: &Job, domain: &str, now: Timestamp) -> Wanted {
-    let settings = config.domain(domain);
+/// What is asked of the backups of a job's domains.
+pub fn wanted<'a>(config: &'a Config, job: &Job, now: Timestamp) -> impl Fn(&str) -> Wanted + 'a {
+    // It takes a while, and is the same for all of them.
     let interval = job.schedule.interval(now, job.timezone.get());
-    Wanted::new(settings.max_age.map(Length::get), settings.min_snapshots, interval)
+    move |domain| {
+        let settings = config.domain(domain);
+        Wanted::new(settings.max_age.map(Length::get), settings.min_snapshots, interval)
+    }
 }
 
 #[cfg(test)]

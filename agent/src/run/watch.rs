@@ -91,10 +91,11 @@ impl Watch<'_> {
         well: &mut Vec<Subject>,
     ) {
         let Some(known) = self.state.jobs.get(due.name) else { return };
+        let wanted = wanted(self.config, due.job, self.now);
         for (domain, known) in
             known.domains.iter().filter(|(domain, _)| self.is_of(due.job, domain))
         {
-            match wanted(self.config, due.job, domain, self.now).lacks(known, self.now) {
+            match wanted(domain).lacks(known, self.now) {
                 Some(why) => {
                     let text = match moment {
                         Moment::Paused(pause) => format!(
@@ -131,15 +132,15 @@ impl Watch<'_> {
                 duration_ms: known.duration_ms,
                 failures: known.failures,
             });
+            let wanted = wanted(self.config, job, self.now);
             for (domain, known) in known.domains.iter().filter(|(it, _)| self.is_of(job, it)) {
-                let wanted = wanted(self.config, job, domain, self.now);
                 figures.domains.push(DomainFigures {
                     job: name.to_string(),
                     domain: domain.clone(),
                     last_success: known.last_good,
                     last_attempt: known.last_attempt,
                     failed: known.failed,
-                    stale: wanted.lacks(known, self.now).is_some(),
+                    stale: wanted(domain).lacks(known, self.now).is_some(),
                     snapshots: known.snapshots.unwrap_or_default(),
                     last: known.last,
                 });
