@@ -210,6 +210,13 @@ fn s3(url: &str) -> Result<S3Address, Problem> {
 }
 
 fn web(url: &str) -> Result<Url, Problem> {
+    // Hosts of other scripts are written in ASCII (`xn--…`): we carry no tables for them.
+    let (_, rest) = url.split_once(':').unwrap_or_default();
+    let authority = rest.trim_start_matches(['/', '\\']).split(['/', '\\', '?', '#']).next();
+    let host = authority.and_then(|authority| authority.rsplit('@').next()).unwrap_or_default();
+    if !host.is_ascii() || host.contains('%') {
+        return Err("the host is missing or makes no sense".into());
+    }
     let url = Url::parse(url).map_err(|_| "the host is missing or makes no sense")?;
     if url.password().is_some() {
         return Err(Problem::Password);
@@ -342,6 +349,13 @@ mod tests {
         for text in ["rest:ftp://me:canary@host/", "sftp://me:canary@host:x/srv"] {
             let refused = text.parse::<Address>().unwrap_err().to_string();
             assert!(!refused.contains("canary"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_host_of_another_script_is_refused() {
+        for text in ["s3:A\u{113c5}", "rest:https://A%C3%BC/", "rest:https:///Bü:80/a"] {
+            assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }
 
