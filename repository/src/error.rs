@@ -292,9 +292,6 @@ pub enum Defect {
     /// The file is not there.
     #[error("missing")]
     Missing,
-    /// There are packs, and no snapshot that could need them.
-    #[error("there is not one snapshot, but data of some")]
-    NoSnapshots,
     /// A value out of its range.
     #[error("`{field}` is out of range")]
     OutOfRange {

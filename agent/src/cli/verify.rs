@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ::repository::{
-    AnnouncedLock, CheckOptions, CheckProgress, CheckReport, Defect, FileId, Problem,
-    RepairOptions, RepairProgress, RepairReport, Repository, SnapshotRef,
+    AnnouncedLock, CheckOptions, CheckProgress, CheckReport, FileId, Problem, RepairOptions,
+    RepairProgress, RepairReport, Repository, SnapshotRef,
 };
 use clap::Args;
 
@@ -125,11 +125,7 @@ async fn check(
         let wanted = names.iter().map(|name| catalog.find(name).map(|backup| backup.id));
         let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
         let told = |step| tell(&progress, step);
-        let mut report = repository.check(&options, &told)?;
-        if report.has_only_data() {
-            let (defect, affected) = (Defect::NoSnapshots, Vec::new());
-            report.problems.push(Problem { file: None, blob: None, defect, affected });
-        }
+        let report = repository.check(&options, &told)?;
         Ok::<_, CommandError>((report, wanted))
     });
     // Held here and not by the thread that reads: an interrupted check lets go of it at once.
@@ -223,11 +219,17 @@ fn print(report: &CheckReport, context: &Context) -> Result<(), CommandError> {
             }
         }
     }
+    if report.has_only_data() {
+        tracing::warn!(
+            "there is not one snapshot, but data: a backup did not finish, or all are lost"
+        );
+    }
     if context.global.json {
         let line = serde_json::json!({
             "snapshots": report.snapshots, "packs": report.packs, "packs_read": report.packs_read,
             "bytes_read": report.bytes_read, "problems": report.problems.len(),
             "unreferenced_packs": report.unreferenced_packs.len(),
+            "only_data": report.has_only_data(),
         });
         return context.print_json(&mut out, &line);
     }
