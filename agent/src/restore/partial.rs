@@ -50,9 +50,15 @@ impl Partial {
                 Ok(()) => {}
             }
             // Its last writer may have swept or renamed it just before it let go of the lock.
-            if is_at(&file, &path) {
-                return Ok(Self { path, file, keep: false });
+            if !is_at(&file, &path) {
+                continue;
             }
+            // It was whole once and has been moved since: somebody's disk, of which this is but a name.
+            if has_other_names(&file).map_err(write)? && !is_at(&file, to) {
+                fs::remove_file(&path).map_err(write)?;
+                continue;
+            }
+            return Ok(Self { path, file, keep: false });
         }
         Err(RestoreError::Busy { path: to.to_owned() })
     }
@@ -204,6 +210,10 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
+fn has_other_names(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.nlink() > 1)
+}
+
 /// Gives a file its final name, unless that is taken.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
@@ -242,6 +252,25 @@ mod tests {
         assert_eq!(names(folder.path()), [".vda.raw.abababababababab.partial"]);
         drop(first);
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn p5_a_disk_that_was_moved_is_not_written_to_by_a_name_that_a_killed_run_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let (to, moved) = (folder.path().join("vda.raw"), folder.path().join("moved"));
+        let mut killed = Partial::take_up(&to, &SNAPSHOT).unwrap();
+        fs::write(killed.path(), "a disk").unwrap();
+        killed.name(&to).unwrap();
+        killed.leave();
+        let again = Partial::take_up(&to, &SNAPSHOT).unwrap();
+        assert!(again.is_named(&to), "it may be gone on with");
+        again.leave();
+        fs::rename(&to, &moved).unwrap();
+
+        let next = Partial::take_up(&to, &SNAPSHOT).unwrap();
+
+        next.file().set_len(0).unwrap();
+        assert_eq!(fs::read_to_string(&moved).unwrap(), "a disk");
     }
 
     #[test]
