@@ -189,9 +189,10 @@ fn promised(all: &[(FileId, Timestamp)], protected: &BTreeSet<FileId>) -> BTreeS
         let mut last_of: Vec<(String, FileId)> = Vec::new();
         for (id, time) in all {
             let name = period(&time.to_zoned(zone.clone()));
-            match last_of.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, last)) => *last = *id,
-                None => last_of.push((name, *id)),
+            // Oldest first: a period that came before the last one does not come again.
+            match last_of.last_mut() {
+                Some((known, last)) if *known == name => *last = *id,
+                _ => last_of.push((name, *id)),
             }
         }
         if last_of.len() < count as usize {
