@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use clap::Args;
+use jiff::Timestamp;
 
 use super::Context;
 use crate::error::CommandError;
@@ -37,8 +38,9 @@ pub async fn run(args: AlertArgs, context: &Context) -> Result<(), CommandError>
     };
     let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let (alerts, mut queue) = (&context.config()?.alerts, Queue::default());
-    alerts.enqueue(&mut queue, &[event]);
-    let mut told = alerts.deliver(&host, &mut queue).await;
+    let now = Timestamp::now();
+    alerts.enqueue(&mut queue, &[event], now);
+    let mut told = alerts.deliver(&host, &mut queue, now).await;
     // As after a run that went well: a switch that raises the alarm would be no test.
     if let Some(ping) = alerts.ping.as_ref().filter(|_| is_test) {
         let channel = "the dead man's switch".to_owned();

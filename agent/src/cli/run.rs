@@ -407,12 +407,12 @@ async fn tell_people(
     for event in &events {
         tracing::warn!("{}: {}", event.kind.as_str(), event.title);
     }
-    config.alerts.enqueue(&mut known.queue, &events);
+    config.alerts.enqueue(&mut known.queue, &events, now);
     if !events.is_empty() {
         // Whatever becomes of us, it will be told.
         keep(&known);
     }
-    for told in config.alerts.deliver(host, &mut known.queue).await {
+    for told in config.alerts.deliver(host, &mut known.queue, now).await {
         if let Err(error) = told.outcome {
             let error: &dyn std::error::Error = &error;
             tracing::error!(error, "cannot tell {}", told.channel);

@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(Known::load(&state, &run), Known::default());
         let mut known = Known::default();
         known.sift(vec![event(Kind::Warning, "web")], &[], at(0), REMIND);
-        known.queue.push("mail", [event(Kind::Digest, "web")]);
+        known.queue.push("mail", [event(Kind::Digest, "web")], at(0));
         known.save(&state, &run).unwrap();
         assert_eq!(Known::load(&state, &run), known);
         fs::write(state.join(FILE), "{").unwrap();

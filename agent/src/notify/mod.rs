@@ -14,6 +14,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::Schedule;
@@ -191,6 +192,23 @@ pub enum NotifyError {
     Log(#[source] io::Error),
 }
 
+impl NotifyError {
+    /// Whether the same is refused however often it is told. A program that fails may have a reason that
+    /// passes.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Mail { source, .. } => source.is_permanent(),
+            // RFC 9110, section 15.5.9, RFC 8470, section 5.2, and RFC 6585, section 4: later it may be taken.
+            Self::Web { source, .. } => match **source {
+                ureq::Error::StatusCode(408 | 425 | 429) => false,
+                ureq::Error::StatusCode(status) => (400..500).contains(&status),
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+}
+
 /// What came of telling one channel.
 #[derive(Debug)]
 pub struct Told {
@@ -220,33 +238,46 @@ enum Via<'a> {
 
 impl Alerts {
     /// Takes note of what each channel is to be told.
-    pub fn enqueue(&self, queue: &mut Queue, events: &[Event]) {
+    pub fn enqueue(&self, queue: &mut Queue, events: &[Event], now: Timestamp) {
         let channels = self.channels();
         for channel in &channels {
             let is_wanted =
                 |event: &&Event| channel.on.is_none_or(|kinds| kinds.contains(&event.kind));
-            queue.push(&channel.name, events.iter().filter(is_wanted).cloned());
+            queue.push(&channel.name, events.iter().filter(is_wanted).cloned(), now);
         }
         queue.keep(|name| channels.iter().any(|channel| channel.name == name));
     }
 
-    /// Tells everybody what waits for them; what cannot be told goes on waiting. One that cannot be told keeps
-    /// nobody from the others.
-    pub async fn deliver(&self, host: &str, queue: &mut Queue) -> Vec<Told> {
+    /// Tells everybody what waits for them; what cannot be told goes on waiting, for a while. One that cannot be
+    /// told keeps nobody from the others.
+    pub async fn deliver(&self, host: &str, queue: &mut Queue, now: Timestamp) -> Vec<Told> {
         let mut told = Vec::new();
         for Channel { name, words, via, .. } in self.channels() {
-            let events = queue.of(&name);
+            let events = queue.due(&name, now);
             if events.is_empty() {
                 continue;
             }
+            let count = events.len();
             let outcome = match via {
-                Via::Log(log) => log.tell(events),
-                Via::Mail(mail) => mail.tell(host, events.to_vec()).await,
-                Via::Webhook(webhook) => webhook.tell(host, events.to_vec()).await,
-                Via::Program(program) => program.tell(host, events).await,
+                Via::Log(log) => log.tell(&events),
+                Via::Mail(mail) => mail.tell(host, events).await,
+                Via::Webhook(webhook) => webhook.tell(host, events).await,
+                Via::Program(program) => program.tell(host, &events).await,
             };
-            if outcome.is_ok() {
-                queue.clear(&name);
+            let given_up = match &outcome {
+                Ok(()) => {
+                    queue.clear(&name);
+                    0
+                }
+                // The same would keep back all that is newer.
+                Err(error) if error.is_refusal() => {
+                    queue.clear(&name);
+                    count
+                }
+                Err(_) => queue.failed(&name, now),
+            };
+            if given_up > 0 {
+                tracing::error!("{words} never got {given_up} messages: nobody tries again");
             }
             told.push(Told { channel: words, outcome });
         }
@@ -390,12 +421,23 @@ mod tests {
         );
     }
 
+    fn at(minute: i64) -> Timestamp {
+        Timestamp::from_second(minute * 60).unwrap()
+    }
+
     fn alerts(text: &str) -> Alerts {
         toml::from_str(text).unwrap()
     }
 
     /// A web service that answers so many calls; the number of events in each.
     fn service(calls: usize) -> (String, std::thread::JoinHandle<Vec<usize>>) {
+        service_that_says("200 OK", calls)
+    }
+
+    fn service_that_says(
+        status: &'static str,
+        calls: usize,
+    ) -> (String, std::thread::JoinHandle<Vec<usize>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap());
         let answer = move || {
@@ -410,8 +452,8 @@ mod tests {
             }
             let mut body = vec![0; length];
             stream.read_exact(&mut body).unwrap();
-            let done = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            stream.get_mut().write_all(done).unwrap();
+            let end = "content-length: 0\r\nconnection: close\r\n\r\n";
+            stream.get_mut().write_all(format!("HTTP/1.1 {status}\r\n{end}").as_bytes()).unwrap();
             let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
             body["events"].as_array().unwrap().len()
         };
@@ -428,31 +470,48 @@ mod tests {
              [[webhook]]\nurl-file = {file:?}\non = [\"failure\"]\n"
         ));
         let mut queue = Queue::default();
-        alerts.enqueue(&mut queue, &[event(Kind::Failure, "web"), event(Kind::Digest, "")]);
-        let told = alerts.deliver("alder", &mut queue).await;
+        alerts.enqueue(&mut queue, &[event(Kind::Failure, "web"), event(Kind::Digest, "")], at(0));
+        let told = alerts.deliver("alder", &mut queue, at(0)).await;
         assert!(told[0].outcome.is_ok() && told[1].outcome.is_err(), "{told:?}");
 
         // It is told with the next one, once it is there.
         std::fs::write(&file, away).unwrap();
         let kept = serde_json::to_vec(&queue).unwrap();
         let mut queue: Queue = serde_json::from_slice(&kept).unwrap();
-        alerts.enqueue(&mut queue, &[event(Kind::Failure, "db")]);
-        let told = alerts.deliver("alder", &mut queue).await;
+        alerts.enqueue(&mut queue, &[event(Kind::Failure, "db")], at(5));
+        let told = alerts.deliver("alder", &mut queue, at(5)).await;
         assert!(told.iter().all(|told| told.outcome.is_ok()), "{told:?}");
         assert_eq!(heard.join().unwrap(), [2, 1]);
         assert_eq!(heard_late.join().unwrap(), [2]);
-        assert!(alerts.deliver("alder", &mut queue).await.is_empty());
+        assert!(alerts.deliver("alder", &mut queue, at(5)).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_channel_refuses_keeps_back_nothing_newer_and_what_it_may_take_later_waits() {
+        let ((refusing, _), (busy, _)) =
+            (service_that_says("400 Bad Request", 1), service_that_says("429 Too Many", 1));
+        let alerts = alerts(&format!(
+            "log = {{ enabled = false }}\n[[webhook]]\nurl = {refusing:?}\n\
+             [[webhook]]\nurl = {busy:?}\n"
+        ));
+        let mut queue = Queue::default();
+        alerts.enqueue(&mut queue, &[event(Kind::Failure, "web")], at(0));
+        let told = alerts.deliver("alder", &mut queue, at(0)).await;
+        assert!(told.iter().all(|told| told.outcome.is_err()), "{told:?}");
+        assert!(queue.due("webhook 1", at(5)).is_empty());
+        assert!(queue.due("webhook 2", at(4)).is_empty(), "it is left alone for a while");
+        assert_eq!(queue.due("webhook 2", at(5)).len(), 1);
     }
 
     #[test]
     fn what_waits_for_a_channel_has_a_limit_and_goes_with_the_channel() {
         let (mut queue, mut alerts) = (Queue::default(), alerts("[[command]]\nrun = [\"a\"]\n"));
         let events = vec![event(Kind::Failure, "web"); 300];
-        alerts.enqueue(&mut queue, &events);
-        assert_eq!(queue.of("program 1").len(), 200);
+        alerts.enqueue(&mut queue, &events, at(0));
+        assert_eq!(queue.due("program 1", at(0)).len(), 200);
         alerts.command.clear();
-        alerts.enqueue(&mut queue, &[]);
-        assert!(queue.of("program 1").is_empty());
+        alerts.enqueue(&mut queue, &[], at(0));
+        assert!(queue.due("program 1", at(0)).is_empty());
     }
 
     #[test]

@@ -128,7 +128,7 @@ async fn round(
     repository: &str,
     tell: &mut impl FnMut(Step),
 ) -> Vec<Pending> {
-    let limit = job.timeout.map_or(STEP_TIMEOUT, Length::get);
+    let limit = limit(job);
     let (mut queue, mut at_work, mut again) = (pending.into_iter(), JoinSet::new(), Vec::new());
     loop {
         while at_work.len() < job.parallel()
@@ -166,6 +166,11 @@ async fn round(
             }
         }
     }
+}
+
+/// How long one backup may take.
+fn limit(job: &Job) -> Duration {
+    job.timeout.map_or(STEP_TIMEOUT, Length::get)
 }
 
 /// Whether what failed may be tried again: not what fails however often it is tried, nor what would harm more
@@ -223,6 +228,17 @@ mod tests {
 
     use super::super::child::Stopped;
     use super::*;
+
+    #[test]
+    fn a_first_backup_over_a_slow_line_has_days_unless_told_otherwise() {
+        let limit = |text: &str| {
+            let repository = "[repository.main]\nlocation = \"/srv\"\n";
+            let text = format!("{repository}[job.a]\nschedule = \"03:00\"\n{text}");
+            limit(&Config::parse(&text).unwrap().job.into_values().next().unwrap())
+        };
+        assert_eq!(limit("").as_secs() / 86_400, 7);
+        assert_eq!(limit("timeout = \"2h\"").as_secs(), 7200);
+    }
 
     #[test]
     fn what_takes_a_service_down_or_too_long_is_not_tried_again() {

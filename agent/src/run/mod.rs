@@ -37,7 +37,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How long it may take to mend what earlier runs left.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(2 * 3600);
 /// How long any other step may take where nothing is configured.
-const STEP_TIMEOUT: Duration = Duration::from_secs(86_400);
+const STEP_TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
 
 /// A machine that can be backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
