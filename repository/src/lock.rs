@@ -19,6 +19,9 @@ use crate::{
 const REFRESH_EVERY: Duration = Duration::from_secs(5 * 60);
 /// A lock of this age is nobody's; restic does the same.
 pub(crate) const STALE_AFTER: Duration = Duration::from_secs(30 * 60);
+/// How often the thread looks whether that is due. It sleeps by a clock that stands still while the host
+/// does, so in one go it would come too late after that.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// An owner that could not renew for this long stops, before others take its lock away.
 const LOST_AFTER: Duration = Duration::from_secs(25 * 60);
 /// Between writing a lock and looking for others once more, where a listing may lack what was just written;
@@ -99,6 +102,8 @@ impl AnnouncedLock {
 pub(crate) struct Shared {
     repository: Repository,
     state: Mutex<State>,
+    /// Held while the lock is renewed: two at once would each find the other's old file gone.
+    renewing: Mutex<()>,
     stop: Condvar,
 }
 
@@ -119,8 +124,9 @@ impl State {
         age(self.file.time, now).max(uptime.saturating_sub(self.renewed))
     }
 
-    fn verify(&mut self) -> Result<(), RepositoryError> {
-        self.lost |= self.age(Timestamp::now(), host::uptime()) > LOST_AFTER;
+    /// The clock does not count here: where it was set, the lock may still be there.
+    fn verify(&mut self, uptime: Duration) -> Result<(), RepositoryError> {
+        self.lost |= uptime.saturating_sub(self.renewed) > LOST_AFTER;
         match self.lost {
             true => Err(RepositoryError::LockLost { since: self.file.time }),
             false => Ok(()),
@@ -147,7 +153,8 @@ impl Repository {
         let id = self.write_json(FileKind::Lock, &file).map_err(not_writable)?;
         let at = Instant::now();
         let state = Mutex::new(State { id, file, renewed, lost: false, stopping: false });
-        let shared = Arc::new(Shared { repository: self.clone(), state, stop: Condvar::new() });
+        let (repository, renewing, stop) = (self.clone(), Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { repository, state, renewing, stop });
         let mut locks = self.locks().lock().expect("no panic while locked");
         locks.retain(|lock| lock.strong_count() > 0);
         locks.push(Arc::downgrade(&shared));
@@ -275,9 +282,10 @@ impl Repository {
 
 impl Lock {
     /// Fails when the lock was taken away, or could not be renewed for so long that others may have done so.
-    /// Asks nobody: to be asked before each step that goes by what the lock protects.
+    /// Asks nobody, unless the clock was set ahead: to be asked before each step that goes by what the lock
+    /// protects.
     pub fn verify(&self) -> Result<(), RepositoryError> {
-        self.shared.state().verify()
+        self.shared.verify()
     }
 
     /// As [`Lock::verify`], and looks whether the lock file is there: whoever's clock is wrong may have taken
@@ -328,36 +336,47 @@ impl Shared {
     fn refresh_until_stopped(&self) {
         let mut state = self.state();
         while !state.stopping {
-            let waited = self.stop.wait_timeout(state, REFRESH_EVERY);
+            let waited = self.stop.wait_timeout(state, LOOK_EVERY);
             state = waited.expect("no panic while locked").0;
             if state.lost {
                 return;
             }
-            let age = state.age(Timestamp::now(), host::uptime());
-            if state.stopping || age < REFRESH_EVERY {
+            if state.stopping {
                 continue;
             }
             drop(state);
-            if let Err(error) = self.refresh() {
+            if let Err(error) = self.refresh(REFRESH_EVERY) {
                 tracing::warn!(%error, "cannot renew the lock");
             }
             state = self.state();
         }
     }
 
+    fn verify(&self) -> Result<(), RepositoryError> {
+        {
+            let mut state = self.state();
+            state.verify(host::uptime())?;
+            if state.stopping || age(state.file.time, Timestamp::now()) <= LOST_AFTER {
+                return Ok(());
+            }
+        }
+        // The clock was set ahead, or this is a machine that stood still. Whoever took the lock for stale has
+        // removed its file.
+        self.refresh(LOST_AFTER)
+    }
+
     fn prove(&self) -> Result<(), RepositoryError> {
         loop {
+            self.verify()?;
             let id = {
-                let mut state = self.state();
+                let state = self.state();
                 if state.stopping {
                     return Ok(());
                 }
-                state.verify()?;
                 state.id
             };
-            match self.repository.backend().read(FileKind::Lock, &id) {
-                Err(source) if source.is_not_found() => {}
-                other => return Ok(other.map(drop)?),
+            if !self.is_gone(&id)? {
+                return Ok(());
             }
             let mut state = self.state();
             // Otherwise it was renewed, or released, meanwhile.
@@ -367,37 +386,55 @@ impl Shared {
         }
     }
 
-    /// Writes a new lock file, then removes the old one: there is one at any time. Where the old one is
-    /// gone, others have seen none for a while. Not under the mutex: a store that hangs must not hang
-    /// `verify`.
-    fn refresh(&self) -> Result<(), RepositoryError> {
+    /// Whether a lock file is not there. Some stores do not find at once what was written, so one "not found"
+    /// is no proof.
+    fn is_gone(&self, id: &FileId) -> Result<bool, RepositoryError> {
+        let backend = self.repository.backend();
+        for wait in [SETTLE, Duration::ZERO] {
+            match backend.read(FileKind::Lock, id) {
+                Err(source) if source.is_not_found() => thread::sleep(wait),
+                other => return Ok(other.map(|_| false)?),
+            }
+        }
+        match backend.list(FileKind::Lock) {
+            Err(source) if source.is_not_found() => Ok(true),
+            listed => Ok(listed?.iter().all(|(listed, _)| listed != id)),
+        }
+    }
+
+    /// Renews a lock that is at least so old: writes a new lock file, then removes the old one, so there is
+    /// one at any time. The old one must still be there once the new one is: who takes it for stale after
+    /// that sees the new one before the own lock settles, and who did before has removed it. Not under the
+    /// mutex of the state: a store that hangs must not hang `verify`.
+    fn refresh(&self, least_age: Duration) -> Result<(), RepositoryError> {
+        let _renewing = self.renewing.lock().expect("no panic while locked");
         let (old, file, renewed) = {
             let mut state = self.state();
-            state.verify()?;
-            let file = LockFile { time: Timestamp::now(), ..state.file.clone() };
-            (state.id, file, host::uptime())
+            let (now, uptime) = (Timestamp::now(), host::uptime());
+            state.verify(uptime)?;
+            if state.age(now, uptime) < least_age {
+                return Ok(());
+            }
+            (state.id, LockFile { time: now, ..state.file.clone() }, uptime)
         };
         let new = self.repository.write_json(FileKind::Lock, &file)?;
-        {
+        let is_gone = self.is_gone(&old);
+        let outcome = {
             let mut state = self.state();
-            if state.stopping {
-                // Whoever released the lock meanwhile has removed the old file.
-                drop(state);
-                let removed = self.repository.backend().remove(FileKind::Lock, &new);
-                return Ok(ignore_missing(removed)?);
-            }
+            // Whoever released the lock meanwhile has removed the old file.
+            state.lost |= matches!(is_gone, Ok(true)) && !state.stopping;
             // The store may have taken too long.
-            let _ = state.verify();
-            (state.id, state.file, state.renewed) = (new, file, renewed);
-        }
-        match self.repository.backend().remove(FileKind::Lock, &old) {
-            Err(source) if source.is_not_found() => {
-                let mut state = self.state();
-                state.lost = true;
-                state.verify()
+            let outcome = state.verify(host::uptime()).and(is_gone.map(drop));
+            if outcome.is_ok() && !state.stopping {
+                (state.id, state.file, state.renewed) = (new, file, renewed);
             }
-            removed => Ok(removed?),
-        }
+            outcome.map(|()| state.id)
+        };
+        let going = if matches!(outcome, Ok(id) if id == new) { old } else { new };
+        // That it is gone now proves nothing: networks ask for a removal twice.
+        let removed = ignore_missing(self.repository.backend().remove(FileKind::Lock, &going));
+        outcome?;
+        Ok(removed?)
     }
 }
 
@@ -488,8 +525,10 @@ fn not_writable(error: RepositoryError) -> RepositoryError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
-    use crate::{BlobId, Kdf, LocalFolder, SnapshotFile, index::file::IndexFile};
+    use crate::{Backend, Begun, BlobId, Kdf, LocalFolder, SnapshotFile, index::file::IndexFile};
 
     #[test]
     fn r18_a_renewed_lock_is_another_file_and_a_released_one_does_not_come_back() {
@@ -502,14 +541,14 @@ mod tests {
         };
         let lock = repository.lock(LockMode::Exclusive).unwrap();
         let first = lock.id();
-        lock.shared.refresh().unwrap();
+        lock.shared.refresh(Duration::ZERO).unwrap();
         assert_ne!(lock.id(), first);
         assert_eq!(locks(), [lock.id()]);
         assert!(repository.lock(LockMode::Shared).is_err());
 
         let shared = Arc::clone(&lock.shared);
         lock.release().unwrap();
-        shared.refresh().unwrap();
+        shared.refresh(Duration::ZERO).unwrap();
         assert!(locks().is_empty());
     }
 
@@ -528,7 +567,7 @@ mod tests {
         assert!(is_lost(repository.save_snapshot(&snapshot).map(drop)));
         let nothing = IndexFile { packs: &[] };
         assert!(is_lost(repository.write_json(FileKind::Index, &nothing).map(drop)));
-        assert!(is_lost(lock.shared.refresh()), "it would come back to life");
+        assert!(is_lost(lock.shared.refresh(Duration::ZERO)), "it would come back to life");
         assert!(is_lost(lock.verify()) && is_lost(lock.prove()));
         for kind in [FileKind::Snapshot, FileKind::Index] {
             assert!(repository.backend().list(kind).unwrap().is_empty());
@@ -538,8 +577,8 @@ mod tests {
     #[test]
     fn r18_a_lock_that_was_not_renewed_for_long_is_lost_for_good() {
         let (_scratch, repository, lock) = locked();
-        lock.shared.state().file.time -= Duration::from_secs(26 * 60);
-        assert!(lock.shared.refresh().is_err());
+        let later = host::uptime() + Duration::from_secs(26 * 60);
+        assert!(lock.shared.state().verify(later).is_err());
         assert_lost(&repository, &lock);
     }
 
@@ -560,9 +599,93 @@ mod tests {
     fn r18_a_renewal_that_finds_its_lock_gone_says_so() {
         let (_scratch, repository, lock) = locked();
         repository.backend().remove(FileKind::Lock, &lock.id()).unwrap();
-        let renewed = lock.shared.refresh();
+        let renewed = lock.shared.refresh(Duration::ZERO);
         assert!(matches!(renewed, Err(RepositoryError::LockLost { .. })), "{renewed:?}");
         assert_lost(&repository, &lock);
+    }
+
+    #[test]
+    fn r17_a_clock_that_was_set_ahead_costs_only_a_lock_that_somebody_took_away() {
+        let (_scratch, repository, lock) = locked();
+        let first = lock.id();
+        lock.shared.state().file.time -= Duration::from_secs(26 * 60);
+        lock.verify().unwrap();
+        let locks = repository.backend().list(FileKind::Lock).unwrap();
+        assert_eq!(locks.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [lock.id()]);
+        assert_ne!(lock.id(), first, "it looks stale to others");
+        lock.prove().unwrap();
+
+        lock.shared.state().file.time -= Duration::from_secs(26 * 60);
+        repository.backend().remove(FileKind::Lock, &lock.id()).unwrap();
+        assert_lost(&repository, &lock);
+        assert!(repository.backend().list(FileKind::Lock).unwrap().is_empty());
+    }
+
+    /// Does not find what it has: at every other reading, and where a removal was asked for twice.
+    #[derive(Debug)]
+    struct Forgetful(LocalFolder, AtomicBool);
+
+    impl Backend for Forgetful {
+        fn list(&self, kind: FileKind) -> Result<Vec<(FileId, u64)>, BackendError> {
+            self.0.list(kind)
+        }
+
+        fn read(&self, kind: FileKind, id: &FileId) -> Result<Vec<u8>, BackendError> {
+            if kind == FileKind::Lock && !self.1.fetch_not(Ordering::SeqCst) {
+                return Err(BackendError::NotFound { file: id.to_hex() });
+            }
+            self.0.read(kind, id)
+        }
+
+        fn read_range(
+            &self,
+            kind: FileKind,
+            id: &FileId,
+            offset: u64,
+            buffer: &mut [u8],
+        ) -> Result<(), BackendError> {
+            self.0.read_range(kind, id, offset, buffer)
+        }
+
+        fn write(&self, kind: FileKind, id: &FileId, content: &[u8]) -> Result<(), BackendError> {
+            self.0.write(kind, id, content)
+        }
+
+        fn begin(
+            &self,
+            kind: FileKind,
+            id: &FileId,
+            content: &[u8],
+        ) -> Result<Begun, BackendError> {
+            self.0.begin(kind, id, content)
+        }
+
+        fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
+            self.0.settle(files)
+        }
+
+        fn remove(&self, kind: FileKind, id: &FileId) -> Result<(), BackendError> {
+            self.0.remove(kind, id)?;
+            self.0.remove(kind, id)
+        }
+
+        fn location(&self) -> String {
+            self.0.location()
+        }
+    }
+
+    #[test]
+    fn r18_one_answer_of_not_found_is_no_lost_lock() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = LocalFolder::create(scratch.path()).unwrap();
+        let backend = Arc::new(Forgetful(folder, AtomicBool::default()));
+        let repository = Repository::init(backend, b"x", Kdf::WEAK_FOR_TESTS).unwrap();
+        let lock = repository.lock(LockMode::Shared).unwrap();
+        lock.prove().unwrap();
+        lock.shared.refresh(Duration::ZERO).unwrap();
+        lock.prove().unwrap();
+        assert_eq!(repository.backend().list(FileKind::Lock).unwrap().len(), 1);
+        lock.release().unwrap();
     }
 
     #[test]
