@@ -108,7 +108,8 @@ impl Repository {
         Ok(report)
     }
 
-    /// What damaged or lost index files said is in the headers of the packs that no other mentions.
+    /// What damaged or lost index files said is in the headers of the packs that no other mentions. A damaged
+    /// one stays where such a pack cannot be read today: then it is not known what both had.
     fn mend_index(
         &self,
         lock: &Lock,
@@ -135,6 +136,10 @@ impl Repository {
                 Err(error) if error.is_damage() => {
                     tracing::error!(pack = %id, %error, "a pack cannot be told of");
                 }
+                Err(RepositoryError::Backend { source }) if !source.is_away() => {
+                    tracing::error!(pack = %id, error = %source, "a pack cannot be read");
+                    report.unreadable.push(id);
+                }
                 Err(error) => return Err(error),
             }
             if blobs_len >= INDEX_BLOBS_MAX {
@@ -145,6 +150,10 @@ impl Repository {
         if !packs.is_empty() {
             self.write_json(FileKind::Index, &IndexFile { packs: &packs })?;
             written += 1;
+        }
+        if !report.unreadable.is_empty() {
+            report.index_files = written;
+            return Ok(());
         }
         report.index_files = written.max(damaged.len() as u64);
         for (FileRef { id, .. }, _) in damaged {
@@ -166,7 +175,7 @@ impl Repository {
         lost: &mut HashSet<(BlobKind, BlobId)>,
     ) -> Result<(), RepositoryError> {
         let damaged: HashSet<FileId> = found.problems.iter().filter_map(pack_of).collect();
-        let index = Arc::new(self.index()?);
+        let index = Arc::new(self.index_of_readable()?.0);
         let numbers = index.packs().iter().zip(0_u32..);
         let suspects: HashMap<u32, FileId> = numbers
             .filter(|(pack, _)| damaged.contains(&pack.id))
@@ -267,7 +276,7 @@ impl Repository {
         report: &mut RepairReport,
         lost: &mut HashSet<(BlobKind, BlobId)>,
     ) -> Result<(), RepositoryError> {
-        let reader = Reader::new(self, Arc::new(self.index()?), 0);
+        let reader = Reader::new(self, Arc::new(self.index_of_readable()?.0), 0);
         let mut packer = Packer::new(self)?;
         let snapshots = self.snapshots()?.good;
         let mut todo: Vec<BlobId> = snapshots.into_iter().map(|(_, file)| file.tree).collect();

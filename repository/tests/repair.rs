@@ -176,6 +176,49 @@ fn p4_what_a_store_cannot_give_today_is_no_loss() {
     }
 }
 
+#[test]
+fn r20_one_pack_that_cannot_be_read_today_does_not_end_a_repair() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let snapshots = back_up_three(&repository);
+    let chunk = BlobId::of(&disk(0)[..CHUNK]);
+    let pack = repository.index().unwrap().locate(BlobKind::Data, &chunk).unwrap().pack;
+    // An index file that does not mention it.
+    let whole = memory.files.lock().unwrap().clone();
+    let mut files = whole.keys().filter(|(kind, _)| *kind == FileKind::Index).map(|(_, id)| *id);
+    let index = files.find(|id| {
+        memory.files.lock().unwrap().remove(&(FileKind::Index, *id));
+        let left = open(memory.clone()).unwrap().index().unwrap();
+        *memory.files.lock().unwrap() = whole.clone();
+        left.locate(BlobKind::Data, &chunk).is_some()
+    });
+    let index = index.unwrap();
+    memory.files.lock().unwrap().get_mut(&(FileKind::Pack, pack)).unwrap()[20] ^= 1;
+    memory.files.lock().unwrap().get_mut(&(FileKind::Index, index)).unwrap()[20] ^= 1;
+    let found = check(&repository);
+    let refused = Some(ErrorKind::PermissionDenied);
+    memory.no_read.lock().unwrap().insert(FileKind::Pack, refused);
+    let until_the_index_is_done = |step| {
+        if let RepairProgress::Packs { .. } = step {
+            memory.no_read.lock().unwrap().clear();
+        }
+        Ok(())
+    };
+
+    let options = RepairOptions::default();
+    let mended = repository.repair(&found, None, &options, &until_the_index_is_done).unwrap();
+
+    assert_eq!((mended.packs, mended.index_files), (1, 0), "{mended:?}");
+    assert!(!mended.unreadable.is_empty());
+    assert!(memory.names().contains(&(FileKind::Index, index)), "it tells more than the packs do");
+    assert!(repair(&repository, None).unreadable.is_empty());
+    store(&repository, "vm", &disk(0), CHUNK).unwrap();
+    assert!(check(&repository).is_clean());
+    for (id, content) in &snapshots {
+        assert_eq!(restore(&repository, id).unwrap(), *content);
+    }
+}
+
 fn unreadable(id: FileId) -> Problem {
     let file = Some(FileRef { kind: FileKind::Pack, id });
     Problem { file, blob: None, defect: Defect::Missing, affected: Vec::new() }
