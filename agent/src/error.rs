@@ -531,7 +531,8 @@ fn repository_hint(error: &RepositoryError) -> Option<String> {
              minutes that nobody renews it"
         }
         RepositoryError::NoSnapshots { .. } => {
-            "is all of the folder `snapshots` there? `kvmsnap prune --allow-empty` removes the data"
+            "a backup that did not finish leaves this, and the next one uses it; otherwise, is all of \
+             the folder `snapshots` there? `kvmsnap prune --allow-empty` removes the data"
         }
         RepositoryError::Damaged { .. }
         | RepositoryError::DamagedBlob { .. }

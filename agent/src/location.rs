@@ -113,6 +113,9 @@ pub fn store_hint(error: &BackendError) -> Option<&'static str> {
         BackendError::Io { operation: "remove", .. } if error.is_read_only() => Some(
             "a store that only takes new files keeps what it has: forget and prune where it is kept",
         ),
+        error if error.is_not_found() => Some(
+            "is the repository mounted and all there? A copy may lack folders that were empty: make them anew",
+        ),
         error if error.is_away() => Some("what was backed up is safe: try again once it is there"),
         _ => None,
     }

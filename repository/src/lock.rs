@@ -26,7 +26,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 const LOST_AFTER: Duration = Duration::from_secs(25 * 60);
 /// Between writing a lock and looking for others once more, where a listing may lack what was just written;
 /// restic does the same everywhere.
-const SETTLE: Duration = Duration::from_millis(200);
+pub(crate) const SETTLE: Duration = Duration::from_millis(200);
 /// How often damaged locks are looked at that are watched.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Who waits for a lock looks again after this and half as much more, at random: two who wait for each
@@ -149,7 +149,12 @@ impl Repository {
     /// Errors as [`Repository::lock`].
     pub fn announce_lock(&self, mode: LockMode) -> Result<AnnouncedLock, RepositoryError> {
         let (file, renewed) = (LockFile::ours(mode), host::uptime());
-        self.look_for_conflicts(mode, None)?;
+        match self.look_for_conflicts(mode, None) {
+            // Copies of a repository may lack the folder while it is empty. Once there is a lock in it, a store
+            // that does not find it cannot list.
+            Err(RepositoryError::Backend { source }) if source.is_not_found() => {}
+            looked => looked?,
+        }
         let id = self.write_json(FileKind::Lock, &file).map_err(not_writable)?;
         let at = Instant::now();
         let state = Mutex::new(State { id, file, renewed, lost: false, stopping: false });
@@ -199,7 +204,11 @@ impl Repository {
         &self,
     ) -> Result<Vec<(FileRef, RepositoryError)>, RepositoryError> {
         let mut unreadable = Vec::new();
-        for (id, _) in self.backend().list(FileKind::Lock)? {
+        let listed = match self.backend().list(FileKind::Lock) {
+            Err(source) if source.is_not_found() => Vec::new(),
+            listed => listed?,
+        };
+        for (id, _) in listed {
             match self.read_json::<LockFile>(FileKind::Lock, &id) {
                 Err(RepositoryError::Backend { source }) if source.is_not_found() => {}
                 Err(error) => unreadable.push((FileRef { kind: FileKind::Lock, id }, error)),

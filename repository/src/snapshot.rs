@@ -1,12 +1,13 @@
 //! Snapshot files: finished backups.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, thread};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BlobId, FileId, FileKind, Repository, RepositoryError, host, repository::ignore_missing,
+    BlobId, FileId, FileKind, Repository, RepositoryError, host, lock::SETTLE,
+    repository::ignore_missing,
 };
 
 /// A snapshot as restic writes it. Fields that are not known are ignored.
@@ -112,16 +113,23 @@ impl Repository {
 
     /// Reads all snapshots. A damaged one does not hide the others.
     pub fn snapshots(&self) -> Result<Snapshots, RepositoryError> {
-        let mut snapshots = self.all_snapshots()?;
-        // Forgotten since the listing.
-        let is_forgotten = |error: &_| matches!(error, RepositoryError::SnapshotNotFound { .. });
-        snapshots.damaged.retain(|(_, error)| !is_forgotten(error));
+        let mut snapshots = self.listed_snapshots()?;
+        snapshots.damaged.retain(|damaged| !is_forgotten(damaged));
         Ok(snapshots)
     }
 
     /// As [`Self::snapshots`], where nobody may have forgotten one meanwhile: one that is listed and not
-    /// there cannot be read.
+    /// there cannot be read. A listing may be late, so that is believed the second time.
     pub(crate) fn all_snapshots(&self) -> Result<Snapshots, RepositoryError> {
+        let snapshots = self.listed_snapshots()?;
+        if !snapshots.damaged.iter().any(is_forgotten) {
+            return Ok(snapshots);
+        }
+        thread::sleep(SETTLE);
+        self.listed_snapshots()
+    }
+
+    fn listed_snapshots(&self) -> Result<Snapshots, RepositoryError> {
         let mut snapshots = Snapshots::default();
         for (id, _) in self.backend().list(FileKind::Snapshot)? {
             match self.snapshot(&id) {
@@ -170,6 +178,11 @@ impl Repository {
     pub fn remove_snapshot(&self, id: &FileId) -> Result<(), RepositoryError> {
         Ok(self.backend().remove(FileKind::Snapshot, id)?)
     }
+}
+
+/// Whether it was forgotten since the listing.
+fn is_forgotten((_, error): &(FileId, RepositoryError)) -> bool {
+    matches!(error, RepositoryError::SnapshotNotFound { .. })
 }
 
 /// Oldest first. The clock may have jumped, so the time of a snapshot counts as no earlier than that of

@@ -385,6 +385,47 @@ fn p4_a_store_that_finds_nothing_has_nothing_pruned() {
 }
 
 #[test]
+fn s09_a_copy_that_lacks_the_empty_folder_of_locks_is_used_as_any_other() {
+    let memory = Memory::new();
+    let repository = init(memory.clone());
+    let kept = forgetful(&repository);
+    memory.no_empty_folders.store(true, Ordering::SeqCst);
+    repository.lock(LockMode::Shared).unwrap().release().unwrap();
+    assert!(prune(&repository).unwrap().packs_removed > 0);
+    assert_whole(&repository, &kept);
+    // One that does not find the folder where there is a lock in it cannot list.
+    memory.no_list.lock().unwrap().insert(FileKind::Lock, None);
+    assert!(repository.lock(LockMode::Exclusive).is_err());
+}
+
+#[test]
+fn what_was_just_removed_and_is_still_listed_is_no_damage() {
+    for kind in [FileKind::Snapshot, FileKind::Index] {
+        let memory = Memory::new();
+        let repository = init(memory.clone());
+        let kept = forgetful(&repository);
+        // A file that is listed, and none of its kind is found until the next list, which lacks it.
+        let removed = FileId::of(b"removed just now");
+        memory.files.lock().unwrap().insert((kind, removed), Vec::new());
+        memory.no_read.lock().unwrap().insert(kind, None);
+        let (late, mut lists) = (Arc::downgrade(&memory), 0);
+        let happens = move |of: FileKind, files: &mut Files| {
+            lists += u32::from(of == kind);
+            if lists == 2 {
+                files.remove(&(kind, removed));
+                late.upgrade().unwrap().no_read.lock().unwrap().clear();
+            }
+        };
+        memory.meanwhile.lock().unwrap().0 = Some(Box::new(happens));
+
+        assert!(prune(&repository).unwrap().packs_removed > 0, "{kind:?}");
+
+        memory.meanwhile.lock().unwrap().0 = None;
+        assert_whole(&repository, &kept);
+    }
+}
+
+#[test]
 fn p4_packs_stay_for_as_long_as_an_index_file_mentions_them() {
     let memory = Memory::new();
     let repository = init(memory.clone());

@@ -7,6 +7,7 @@ use std::{collections::HashMap, fmt, sync::Mutex, thread};
 use self::file::PackEntry;
 use crate::{
     BlobId, BlobKind, Defect, FileId, FileKind, FileRef, Repository, RepositoryError, crypto,
+    lock::SETTLE,
     pack::{self, PackedBlob},
 };
 
@@ -314,9 +315,13 @@ impl Repository {
     }
 
     /// As [`Self::index`], where nobody may have removed an index file meanwhile: one that is listed and
-    /// not there is damaged.
+    /// not there is damaged. A listing may be late, so that is believed the second time.
     pub(crate) fn whole_index(&self) -> Result<Index, RepositoryError> {
-        let (builder, damaged) = self.read_index_files()?;
+        let (mut builder, mut damaged) = self.read_index_files()?;
+        if damaged.iter().any(is_gone) {
+            thread::sleep(SETTLE);
+            (builder, damaged) = self.read_index_files()?;
+        }
         match damaged.into_iter().next() {
             Some((_, error)) => Err(error),
             None => Ok(builder.finish()),
@@ -450,10 +455,12 @@ impl Repository {
 fn without_removed(
     mut damaged: Vec<(FileRef, RepositoryError)>,
 ) -> Vec<(FileRef, RepositoryError)> {
-    let is_gone =
-        |error: &_| matches!(error, RepositoryError::Damaged { source: Defect::Missing, .. });
-    damaged.retain(|(_, error)| !is_gone(error));
+    damaged.retain(|damaged| !is_gone(damaged));
     damaged
+}
+
+fn is_gone((_, error): &(FileRef, RepositoryError)) -> bool {
+    matches!(error, RepositoryError::Damaged { source: Defect::Missing, .. })
 }
 
 /// The store could read, but what it read cannot be right.

@@ -40,6 +40,8 @@ pub(crate) struct Memory {
     pub(crate) no_list: Refused,
     pub(crate) no_read: Refused,
     pub(crate) no_removal: Refused,
+    /// As stores that copies were made to without empty folders: it does not find a list of no files.
+    pub(crate) no_empty_folders: AtomicBool,
     /// Files of this kind are stored, but the answer is lost.
     pub(crate) lost_answer: Mutex<Option<FileKind>>,
     /// Effects (write, remove) so far.
@@ -116,7 +118,12 @@ impl Backend for Memory {
             happens(kind, &mut files);
         }
         let of_kind = files.iter().filter(|((of, _), _)| *of == kind);
-        Ok(of_kind.map(|((_, id), content)| (*id, content.len() as u64)).collect())
+        let listed: Vec<_> =
+            of_kind.map(|((_, id), content)| (*id, content.len() as u64)).collect();
+        match listed.is_empty() && self.no_empty_folders.load(Ordering::SeqCst) {
+            true => Err(missing(kind, &FileId::CONFIG)),
+            false => Ok(listed),
+        }
     }
 
     fn read(&self, kind: FileKind, id: &FileId) -> Result<Vec<u8>, BackendError> {
