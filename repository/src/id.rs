@@ -128,6 +128,13 @@ id! {
 impl FileId {
     /// Stands for the one file without an id, `config`.
     pub const CONFIG: Self = Self([0; 32]);
+
+    /// In which of so many parts a pack is, from 0, where data is read in parts. A name is a digest: parts are
+    /// even.
+    pub fn part(&self, of: u32) -> u32 {
+        let [a, b, c, d, ..] = self.0;
+        u32::from_be_bytes([a, b, c, d]) % of.max(1)
+    }
 }
 
 #[cfg(test)]

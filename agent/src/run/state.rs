@@ -18,7 +18,7 @@ const FILE: &str = "jobs.json";
 /// Name of the file that pauses all jobs.
 const PAUSE: &str = "paused.json";
 /// So many machines are known that had a domain's name before.
-const FORMER_MAX: usize = 16;
+const FORMER_MAX: usize = 64;
 
 /// Why the state cannot be kept.
 #[derive(Debug, thiserror::Error)]
@@ -167,6 +167,16 @@ impl DomainState {
         }
     }
 
+    /// These had its name before, as their snapshots tell: the state knows only what it has seen.
+    pub fn follow(&mut self, former: impl IntoIterator<Item = String>) {
+        for uuid in former {
+            let is_known = self.former.contains(&uuid) || self.uuid.as_deref() == Some(&uuid);
+            if !is_known && self.former.len() < FORMER_MAX {
+                self.former.insert(0, uuid);
+            }
+        }
+    }
+
     /// What came of its backup into a repository.
     pub fn note(&mut self, step: &Step, start: Timestamp) {
         self.failed = step.snapshot.is_none();
@@ -223,10 +233,12 @@ impl DomainState {
 impl Verified {
     /// A part of the data was read, `part` of `parts` from 1, and is sound or not.
     pub fn read(&mut self, part: (u32, u32), is_sound: bool) {
-        match is_sound {
-            true => self.damaged.remove(&part),
-            false => self.damaged.insert(part),
-        };
+        match (is_sound, part) {
+            // All of it was read.
+            (true, (_, 1)) => self.damaged.clear(),
+            (true, _) => drop(self.damaged.remove(&part)),
+            (false, _) => drop(self.damaged.insert(part)),
+        }
     }
 }
 
@@ -365,6 +377,9 @@ mod tests {
         assert_eq!(verified.damaged, [(3, 30)].into());
         verified.read((3, 30), true);
         assert!(verified.damaged.is_empty());
+        verified.read((3, 30), false);
+        verified.read((1, 1), true);
+        assert!(verified.damaged.is_empty(), "all of it is sound");
     }
 
     #[test]

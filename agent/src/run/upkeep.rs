@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use repository::FileId;
 use serde_json::Value;
 
 use super::child::Answer;
@@ -29,7 +30,9 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
     /// Does what is due in the repository that a job has used.
     pub(super) async fn upkeep(&mut self, named: (&str, &Job), repository: &str) {
         let job = named.1;
-        let (mut replicas, mut is_all_copied) = (Vec::new(), true);
+        // Whose uuid is not known has nothing copied.
+        let mut is_all_copied = job.copy.is_empty() || !self.machines(named, true).is_empty();
+        let mut replicas = Vec::new();
         for copy in &job.copy {
             let to = copy.to.get_ref().as_str();
             // Backups went there because another repository is away.
@@ -182,9 +185,7 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         }
         let parts = parts(&plan, job, now);
         let turn = parts.map(|parts| (known.part % parts + 1, parts));
-        let again = known.damaged.into_iter().filter(|part| Some(*part) != turn);
-        let again = again.take(REREAD_MAX).map(Some);
-        for part in again.chain([turn]) {
+        for part in reread(&known, turn).into_iter().map(Some).chain([turn]) {
             let (mut step, answer) = self.verify_part(name, part, repository).await;
             if step.outcome == Outcome::Aborted {
                 return self.over(step);
@@ -193,7 +194,7 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
             let is_read = answer.lines.last().is_some_and(|line| line["bytes_read"].is_u64());
             let known = self.verified(name, repository);
             if let Some((number, parts)) = part.filter(|_| is_read) {
-                known.read((number, parts), answer.is_done());
+                known.read((number, parts), !is_damaged(&answer.lines, (number, parts)));
                 if part == turn {
                     known.part = number % parts;
                 }
@@ -251,10 +252,12 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
             return;
         }
         let now = self.with.clock.now();
+        let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
         for (domain, known) in &mut self.with.state.job(name).domains {
             // Which of its namesakes it is is not known before its first backup.
             let Some(uuid) = known.uuid.clone().filter(|_| job.is_about(domain)) else { continue };
             known.count(now, repository, snapshots(&answer.lines, domain, &uuid));
+            known.follow(namesakes(&answer.lines, domain, &host));
         }
     }
 }
@@ -263,6 +266,24 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
 fn rules<'a>(job: &'a Job, repository: &str) -> Option<&'a Policy> {
     let as_replica = job.copy.iter().find(|copy| copy.to.get_ref() == repository);
     as_replica.map_or(job.keep.as_ref(), |copy| copy.keep.as_ref())
+}
+
+/// The parts that were damaged and are read again now, in turns: one that stays damaged holds up no other.
+fn reread(known: &Verified, turn: Option<(u32, u32)>) -> Vec<(u32, u32)> {
+    let damaged: Vec<_> = known.damaged.iter().filter(|part| Some(**part) != turn).collect();
+    let first = known.part as usize * REREAD_MAX % damaged.len().max(1);
+    let in_turn = damaged.iter().cycle().skip(first).take(REREAD_MAX.min(damaged.len()));
+    in_turn.map(|part| **part).collect()
+}
+
+/// Whether a problem is in a part of the data, `part` of `parts` from 1: not a damaged key or snapshot, nor a
+/// pack that is missing in another part, which each verification finds.
+fn is_damaged(lines: &[Value], (part, parts): (u32, u32)) -> bool {
+    let problems = lines.iter().filter(|line| line["problem"].is_string());
+    let files = problems.filter_map(|line| line["file"].as_str());
+    let packs = files.filter_map(|file| file.strip_prefix("data/")?.rsplit('/').next());
+    let packs = packs.filter_map(|name| name.parse::<FileId>().ok());
+    packs.into_iter().any(|id| id.part(parts) + 1 == part)
 }
 
 /// The snapshots of a machine, of those that were listed.
@@ -275,6 +296,25 @@ fn snapshots<'a>(
     let snapshot =
         |line: &'a Value| Some((line["id"].as_str()?, line["time"].as_str()?.parse().ok()?));
     lines.iter().filter(of_it).filter_map(snapshot)
+}
+
+/// The machines of that name that were backed up by this host and by no other, the newest first. What another
+/// host has backed up too may be there now.
+fn namesakes<'a>(lines: &'a [Value], domain: &str, host: &str) -> Vec<String> {
+    let of_name: Vec<&Value> = lines.iter().filter(|line| line["domain"] == domain).collect();
+    let elsewhere =
+        |uuid: &Value| of_name.iter().any(|it| it["uuid"] == *uuid && it["host"] != host);
+    let time = |line: &'a Value| line["time"].as_str()?.parse::<Timestamp>().ok();
+    let mut ours = of_name.clone();
+    ours.retain(|line| !elsewhere(&line["uuid"]));
+    ours.sort_by_key(|line| std::cmp::Reverse(time(line)));
+    let mut uuids: Vec<String> = Vec::new();
+    for uuid in ours.iter().filter_map(|line| line["uuid"].as_str()) {
+        if !uuids.iter().any(|known| known == uuid) {
+            uuids.push(uuid.to_owned());
+        }
+    }
+    uuids
 }
 
 /// Whether a repository is to be verified now: at the times of its own, else once a day.
@@ -360,6 +400,56 @@ mod tests {
         let lines = [line("a", "ours"), line("b", "theirs"), json!({"id": "c"})];
         let ours: Vec<_> = snapshots(&lines, "web", "ours").map(|(id, _)| id).collect();
         assert_eq!(ours, ["a"]);
+    }
+
+    #[test]
+    fn p3_a_lost_state_finds_the_earlier_machines_of_this_host_in_the_repository() {
+        let line = |uuid, host, day| {
+            let time = format!("2026-11-{day}T12:00:00Z");
+            json!({"id": "a", "uuid": uuid, "domain": "web", "host": host, "time": time})
+        };
+        let lines = [
+            line("oldest", "alder", 10),
+            line("old", "alder", 11),
+            line("moved", "alder", 12),
+            line("moved", "birch", 13),
+            line("theirs", "birch", 14),
+            line("now", "alder", 15),
+        ];
+        let mut web = crate::run::state::DomainState::default();
+        web.meet(Some("now"), at("2026-11-21T12:00:00Z"));
+        web.follow(namesakes(&lines, "web", "alder"));
+        web.follow(namesakes(&lines, "web", "alder"));
+        assert_eq!(web.machines("web"), ["web/oldest", "web/old", "web/now"]);
+    }
+
+    #[test]
+    fn p4_a_part_is_damaged_by_its_own_packs_alone() {
+        let problem = |file: &str| json!({"problem": "missing", "file": file, "snapshots": []});
+        // 0x00000021 is 33: the fourth of thirty parts.
+        let pack = format!("data/00/00000021{}", "0".repeat(56));
+        let end = json!({"problems": 2, "bytes_read": 5});
+        let lines = [problem(&pack), json!({"problem": "missing", "blob": "b"}), end];
+        assert!(is_damaged(&lines, (4, 30)));
+        assert!(!is_damaged(&lines, (5, 30)));
+        assert!(!is_damaged(&[problem(&pack.replace("data/00", "snapshots"))], (4, 30)));
+    }
+
+    #[test]
+    fn p4_a_part_that_stays_damaged_holds_up_no_other() {
+        let damaged = (1..=9).map(|part| (part, 30)).collect();
+        let mut known = Verified { damaged, ..Verified::default() };
+        let mut read = std::collections::BTreeSet::new();
+        for part in 0..3 {
+            known.part = 20 + part;
+            let again = reread(&known, Some((21 + part, 30)));
+            assert_eq!(again.len(), REREAD_MAX);
+            read.extend(again);
+        }
+        assert_eq!(read.len(), 9);
+        assert_eq!(reread(&Verified::default(), None), []);
+        known.damaged = [(3, 30), (4, 30)].into();
+        assert_eq!(reread(&known, Some((3, 30))), [(4, 30)], "its turn has come anyway");
     }
 
     #[test]

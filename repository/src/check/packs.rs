@@ -45,7 +45,7 @@ fn present(index: &Index, sizes: &HashMap<FileId, u64>) -> Vec<(FileId, u64)> {
     index.packs().iter().filter_map(present).collect()
 }
 
-/// Of the packs that are there the part that their names put them in. A name is a digest: parts are even.
+/// Of the packs that are there the part that their names put them in.
 pub(super) fn part(
     index: &Index,
     sizes: &HashMap<FileId, u64>,
@@ -53,10 +53,7 @@ pub(super) fn part(
     of: u32,
 ) -> Vec<(FileId, u64)> {
     let mut packs = present(index, sizes);
-    packs.retain(|(id, _)| {
-        let [a, b, c, d, ..] = id.0;
-        u32::from_be_bytes([a, b, c, d]) % of.max(1) == part
-    });
+    packs.retain(|(id, _)| id.part(of) == part);
     packs
 }
 
