@@ -37,7 +37,9 @@ pub async fn run(args: AlertArgs, context: &Context) -> Result<(), CommandError>
         text: String::new(),
     };
     let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
-    let (alerts, mut queue) = (&context.config()?.alerts, Queue::default());
+    let config = context.config()?;
+    config.check_alerts(context.global.config.as_deref())?;
+    let (alerts, mut queue) = (&config.alerts, Queue::default());
     let now = Timestamp::now();
     alerts.enqueue(&mut queue, &[event], now);
     let mut told = alerts.deliver(&host, &mut queue, now).await;

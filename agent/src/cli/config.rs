@@ -53,6 +53,7 @@ pub async fn run(command: &ConfigCommand, context: &Context) -> Result<(), Comma
 
 async fn check(context: &Context) -> Result<(), CommandError> {
     let config = context.config()?;
+    config.check_alerts(context.global.config.as_deref())?;
     let state = State::load(&context.global.state_dir);
     let now = Timestamp::now();
     let (machines, problem) = match config.job.is_empty() {

@@ -19,14 +19,16 @@ use crate::hypervisor::libvirt;
 use crate::hypervisor::libvirt::connection::Libvirt;
 use crate::lock::{AlertLock, LockError, RunLock};
 use crate::notify::known::Known;
-use crate::notify::{Event, Subject};
+use crate::notify::{Event, Kind, Subject};
 use crate::progress::human_bytes;
 use crate::run::child::Launcher;
 use crate::run::due::{self, Due};
 use crate::run::history::{Outcome, Step};
 use crate::run::state::{Pause, State};
+use crate::run::tell;
 use crate::run::watch::{self, Moment, Watch};
 use crate::run::{Begin, Clock, Ended, Machine, Runner};
+use crate::syslog;
 use crate::units::{human_duration, parse_duration};
 
 /// How long a run that is asked to stop may take to clean up.
@@ -101,7 +103,10 @@ pub async fn run(args: RunArgs, context: &Context) -> Result<(), CommandError> {
         };
         return say(context, &text, &json!({"paused": true, "until": until}));
     }
-    let config = context.config()?;
+    let config = context.config().inspect_err(|error| {
+        // Nothing is backed up, and who is to be told is not known.
+        syslog::tell(&format!("nothing is done: {error}"));
+    })?;
     for wanted in &args.jobs {
         if !config.job.contains_key(wanted.as_str()) {
             let known = config.job.keys().map(ToString::to_string).collect();
@@ -377,11 +382,21 @@ async fn really(
 
 /// Tells people what they do not know yet, and writes the figures. What cannot be told makes no backup bad.
 async fn tell_people(
-    (events, well): (Vec<Event>, &[Subject]),
+    (mut events, well): (Vec<Event>, &[Subject]),
     watch: &Watch<'_>,
     context: &Context,
 ) {
     let Watch { config, now, host, .. } = *watch;
+    let (mut well, subject) = (well.to_vec(), tell::telling());
+    match &config.alerts_problem {
+        None => well.push(subject),
+        Some(problem) => events.push(Event {
+            kind: Kind::Warning,
+            subject,
+            title: "not all are told: a part of [alerts] makes no sense".to_owned(),
+            text: problem.to_string(),
+        }),
+    }
     let state_dir = &context.global.state_dir;
     // A run that is active and one that only looks may both have something to tell.
     let _lock = match AlertLock::take(&context.global.run_dir).await {
@@ -402,8 +417,8 @@ async fn tell_people(
             tracing::warn!(%error, "people may be told again");
         }
     };
-    let remind = SignedDuration::from_hours(i64::from(config.alerts.remind_hours));
-    let events: Vec<Event> = known.sift(events, well, now, remind);
+    let remind = SignedDuration::from_hours(i64::from(config.alerts.remind_hours.max(1)));
+    let events: Vec<Event> = known.sift(events, &well, now, remind);
     for event in &events {
         tracing::warn!("{}: {}", event.kind.as_str(), event.title);
     }

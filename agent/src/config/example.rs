@@ -67,7 +67,7 @@ fn escape(text: &str) -> String {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::super::Config;
+    use super::super::{Config, Problem};
     use super::*;
 
     /// The example with all keys in force.
@@ -77,6 +77,11 @@ mod tests {
         keys.collect()
     }
 
+    fn parse(text: &str) -> Result<Config, Problem> {
+        let config = Config::parse(text)?;
+        config.alerts_problem.clone().map_or(Ok(config), Err)
+    }
+
     /// What may stand in a section, by what the parser says of a key that cannot.
     fn keys_of(section: &str) -> Vec<String> {
         let text = in_force();
@@ -84,16 +89,16 @@ mod tests {
         let at = text.find(&header).unwrap_or_else(|| panic!("{section} is not in the example"));
         let end = at + header.len();
         let wrong = format!("{}no-such-key = 1\n{}", &text[..end], &text[end..]);
-        let problem = Config::parse(&wrong).expect_err("no section has it").to_string();
+        let problem = parse(&wrong).expect_err("no section has it").to_string();
         assert!(problem.contains("unknown field `no-such-key`"), "{section}: {problem}");
         problem.split('`').skip(3).step_by(2).map(str::to_owned).collect()
     }
 
     #[test]
     fn the_example_is_a_configuration_with_all_keys_in_force_and_with_none() {
-        let config = Config::parse(&in_force()).unwrap();
+        let config = parse(&in_force()).unwrap();
         assert!(config.job.len() == 1 && config.repository.len() == 3 && config.metrics.is_some());
-        assert!(Config::parse(EXAMPLE).unwrap().job.is_empty());
+        assert!(parse(EXAMPLE).unwrap().job.is_empty());
     }
 
     #[test]
@@ -128,7 +133,7 @@ mod tests {
             }
         }
         let tables = |text: &str| -> BTreeSet<String> {
-            let problem = Config::parse(text).expect_err("it is unknown").to_string();
+            let problem = parse(text).expect_err("it is unknown").to_string();
             problem.split('`').skip(3).step_by(2).map(str::to_owned).collect()
         };
         for table in tables("no-such-table = 1\n") {
@@ -141,7 +146,7 @@ mod tests {
     fn the_short_file_in_the_text_does_its_work() {
         let short = EXAMPLE.lines().filter_map(|line| line.strip_prefix("#     "));
         let short: String = short.map(|line| format!("{line}\n")).collect();
-        let config = Config::parse(&short).unwrap();
+        let config = parse(&short).unwrap();
         assert!(config.job["nightly"].keep.is_some(), "{short}");
         assert_eq!(config.repositories_of(&config.job["nightly"]), ["main"]);
     }

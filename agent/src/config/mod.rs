@@ -70,6 +70,9 @@ pub struct Config {
     pub job: BTreeMap<Name, Job>,
     /// How `kvmsnap run` treats the host.
     pub run: Run,
+    /// What is wrong with who is told. Nobody loses backups for that, so it is no error.
+    #[serde(skip)]
+    pub alerts_problem: Option<Problem>,
 }
 
 impl Config {
@@ -97,16 +100,32 @@ impl Config {
     /// # Errors
     /// The first [`Problem`].
     pub fn parse(text: &str) -> Result<Self, Problem> {
-        let config = toml::from_str::<Self>(text).map_err(|error| Problem::of(&error, text))?;
+        let mut config = toml::from_str::<Self>(text).or_else(|error| {
+            let problem = Problem::of(&error, text);
+            let Ok(rest) = toml::from_str::<Self>(&without_alerts(text)) else {
+                return Err(problem);
+            };
+            Ok(Self { alerts_problem: Some(problem), ..rest })
+        })?;
         config.check(text)?;
+        if let Err((place, message)) = config.alerts.check() {
+            config.alerts_problem = Some(Problem::at(place_of(place, text), text, message));
+        }
         Ok(config)
+    }
+
+    /// What is wrong with who is told, for commands that are about that.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`].
+    pub fn check_alerts(&self, path: Option<&Path>) -> Result<(), ConfigError> {
+        let Some(problem) = self.alerts_problem.clone() else { return Ok(()) };
+        let path = path.unwrap_or(Path::new(PATH)).to_owned();
+        Err(ConfigError::Invalid { path, problem: Box::new(problem) })
     }
 
     /// What the types cannot say.
     fn check(&self, text: &str) -> Result<(), Problem> {
-        if let Err((place, message)) = self.alerts.check() {
-            return Err(Problem::at(place_of(place, text), text, message));
-        }
         for (name, job) in &self.job {
             if self.repositories_of(job).is_empty() {
                 let place = place_of(&format!("[job.{name}]"), text);
@@ -178,6 +197,19 @@ impl Config {
         of_it.sort_by_key(|(pattern, _)| pattern.vagueness(name));
         of_it.into_iter().fold(Domain::default(), |exact, (_, vague)| exact.or(vague))
     }
+}
+
+/// The same text without the tables of `[alerts]`; what is left stays in its lines.
+fn without_alerts(text: &str) -> String {
+    let mut is_alerts = false;
+    let rest = text.lines().map(|line| {
+        if line.starts_with('[') {
+            let name = line.trim_start_matches('[');
+            is_alerts = name.starts_with("alerts]") || name.starts_with("alerts.");
+        }
+        if is_alerts { "" } else { line }
+    });
+    rest.collect::<Vec<_>>().join("\n")
 }
 
 /// Where something is written, as far as that can be told.
@@ -257,13 +289,29 @@ mod tests {
                 "1:1: job `a` has no repository: name one, or call one `main`",
             ),
             ("[job.a]\nschedule = \"03:00\"\nwindow = \"2min\"\n", "3:10: a window is 10 min or"),
-            ("[alerts]\nremind-hours = 0\n", "2:1: `remind-hours` is 1 or more"),
-            ("[[alerts.webhook]]\ntoken-file = \"/t\"\n", "1:1: it needs `url` or `url-file`"),
             ("[repository.\"a/b\"]\nlocation = \"/x\"\n", "1:13: "),
         ] {
             let told = problem(text);
             assert!(told.starts_with(place), "{text}: {told}");
         }
+    }
+
+    #[test]
+    fn alerts_that_make_no_sense_are_told_with_their_place_and_cost_no_backup() {
+        let sound = "[repository.main]\nlocation = \"/srv\"\n[job.a]\nschedule = \"03:00\"\n\
+                     repository = \"main\"\n";
+        for (alerts, place) in [
+            ("[alerts]\nremind-hours = 0\n", "7:1: `remind-hours` is 1 or more"),
+            ("[[alerts.webhook]]\ntoken-file = \"/t\"\n", "6:1: it needs `url` or `url-file`"),
+            ("[alerts.mail]\nto = [\"nobody\"]\n", "7:"),
+            ("[[alerts.webhook]]\nurll = \"x\"\n[alerts.log]\nenabled = true\n", "7:1: unknown"),
+        ] {
+            let config = Config::parse(&format!("{sound}{alerts}[run]\nnice = 3\n")).unwrap();
+            assert!(config.job.len() == 1 && config.run.nice.get() == 3);
+            let told = config.check_alerts(None).expect_err(alerts).to_string();
+            assert!(told.contains(&format!("kvmsnap.toml:{place}")), "{alerts}: {told}");
+        }
+        assert!(Config::parse(sound).unwrap().check_alerts(None).is_ok());
     }
 
     #[test]

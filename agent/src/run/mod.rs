@@ -10,7 +10,7 @@ mod fresh;
 pub mod history;
 mod places;
 pub mod state;
-mod tell;
+pub mod tell;
 mod upkeep;
 pub mod watch;
 

@@ -110,6 +110,11 @@ pub fn keeping() -> Subject {
     Subject { job: None, domain: None, work: "state".to_owned() }
 }
 
+/// That people can be told.
+pub fn telling() -> Subject {
+    Subject { job: None, domain: None, work: "alerts".to_owned() }
+}
+
 /// Something about a whole job.
 pub fn of_job(job: &str, work: &str) -> Subject {
     Subject { job: Some(job.to_owned()), domain: None, work: work.to_owned() }
