@@ -1,7 +1,7 @@
 # The entries of this project. Each installs the Debian packages that it needs, and says so.
 CARGO ?= cargo
 
-.PHONY: help demo test test-libvirt test-machines test-others test-next check bench deb
+.PHONY: help demo test test-libvirt test-others test-next check bench deb
 
 help:
 	@echo "make demo    boot a guest, back it up twice while it writes, restore it, boot what was restored"
@@ -21,19 +21,17 @@ test:
 	$(MAKE) check
 	$(CARGO) build --workspace --bins
 	$(CARGO) test --workspace --test '*' --no-run
-	$(MAKE) -j3 --output-sync=line test-libvirt test-machines test-others
+	$(MAKE) -j2 --output-sync=line test-libvirt test-others
 	$(CARGO) test --workspace --doc
 	DPKG_DEB_COMPRESSOR_TYPE=none scripts/deb $${CARGO_TARGET_DIR:-target}/debug/kvmsnap $${CARGO_TARGET_DIR:-target}/debug/debian
 
-# Side by side, for much of their time is waiting. All of libvirt in one: they share a daemon. All that
-# boots whole machines in another, which is emulated slowly.
+# Side by side, for much of their time is waiting. All of libvirt in one, for they share a daemon; two of the
+# others go with them, so that both take about as long.
 tests := $(sort $(basename $(notdir $(wildcard */tests/*.rs))))
-of_libvirt := $(filter libvirt%,$(tests))
-of_machines := $(filter image_% lvm,$(tests))
+of_libvirt := $(filter libvirt% image_boot lvm,$(tests))
 test-libvirt: wanted := $(of_libvirt)
-test-machines: wanted := $(of_machines)
-test-others: wanted := $(filter-out $(of_libvirt) $(of_machines),$(tests))
-test-libvirt test-machines test-others:
+test-others: wanted := $(filter-out $(of_libvirt),$(tests))
+test-libvirt test-others:
 	KVMSNAP_REQUIRE_QEMU=1 $(CARGO) test --workspace --no-fail-fast $(addprefix --test ,$(wanted))
 
 test-next:

@@ -150,10 +150,12 @@ impl GuestBuilder {
     }
 
     pub(crate) fn kernel_command_line(&self) -> String {
-        // Without mitigations and address randomisation an emulated kernel boots a third faster.
-        let mut line = "console=ttyS0 quiet loglevel=4 mitigations=off nokaslr tsc=reliable \
+        // Without mitigations and address randomisation an emulated kernel boots a third faster. On a loaded
+        // host an emulated timer may tick too late for the kernel to find it in time ("timer does not work").
+        let mut line =
+            "console=ttyS0 quiet loglevel=4 mitigations=off nokaslr tsc=reliable no_timer_check \
                         random.trust_cpu=on"
-            .to_owned();
+                .to_owned();
         for disk in &self.disks {
             let device = self.device_name(&disk.id);
             match disk.file_system.filter(|_| disk.mounted) {
