@@ -154,15 +154,18 @@ impl Plan<'_> {
 
     /// The last time at or before `until`, delay included.
     pub fn last(&self, until: Timestamp) -> Option<Timestamp> {
-        let mut time = self.schedule.last(until, self.zone)?;
+        let mut next = self.schedule.last(until, self.zone);
+        let mut last = None;
         for _ in 0..LOOK_MAX {
+            // A time with a long delay may begin after the one that follows it.
+            let Some(time) = next.filter(|time| Some(later(*time, self.delay_max)) > last) else {
+                break;
+            };
             let begin = later(time, self.delay(time));
-            if begin <= until {
-                return Some(begin);
-            }
-            time = self.schedule.last(time - SignedDuration::from_secs(1), self.zone)?;
+            last = last.max(Some(begin).filter(|begin| *begin <= until));
+            next = self.schedule.last(time - SignedDuration::from_secs(1), self.zone);
         }
-        None
+        last
     }
 
     /// The first time after `after`, delay included.
