@@ -231,13 +231,10 @@ impl Session {
     /// # Errors
     /// [`DatabaseError`]; nobody waits then.
     pub async fn lock(self) -> Result<Locked, DatabaseError> {
+        let deadline = Instant::now() + self.timeout;
         let late = || DatabaseError::Late { step: "hold still", waited: self.timeout };
         match self.connection {
             Connection::MariaDb(mut session) => {
-                // Hooks and other servers may have taken minutes since the first time. What is left to write out
-                // under the lock no timeout of ours can end: the server does not listen meanwhile.
-                within(FLUSH_TIMEOUT, "write out what it holds", session.flush()).await?;
-                let deadline = Instant::now() + self.timeout;
                 let locked = timeout_at(deadline, session.lock(self.timeout)).await;
                 let state = locked.map_err(|_| late())??;
                 let (words, heard) = mpsc::channel(1);
@@ -245,7 +242,6 @@ impl Session {
                 Ok(Locked { state, holder: Some(Holder { words, task }) })
             }
             Connection::PostgreSql(session) => {
-                let deadline = Instant::now() + self.timeout;
                 // Nothing holds it still: what it writes after this is replayed when it starts.
                 timeout_at(deadline, session.checkpoint()).await.map_err(|_| late())??;
                 let why = "PostgreSQL replays what it wrote since its last checkpoint".to_owned();
