@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use integration::faults::{Contents, assert_says, noise, signal, wait_until};
+use integration::libvirt::WAIT;
 use integration::{Host, Outcome, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -15,7 +16,6 @@ use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
 const SIZE: u64 = 4 * MIB;
 const MAC: &str = "52:54:00:12:34:56";
-const AGENT_TIMEOUT: Duration = Duration::from_secs(60);
 const TPM_STATES: &str = "/var/lib/libvirt/swtpm";
 
 /// What libvirt is asked to forget at the end, whatever became of the test.
@@ -146,7 +146,7 @@ fn p5_a_machine_lost_with_its_host_is_back() {
     let sums = "cat /mnt/vda/file /dev/vdb | sha256sum; test -d /sys/firmware/efi";
     let was = domain.sh(sums);
     // An agent that connects while a backup runs keeps libvirt 9.0 from ending any job for 30 s.
-    wait_until(AGENT_TIMEOUT, "libvirt has its agent", || ping(&domain).is_ok());
+    wait_until(WAIT, "libvirt has its agent", || ping(&domain).is_ok());
     let host = Host::new();
     host.ok(["backup", domain.name()]);
     let variables = fs::read(domain.folder().join("nvram.fd")).unwrap();
@@ -174,7 +174,7 @@ fn p5_a_machine_lost_with_its_host_is_back() {
 
     assert_done(&outcome);
     domain.wait_up(start);
-    wait_until(AGENT_TIMEOUT, "it answers through its agent", || ping(&domain).is_ok());
+    wait_until(WAIT, "it answers through its agent", || ping(&domain).is_ok());
     assert_eq!(domain.sh(sums), was);
     assert_eq!(domain.uuid(), uuid);
     assert!(domain.xml().contains(MAC));
@@ -242,8 +242,13 @@ fn p5_a_tpm_has_its_state_again() {
     let state = |uuid: &str| {
         fs::read(Path::new(TPM_STATES).join(uuid).join("tpm2/tpm2-00.permall")).unwrap()
     };
-    let (host, was) = (Host::new(), state(&domain.uuid()));
-    host.ok(["backup", domain.name()]);
+    let (host, uuid, mut was) = (Host::new(), domain.uuid(), Vec::new());
+    // The firmware writes to it while it starts: only a state that lasted is the one in the backup.
+    wait_until(WAIT, "a backup while the TPM rests", || {
+        was = state(&uuid);
+        host.ok(["backup", domain.name()]);
+        state(&uuid) == was
+    });
     let (to, name) = (domain.folder().join("clone"), format!("{}-clone", domain.name()));
     let latest = format!("latest:{}", domain.name());
 
@@ -402,9 +407,7 @@ fn p5_in_place_a_disk_that_another_qemu_has_open_is_refused() {
 
     signal(pid, Signal::SIGKILL);
     assert_says(&refused, 1, &format!("the image {} is in use", vda.display()));
-    wait_until(Duration::from_secs(10), "the daemon is gone", || {
-        !Path::new(&format!("/proc/{pid}")).exists()
-    });
+    wait_until(WAIT, "the daemon is gone", || !Path::new(&format!("/proc/{pid}")).exists());
     assert_done(&scene.restore(&["--in-place"]));
 }
 

@@ -132,8 +132,9 @@ fn tpm_files(state: &Path) -> Vec<(PathBuf, String, Role)> {
             let part =
                 |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let name = format!("tpm-{}-{}", part(&folder), part(&path));
-            // Locks and sockets are of this host.
-            if !name.ends_with(".lock") && files.len() < TPM_FILES_MAX {
+            // Locks and sockets are of this host, and what swtpm has not given its name is half written.
+            let unfinished = part(&path).starts_with("TMP");
+            if !unfinished && !name.ends_with(".lock") && files.len() < TPM_FILES_MAX {
                 files.push((path, name, Role::Tpm));
             }
         }
@@ -161,5 +162,25 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     match content.len() as u64 > FILE_LEN_MAX {
         true => Err(io::ErrorKind::FileTooLarge.into()),
         false => Ok(content),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tpm_state_has_no_locks_and_nothing_half_written() {
+        let state = tempfile::tempdir().unwrap();
+        let folder = state.path().join("tpm2");
+        fs::create_dir(&folder).unwrap();
+        for file in [".lock", "TMP2-00.permall", "tpm2-00.permall"] {
+            fs::write(folder.join(file), file).unwrap();
+        }
+
+        let files = tpm_files(state.path());
+
+        let wanted = (folder.join("tpm2-00.permall"), "tpm-tpm2-tpm2-00.permall".into(), Role::Tpm);
+        assert_eq!(files, [wanted]);
     }
 }
