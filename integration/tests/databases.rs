@@ -4,6 +4,7 @@
 //! The machine has no operating system: its agent, when it is told to freeze, puts the server's files on the disk
 //! as they lie there at that instant.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -151,6 +152,47 @@ fn p2_a_mariadb_starts_without_recovery_where_the_level_says_application() {
     for recovers in ["Starting crash recovery", "Aria engine: starting recovery"] {
         assert!(!log.contains(recovers), "{log}");
     }
+    scene.assert_all_is_over();
+}
+
+#[test]
+fn nobody_is_held_while_servers_write_out_what_came_while_hooks_ran() {
+    let Some(scene) = Scene::new() else { return };
+    let server = mariadb("RELOAD, SUPER");
+    let (said, socket) = (server.folder().join("said"), server.folder().join("socket"));
+    server.say(&format!("SET GLOBAL general_log_file = {said:?}, general_log = ON"));
+    // Two of them, told apart by their sessions.
+    let file = password_file(scene.host.folder(), PASSWORD);
+    let port = server.port();
+    let more = format!(
+        "required = true\ntimeout = \"30s\"\n[[domain.web.database]]\nkind = \"mariadb\"\n\
+         host = \"127.0.0.1\"\nport = {port}\nuser = \"kvmsnap\"\npassword-file = {file:?}\n\
+         required = true\ntimeout = \"30s\"\n[[domain.web.hook]]\nat = \"freeze\"\nrequired = true\n\
+         command = [\"mariadb\", \"--no-defaults\", \"-uroot\", \"--socket\", {socket:?}, \"-e\", \
+         \"CREATE DATABASE late\"]"
+    );
+    scene.configure("mariadb", port, PASSWORD, &more);
+
+    scene.made();
+
+    let said = fs::read_to_string(said).expect("a log");
+    let said: Vec<(&str, &str)> = said
+        .lines()
+        .filter_map(|line| line.split_once(" Query\t"))
+        .map(|(begin, what)| (begin.split_whitespace().last().unwrap_or_default(), what))
+        .collect();
+    let place = |from: usize, wanted: &str| {
+        let at = said[from..].iter().position(|(_, what)| what.contains(wanted));
+        from + at.unwrap_or_else(|| panic!("nobody said {wanted}: {said:?}"))
+    };
+    let hook = place(0, "CREATE DATABASE late");
+    let lock = place(hook, "WITH READ LOCK");
+    let another = place(lock + 1, "WITH READ LOCK");
+    let writes = |(_, what): &&(&str, &str)| what.contains("checkpoint");
+    let between: HashSet<&str> = said[hook..lock].iter().filter(writes).map(|it| it.0).collect();
+    assert_eq!(between.len(), 2, "each writes out before the first lock: {said:?}");
+    let mut held = said[lock..another].iter().filter(writes);
+    assert!(held.all(|it| it.0 == said[lock].0), "it waits for another: {said:?}");
     scene.assert_all_is_over();
 }
 

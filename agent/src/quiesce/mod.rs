@@ -1,7 +1,7 @@
 //! Making a guest's data consistent for an instant, and always letting go.
 //!
 //! ```text
-//! hooks at `before` ─► servers flush ─► hooks at `freeze` ─► locks ─► freeze ─► point in time ─► thaw ─► hooks at `thaw`
+//! hooks at `before` ─► servers flush ─► hooks at `freeze` ─► flush again ─► locks ─► freeze ─► point in time ─► thaw ─► hooks at `thaw`
 //! ```
 //!
 //! All but the first is held by a separate process ([`watchdog`]), so that neither a hang nor the death of

@@ -1,8 +1,12 @@
 //! The watchdog's side of applications: it holds their locks and tells them, so that neither the death of a run
 //! nor its hanging keeps them.
 
+use std::collections::BTreeMap;
+
+use tokio::task::JoinSet;
+
 use super::application::{About, Applications, Report, State};
-use super::database::Locked;
+use super::database::{DatabaseError, Locked, Session};
 use super::guest_agent::AgentAddress;
 use super::hook::At;
 
@@ -35,11 +39,12 @@ impl Still {
     }
 
     /// Has them hold still: first the servers write out what they hold, while everybody goes on, then hooks are
-    /// told, and at last the servers are locked. May be dropped at any point; then [`Self::release`] follows.
+    /// told, servers write out once more, and at last they are locked. May be dropped at any point; then
+    /// [`Self::release`] follows.
     ///
     /// Returns false where one that is required failed: then the rest is not tried.
     pub async fn hold(&mut self) -> bool {
-        let mut sessions = Vec::new();
+        let mut sessions = BTreeMap::new();
         for database in &self.applications.databases {
             let connected = database.connect().await;
             let state = match &connected {
@@ -61,7 +66,7 @@ impl Still {
             };
             self.reports.push(Report { name: hook.name(), required: hook.required, state });
         }
-        for (place, session) in sessions {
+        for (place, session) in self.flush_again(sessions).await {
             if self.is_over() {
                 return false;
             }
@@ -71,6 +76,32 @@ impl Still {
             }
         }
         !self.is_over()
+    }
+
+    /// Hooks and other servers may have taken minutes since the first time, and what is written out under a lock no
+    /// timeout of ours can end: the server does not listen meanwhile. All at once and before the first lock, so
+    /// that nobody is held while another server writes. Returns those that did, in their order.
+    async fn flush_again(
+        &mut self,
+        sessions: BTreeMap<usize, Session>,
+    ) -> BTreeMap<usize, Session> {
+        let (mut at_work, mut flushed) = (JoinSet::new(), BTreeMap::new());
+        for (place, session) in sessions {
+            // Until it has said otherwise.
+            self.reports[place].state = State::failed(&DatabaseError::Gone);
+            at_work.spawn(async move { (place, session.flush_again().await) });
+        }
+        while let Some(ended) = at_work.join_next().await {
+            let Ok((place, outcome)) = ended else { continue };
+            self.reports[place].state = match outcome {
+                Ok(session) => {
+                    flushed.insert(place, session);
+                    State::Clean
+                }
+                Err(error) => State::failed(&error),
+            };
+        }
+        flushed
     }
 
     fn is_over(&self) -> bool {

@@ -43,12 +43,16 @@ impl Session {
         Ok(Self { connection, no_checkpoint: None })
     }
 
-    /// Has InnoDB write out what it holds, while everybody goes on writing.
+    /// Has InnoDB and Aria write out what they hold, while everybody goes on writing.
     ///
     /// # Errors
     /// [`DatabaseError`]; not where the account may not ask for it.
     pub async fn flush(&mut self) -> Result<(), DatabaseError> {
-        match self.checkpoint().await {
+        let flushed = match self.checkpoint().await {
+            Ok(()) => self.checkpoint_of_aria().await,
+            refused => refused,
+        };
+        match flushed {
             Err(Error::Server(error)) if NOT_FOR_US.contains(&error.code) => {
                 self.no_checkpoint = Some(error.message);
                 Ok(())
@@ -71,9 +75,7 @@ impl Session {
         if let Some(why) = &self.no_checkpoint {
             return Ok(State::Flushed { why: format!("its log is replayed: {why}") });
         }
-        // System tables are Aria's, which makes a full checkpoint when that is set anew (`ma_checkpoint.c`).
-        let aria = "SET GLOBAL aria_checkpoint_interval = @@GLOBAL.aria_checkpoint_interval";
-        self.run(aria, "make a checkpoint of Aria").await?;
+        self.checkpoint_of_aria().await.map_err(refused("make a checkpoint of Aria"))?;
         let start = Instant::now();
         let settle = SETTLE_TIMEOUT_MAX.min(timeout / 4);
         self.purge(settle).await?;
@@ -132,6 +134,12 @@ impl Session {
 
     async fn checkpoint(&mut self) -> Result<(), Error> {
         self.connection.query_drop("SET GLOBAL innodb_log_checkpoint_now = ON").await
+    }
+
+    /// System tables are Aria's, which makes a full checkpoint when its interval is set anew (`ma_checkpoint.c`).
+    async fn checkpoint_of_aria(&mut self) -> Result<(), Error> {
+        let anew = "SET GLOBAL aria_checkpoint_interval = @@GLOBAL.aria_checkpoint_interval";
+        self.connection.query_drop(anew).await
     }
 
     async fn run(&mut self, statement: &str, step: &'static str) -> Result<(), DatabaseError> {

@@ -29,6 +29,8 @@ const LOCK_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long it may take to flush what it holds before anything waits for it.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long for what came since, while hooks were told already: one that needs longer would need it under its lock.
+const FLUSH_AGAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to say once more that nothing has changed, or that it lets go.
 const WORD_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -160,13 +162,12 @@ impl Database {
         format!("{} {host}:{port}", self.kind.as_str())
     }
 
-    /// How long connecting, flushing and locking may take at most.
+    /// How long connecting, flushing twice and locking may take at most.
     pub fn time_max(&self) -> Duration {
-        CONNECT_TIMEOUT + FLUSH_TIMEOUT + self.timeout + WORD_TIMEOUT
+        CONNECT_TIMEOUT + FLUSH_TIMEOUT + FLUSH_AGAIN_TIMEOUT + self.timeout + WORD_TIMEOUT
     }
 
-    /// Connects, and has the server write out what it holds: nothing waits for that, and what is left to do
-    /// under the lock is little.
+    /// Connects, and has the server write out what it holds: nothing waits for that.
     ///
     /// # Errors
     /// [`DatabaseError`].
@@ -181,16 +182,8 @@ impl Database {
                 }
             })
         };
-        let mut connection = within(CONNECT_TIMEOUT, "answer", connect).await?;
-        match &mut connection {
-            Connection::MariaDb(session) => {
-                within(FLUSH_TIMEOUT, "write out what it holds", session.flush()).await?;
-            }
-            Connection::PostgreSql(session) => {
-                within(FLUSH_TIMEOUT, "make a checkpoint", session.checkpoint()).await?;
-            }
-        }
-        Ok(Session { connection, timeout: self.timeout })
+        let connection = within(CONNECT_TIMEOUT, "answer", connect).await?;
+        Session { connection, timeout: self.timeout }.flush(FLUSH_TIMEOUT).await
     }
 
     fn port(&self) -> u16 {
@@ -226,6 +219,27 @@ pub struct Session {
 }
 
 impl Session {
+    /// Has the server write out what came since it connected, right before the locks: what is left to do under its
+    /// own is little then.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]; nobody waits for it then.
+    pub async fn flush_again(self) -> Result<Self, DatabaseError> {
+        self.flush(FLUSH_AGAIN_TIMEOUT).await
+    }
+
+    async fn flush(mut self, limit: Duration) -> Result<Self, DatabaseError> {
+        match &mut self.connection {
+            Connection::MariaDb(session) => {
+                within(limit, "write out what it holds", session.flush()).await?;
+            }
+            Connection::PostgreSql(session) => {
+                within(limit, "make a checkpoint", session.checkpoint()).await?;
+            }
+        }
+        Ok(self)
+    }
+
     /// Has the server hold still. From here on until it is let go, or the timeout is over, what writes to it waits.
     ///
     /// # Errors
@@ -241,9 +255,8 @@ impl Session {
                 let task = tokio::spawn(hold(session, heard, deadline, self.timeout));
                 Ok(Locked { state, holder: Some(Holder { words, task }) })
             }
-            Connection::PostgreSql(session) => {
-                // Nothing holds it still: what it writes after this is replayed when it starts.
-                timeout_at(deadline, session.checkpoint()).await.map_err(|_| late())??;
+            Connection::PostgreSql(_) => {
+                // Nothing holds it still: what it writes after its checkpoint is replayed when it starts.
                 let why = "PostgreSQL replays what it wrote since its last checkpoint".to_owned();
                 Ok(Locked { state: State::Flushed { why }, holder: None })
             }
