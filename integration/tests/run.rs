@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -365,6 +365,35 @@ fn snapshots_are_thinned_out_by_the_rules_of_the_job() {
     let names: Vec<&str> = left.iter().map(|line| text(line, "domain")).collect();
     assert_eq!(names, ["theirs", "web", "web"]);
     there.host.assert_holds(&left[2], &contents);
+}
+
+#[test]
+fn p4_what_is_proved_to_be_sound_by_hand_is_well_at_once() {
+    let Some((guest, _)) = machine() else { return };
+    let job = "verify = { schedule = \"every 15 min\", read-all-in = \"30min\" }";
+    let there = Unattended::new(&[("web", &guest.qmp())], job);
+    assert_eq!(there.done(MORNING), pairs(&[("backup", "done"), ("verify", "done")]));
+    let folders = fs::read_dir(there.host.repository().join("data")).expect("packs").flatten();
+    let packs = folders.flat_map(|folder| fs::read_dir(folder.path()).expect("a folder").flatten());
+    let len = |pack: &PathBuf| fs::metadata(pack).expect("a file").len();
+    let pack = packs.map(|pack| pack.path()).max_by_key(len).expect("a pack");
+    let content = fs::read(&pack).expect("a pack");
+    let mut damaged = content.clone();
+    damaged[content.len() / 2] ^= 1;
+    fs::write(&pack, &damaged).expect("a damaged pack");
+    // One of two parts has it.
+    let mut turns =
+        ["03:20", "03:35", "03:50"].map(|at| format!("2040-03-01T{at}:00Z")).into_iter();
+    let found = turns.by_ref().find(|at| there.run_at(at, &[]).code != Some(0));
+    assert!(found.is_some() && turns.len() > 0, "{found:?}");
+    assert_says(&there.host.run(["verify", "--read-data"]), 1, "1 problem");
+    fs::write(&pack, &content).expect("it is mended");
+
+    there.host.ok(["verify", "--read-data"]);
+
+    // The other part, whose turn it is, and nothing else.
+    let next = turns.next().expect("one is left");
+    assert_eq!(there.done(&next), pairs(&[("verify", "done")]));
 }
 
 #[test]

@@ -16,6 +16,7 @@ use super::{Context, Wanted, announce_lock_to_read};
 use crate::catalog::{Catalog, SnapshotName, short};
 use crate::error::CommandError;
 use crate::progress::human_bytes;
+use crate::run::damage::Mark;
 use crate::share::Share;
 use crate::store::blocking;
 
@@ -55,6 +56,15 @@ enum Read {
     Part(u32, u32),
 }
 
+impl Read {
+    fn is_all(self) -> bool {
+        match self {
+            Self::Share(share) => share.percent() >= 100.0,
+            Self::Part(_, of) => of == 1,
+        }
+    }
+}
+
 /// Runs it.
 ///
 /// # Errors
@@ -62,6 +72,8 @@ enum Read {
 pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError> {
     let repository = context.open().await?;
     let (wanted, read) = (args.snapshots, args.read_data);
+    let mark = Mark::of(&context.global.state_dir, repository.id());
+    let known = mark.look().filter(|_| wanted.is_empty() && read.is_some_and(Read::is_all));
     let mut report = look(&repository, &wanted, read, context).await?;
     let replica = args.from.map(|name| context.another(&name, args.from_password_file.as_deref()));
     let replica = replica.transpose()?;
@@ -74,7 +86,12 @@ pub async fn run(args: VerifyArgs, context: &Context) -> Result<(), CommandError
         report = look(&repository, &wanted, None, context).await?;
     }
     match report.problems.len().max(left) {
-        0 => Ok(()),
+        0 => {
+            if let Some(Err(error)) = known.map(|known| mark.take_away(&known)) {
+                tracing::warn!(%error, "the next run reads again what it found to be damaged");
+            }
+            Ok(())
+        }
         problems => Err(CommandError::Damaged { problems }),
     }
 }
@@ -96,7 +113,7 @@ async fn look(
             || problem.affected.iter().any(|snapshot| wanted.contains(&snapshot.id))
     };
     report.problems.retain(concerns);
-    print(&report, context)?;
+    print(&report, repository.id(), context)?;
     Ok(report)
 }
 
@@ -195,7 +212,7 @@ fn tell(progress: &crate::progress::Progress, step: CheckProgress) {
     }
 }
 
-fn print(report: &CheckReport, context: &Context) -> Result<(), CommandError> {
+fn print(report: &CheckReport, id: &str, context: &Context) -> Result<(), CommandError> {
     let mut out = std::io::stdout().lock();
     for problem in &report.problems {
         let affected: Vec<_> = problem.affected.iter().map(|s| s.id.to_string()).collect();
@@ -229,7 +246,7 @@ fn print(report: &CheckReport, context: &Context) -> Result<(), CommandError> {
             "snapshots": report.snapshots, "packs": report.packs, "packs_read": report.packs_read,
             "bytes_read": report.bytes_read, "problems": report.problems.len(),
             "unreferenced_packs": report.unreferenced_packs.len(),
-            "only_data": report.has_only_data(),
+            "only_data": report.has_only_data(), "repository": id,
         });
         return context.print_json(&mut out, &line);
     }
@@ -274,6 +291,8 @@ mod tests {
         assert_eq!(parse_read("3/30"), Ok(Read::Part(2, 30)));
         assert_eq!(parse_read("1/1"), Ok(Read::Part(0, 1)));
         assert!(matches!(parse_read("10%"), Ok(Read::Share(_))));
+        let is_all = |text| parse_read(text).unwrap().is_all();
+        assert!(is_all("1/1") && is_all("100%") && !is_all("99.9%") && !is_all("1/2"));
         for text in ["0/3", "4/3", "/", "a/b", "1/0", "0%"] {
             assert!(parse_read(text).is_err(), "{text}");
         }

@@ -4,6 +4,7 @@
 
 mod backups;
 pub mod child;
+pub mod damage;
 mod digest;
 pub mod due;
 mod fresh;

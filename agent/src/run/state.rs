@@ -112,6 +112,8 @@ pub struct Verified {
     /// The parts that were found to be damaged, by number and of how many, from 1: each is read again until it
     /// is sound.
     pub damaged: BTreeSet<(u32, u32)>,
+    /// The repository's id, where a file tells of the damage too: without that file all was proved to be sound.
+    pub marked: Option<String>,
 }
 
 /// A repository.

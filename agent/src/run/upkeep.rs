@@ -1,5 +1,7 @@
 //! What a repository needs after backups: it is thinned out, and proved to be sound.
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -7,10 +9,11 @@ use repository::FileId;
 use serde_json::Value;
 
 use super::child::Answer;
+use super::damage::Mark;
 use super::due;
 use super::history::{Outcome, Step};
 use super::state::Verified;
-use super::{Runner, STEP_TIMEOUT};
+use super::{Begin, Runner, STEP_TIMEOUT};
 use crate::config::{Job, Length, Prune, VerifyPlan};
 use crate::progress::human_bytes;
 use crate::retention::Policy;
@@ -179,10 +182,11 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         let (name, job) = named;
         let Some(plan) = job.verify() else { return };
         let now = self.with.clock.now();
-        let known = self.verified(name, repository).clone();
-        if !is_due(&plan, job, known.last, now) {
+        if !is_due(&plan, job, self.verified(name, repository).last, now) {
             return;
         }
+        self.forget_mended();
+        let known = self.verified(name, repository).clone();
         let parts = parts(&plan, job, now);
         let turn = parts.map(|parts| (known.part % parts + 1, parts));
         for part in reread(&known, turn).into_iter().map(Some).chain([turn]) {
@@ -191,10 +195,16 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
                 return self.over(step);
             }
             // The last line says that it came to its end.
-            let is_read = answer.lines.last().is_some_and(|line| line["bytes_read"].is_u64());
-            let known = self.verified(name, repository);
-            if let Some((number, parts)) = part.filter(|_| is_read) {
-                known.read((number, parts), !is_damaged(&answer.lines, (number, parts)));
+            let end = answer.lines.last().filter(|line| line["bytes_read"].is_u64());
+            let state_dir = &self.with.state_dir;
+            let known =
+                self.with.state.job(name).verified.entry(repository.to_owned()).or_default();
+            if let (Some((number, parts)), Some(end)) = (part, end) {
+                let is_sound = !is_damaged(&answer.lines, (number, parts));
+                known.read((number, parts), is_sound);
+                if !is_sound {
+                    known.marked = mark(state_dir, &end["repository"]);
+                }
                 if part == turn {
                     known.part = number % parts;
                 }
@@ -205,6 +215,16 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
                 step.text += "\nother parts of the data were damaged when they were last read";
             }
             self.over(step);
+        }
+    }
+
+    /// What somebody has proved by hand to be sound since a run found it to be damaged, is.
+    fn forget_mended(&mut self) {
+        let Begin { state, state_dir, .. } = &mut self.with;
+        for known in state.jobs.values_mut().flat_map(|job| job.verified.values_mut()) {
+            if known.marked.as_ref().is_some_and(|id| Mark::of(state_dir, id).is_gone()) {
+                (known.marked, known.damaged) = (None, BTreeSet::new());
+            }
         }
     }
 
@@ -266,6 +286,18 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
 fn rules<'a>(job: &'a Job, repository: &str) -> Option<&'a Policy> {
     let as_replica = job.copy.iter().find(|copy| copy.to.get_ref() == repository);
     as_replica.map_or(job.keep.as_ref(), |copy| copy.keep.as_ref())
+}
+
+/// Tells those who verify by hand of damage; the repository's id where that is possible.
+fn mark(state_dir: &Path, id: &Value) -> Option<String> {
+    let id = id.as_str()?;
+    match Mark::of(state_dir, id).set() {
+        Ok(()) => Some(id.to_owned()),
+        Err(error) => {
+            tracing::warn!(%error, "damage is read again, also once it was mended by hand");
+            None
+        }
+    }
 }
 
 /// The parts that were damaged and are read again now, in turns: one that stays damaged holds up no other.
