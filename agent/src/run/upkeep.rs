@@ -471,7 +471,7 @@ mod tests {
     fn p4_a_part_that_stays_damaged_holds_up_no_other() {
         let damaged = (1..=9).map(|part| (part, 30)).collect();
         let mut known = Verified { damaged, ..Verified::default() };
-        let mut read = std::collections::BTreeSet::new();
+        let mut read = BTreeSet::new();
         for part in 0..3 {
             known.part = 20 + part;
             let again = reread(&known, Some((21 + part, 30)));
