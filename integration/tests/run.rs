@@ -1,6 +1,6 @@
 //! What a timer starts: `kvmsnap run`, with guests of its own and a clock that the test sets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -102,6 +102,13 @@ fn lines(outcome: &Outcome) -> Vec<Value> {
 
 fn word(line: &Value, field: &str) -> String {
     text(line, field).to_owned()
+}
+
+/// The packs of a host's repository.
+fn packs(host: &Host) -> BTreeSet<PathBuf> {
+    let folders = fs::read_dir(host.repository().join("data")).expect("packs").flatten();
+    let packs = folders.flat_map(|folder| fs::read_dir(folder.path()).expect("a folder").flatten());
+    packs.map(|pack| pack.path()).collect()
 }
 
 fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -373,10 +380,8 @@ fn p4_what_is_proved_to_be_sound_by_hand_is_well_at_once() {
     let job = "verify = { schedule = \"every 15 min\", read-all-in = \"30min\" }";
     let there = Unattended::new(&[("web", &guest.qmp())], job);
     assert_eq!(there.done(MORNING), pairs(&[("backup", "done"), ("verify", "done")]));
-    let folders = fs::read_dir(there.host.repository().join("data")).expect("packs").flatten();
-    let packs = folders.flat_map(|folder| fs::read_dir(folder.path()).expect("a folder").flatten());
     let len = |pack: &PathBuf| fs::metadata(pack).expect("a file").len();
-    let pack = packs.map(|pack| pack.path()).max_by_key(len).expect("a pack");
+    let pack = packs(&there.host).into_iter().max_by_key(len).expect("a pack");
     let content = fs::read(&pack).expect("a pack");
     let mut damaged = content.clone();
     damaged[content.len() / 2] ^= 1;
@@ -394,6 +399,37 @@ fn p4_what_is_proved_to_be_sound_by_hand_is_well_at_once() {
     // The other part, whose turn it is, and nothing else.
     let next = turns.next().expect("one is left");
     assert_eq!(there.done(&next), pairs(&[("verify", "done")]));
+}
+
+#[test]
+fn p4_what_a_first_backup_left_is_no_alarm_and_snapshots_that_vanished_are() {
+    let Some((guest, _)) = machine() else { return };
+    let there =
+        Unattended::new(&[("web", &guest.qmp())], "verify = false\nretries = 0\nprune = \"04:00\"");
+    let made = there.host.backup(&guest, &[]);
+    let folder = there.host.repository();
+    let snapshot = folder.join("snapshots").join(text(&made, "id"));
+    fs::remove_file(snapshot).expect("as if it had not come so far");
+    let before = packs(&there.host);
+    drop(guest);
+    assert_ne!(there.run_at(MORNING, &[]).code, Some(0), "its machine is away");
+
+    let first = there.steps("2040-03-01T04:05:00Z");
+
+    assert_eq!((&first[0]["work"], &first[0]["outcome"]), (&json!("prune"), &json!("done")));
+    assert!(text(&first[0], "text").contains("no snapshot yet"), "{first:?}");
+    let state = there.host.state().join("jobs.json");
+    let known = fs::read_to_string(&state).expect("it was kept");
+    let seen = known.replace("\"had_snapshots\": false", "\"had_snapshots\": true");
+    assert_ne!(known, seen);
+    fs::write(&state, seen).expect("it had some");
+
+    let second = lines(&there.run_at("2040-03-02T04:05:00Z", &[]));
+
+    let prune = second.iter().find(|step| step["work"] == "prune").expect("it was tried");
+    assert_eq!(prune["outcome"], "failed", "{prune:?}");
+    assert!(text(prune, "text").contains("but not one snapshot: nothing was removed"), "{prune:?}");
+    assert_eq!(packs(&there.host), before);
 }
 
 #[test]

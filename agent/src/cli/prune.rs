@@ -5,7 +5,7 @@ use std::io::Write;
 use std::mem::discriminant;
 use std::time::Duration;
 
-use ::repository::{FileId, PruneOptions, PruneProgress, PruneReport, Repository};
+use ::repository::{FileId, PruneOptions, PruneProgress, PruneReport, Repository, RepositoryError};
 use clap::Args;
 
 use super::Context;
@@ -35,6 +35,9 @@ pub struct PruneArgs {
     /// Remove all data where there is no snapshot at all
     #[arg(long)]
     allow_empty: bool,
+    /// Do nothing where there is no snapshot at all, as after a first backup that did not finish
+    #[arg(long, conflicts_with = "allow_empty")]
+    skip_empty: bool,
     /// Only say what would be freed
     #[arg(long)]
     dry_run: bool,
@@ -54,7 +57,24 @@ pub async fn run(args: PruneArgs, context: &Context) -> Result<(), CommandError>
     options.allow_empty = args.allow_empty;
     options.dry_run = args.dry_run;
     options.patience = Duration::from_secs(args.wait);
-    prune(context.open().await?, options, context).await
+    match prune(context.open().await?, options, context).await {
+        Err(CommandError::Repository(RepositoryError::NoSnapshots { packs }))
+            if args.skip_empty =>
+        {
+            print_skipped(packs, context)
+        }
+        outcome => outcome,
+    }
+}
+
+fn print_skipped(packs: u64, context: &Context) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    if context.global.json {
+        let line = serde_json::json!({"snapshots": 0, "packs": packs, "skipped": true});
+        return context.print_json(&mut out, &line);
+    }
+    writeln!(out, "no snapshot: the next backup uses what is in {packs} packs, which stay")?;
+    Ok(())
 }
 
 /// Prunes, and prints what came of it.

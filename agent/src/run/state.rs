@@ -124,6 +124,8 @@ pub struct RepositoryState {
     pub last_prune: Option<Timestamp>,
     /// Whether snapshots were dropped since.
     pub has_waste: bool,
+    /// Whether there ever was a snapshot in it when freed space was given back.
+    pub had_snapshots: bool,
     /// Bytes that its packs took when they were last counted.
     pub bytes: Option<u64>,
 }
@@ -269,6 +271,14 @@ impl State {
     /// A job's, made where there is none.
     pub fn job(&mut self, name: &str) -> &mut JobState {
         self.jobs.entry(name.to_owned()).or_default()
+    }
+
+    /// Whether a repository is known to have had a snapshot: then it is an alarm that it has none.
+    pub fn had_snapshots(&self, repository: &str) -> bool {
+        let domains = self.jobs.values().flat_map(|job| job.domains.values());
+        let mut places = domains.filter_map(|domain| domain.places.get(repository));
+        self.repositories.get(repository).is_some_and(|known| known.had_snapshots)
+            || places.any(|place| place.snapshot.is_some())
     }
 
     /// A repository's, made where there is none.

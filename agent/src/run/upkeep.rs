@@ -167,13 +167,23 @@ impl<F: FnMut(&Step)> Runner<'_, F> {
         if !is_due {
             return;
         }
-        let summary = |_: &Answer| String::new();
-        let named = (name, "prune", repository);
-        let outcome = self.step(named, &["prune".to_owned()], summary).await;
-        if outcome != Outcome::Aborted {
-            let known = self.with.state.repository(repository);
-            (known.last_prune, known.has_waste) = (Some(now), !outcome.is_done());
+        let mut arguments = vec!["prune".to_owned()];
+        // What a first backup has left that did not finish is no waste: the next one uses it.
+        if !self.with.state.had_snapshots(repository) {
+            arguments.push("--skip-empty".to_owned());
         }
+        let summary = |answer: &Answer| match answer.lines.last() {
+            Some(line) if line["skipped"] == true => "it has no snapshot yet".to_owned(),
+            _ => String::new(),
+        };
+        let (step, answer) = self.attempt((name, "prune", repository), &arguments, summary).await;
+        if step.outcome != Outcome::Aborted {
+            let known = self.with.state.repository(repository);
+            (known.last_prune, known.has_waste) = (Some(now), !step.outcome.is_done());
+            let snapshots = answer.lines.last().and_then(|line| line["snapshots"].as_u64());
+            known.had_snapshots |= snapshots.is_some_and(|count| count > 0);
+        }
+        self.over(step);
     }
 
     /// Proves that backups can be restored, and reads the part of the data whose turn it is. What was found
