@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::lvm::Snapshot;
@@ -257,7 +258,11 @@ impl Journal {
         let path = self.path(&recorded.record.run);
         let io = |source| JournalError::Io { path: path.clone(), source };
         effect::about_to("journal: clear").map_err(io)?;
-        fs::remove_file(&path).map_err(io)?;
+        match fs::remove_file(&path) {
+            // A guard has done the same.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.map_err(io)?,
+        }
         self.sync_folder()
     }
 
@@ -286,7 +291,7 @@ impl Journal {
                 continue;
             }
             match read(&path) {
-                Ok(record) => pending.push(Recorded { record }),
+                Ok(record) => pending.extend(record.map(|record| Recorded { record })),
                 Err(error) => damaged.push(error),
             }
         }
@@ -339,15 +344,23 @@ pub fn sweep(path: &Path) {
     }
 }
 
-fn read(path: &Path) -> Result<Record, JournalError> {
-    let text =
-        fs::read(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text)
-        .map_err(|source| JournalError::Damaged { path: path.to_owned(), source })
+/// Reads a record; `None` where its run has cleared it since the folder was listed.
+///
+/// # Errors
+/// [`JournalError::Io`], [`JournalError::Damaged`].
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
+    let text = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(|source| JournalError::Io { path: path.to_owned(), source })?,
+    };
+    let record = serde_json::from_slice(&text);
+    record.map(Some).map_err(|source| JournalError::Damaged { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     fn record() -> Record {
@@ -420,6 +433,19 @@ mod tests {
         assert_eq!(pending[0].record(), other.record());
         assert!(matches!(&damaged[..], [JournalError::Damaged { path: p, .. }] if *p == path));
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_record_that_is_cleared_while_others_look_is_none_that_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        // It is listed, and cannot be found any more.
+        symlink("cleared", journal.folder.join("run.json")).unwrap();
+        let (pending, damaged) = journal.pending().unwrap();
+        assert!(pending.is_empty() && damaged.is_empty(), "{damaged:?}");
+        let recorded = journal.begin(record()).unwrap();
+        journal.clear(&recorded).unwrap();
+        journal.clear(&recorded).unwrap();
     }
 
     #[test]

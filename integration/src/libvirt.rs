@@ -20,6 +20,8 @@ pub const SIZE: u64 = 4 * MIB;
 pub const CHUNK_LEN: u64 = 128 << 10;
 /// Longest time for what takes a moment, on a machine that is slow and busy with other tests.
 pub const WAIT: Duration = Duration::from_secs(120);
+/// A write from outside that takes longer was held up by more than load: libvirt itself lets a call wait 30 s.
+pub const HELD_UP: Duration = Duration::from_secs(20);
 /// What a scribble writes to each disk: one chunk and a half.
 const PIECE_LEN: usize = 192 << 10;
 /// Where libvirt keeps what belongs to one running domain.

@@ -151,7 +151,7 @@ fn a_trial_that_is_ended_leaves_no_machine() {
         // One that is killed leaves its sockets there.
         command.arg(&image).env("TMPDIR", host.folder());
         let running = spawn(command);
-        let within = Duration::from_secs(60);
+        let within = Duration::from_secs(180);
         wait_until(within, "QEMU runs", || machines_on(&image).len() == 1);
 
         signal(running.pid(), how);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use integration::faults::{Fault, kinds, wait_until};
-use integration::libvirt::{SIZE, Scene, takes_sockets};
+use integration::libvirt::{SIZE, Scene, WAIT, takes_sockets};
 use integration::{finish, spawn};
 use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest, GuestBuilder};
@@ -14,9 +14,7 @@ const SUSPEND: &[&str] = &["--method", "suspend"];
 /// Nothing runs in the domains under test that could shut down.
 const STOP: &[&str] = &["--method", "stop", "--stop-timeout", "1", "--power-off"];
 /// How long the watchdog of a killed run may take to let its guest go on.
-const GOES_ON_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long its guard may take to start the domain again: it waits three seconds for another run.
-const STARTS_TIMEOUT: Duration = Duration::from_secs(20);
+const GOES_ON_TIMEOUT: Duration = Duration::from_secs(30);
 /// Domains that are tested at once: a round waits more than it works.
 const WORKERS: usize = 3;
 
@@ -45,7 +43,8 @@ fn survives(scene: &mut Scene, fault: Fault, more: &[&str], n: usize, effect: &s
 
     let timeout = match more {
         SUSPEND => GOES_ON_TIMEOUT,
-        STOP => STARTS_TIMEOUT,
+        // Its guard waits three seconds for another run.
+        STOP => WAIT,
         _ => Duration::ZERO,
     };
     wait_until(timeout, &case, || scene.domain.state() == "running");

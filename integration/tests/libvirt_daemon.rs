@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use integration::faults::{assert_says, kinds, noise, wait_until};
+use integration::faults::{assert_says, kinds, noise, signal, wait_until};
 use integration::libvirt::{SIZE, Scene, WAIT, assert_incremental, takes_sockets};
 use integration::overlays::files_in;
 use integration::{finish, spawn};
@@ -14,8 +14,6 @@ use vm_fixtures::{Disk, Guest};
 
 /// How long a run may take to see that its guest is gone and that there is nothing to let go of.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
-/// libvirt 9.0 waits twice 30 s for a lock that the job of a guest that is gone holds.
-const DEAF_MAX: Duration = Duration::from_secs(110);
 
 #[test]
 fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
@@ -27,9 +25,13 @@ fn r03_a_job_lives_on_while_libvirtd_is_started_anew() {
         let job = scene.domain.virsh("backup-dumpxml", &[]);
         assert_eq!(job.contains("transport='fd'"), takes_sockets(&libvirt), "{job}");
 
-        libvirt.restart(ending);
+        libvirt.stop_daemon(ending);
+        // Else it may have read all, and end its job, before libvirt is asked for that.
+        signal(running.pid(), Signal::SIGSTOP);
+        libvirt.start_daemon();
 
         assert_eq!(scene.domain.virsh("backup-dumpxml", &[]), job, "libvirt knows the job again");
+        signal(running.pid(), Signal::SIGCONT);
         let snapshot = scene.assert_good(&finish(running));
         assert_eq!(kinds(&snapshot)["vda"], "incremental", "{ending}: {snapshot}");
         scene.scribble();
@@ -81,9 +83,9 @@ fn r04_a_guest_with_an_agent_that_powers_itself_off_in_mid_job_keeps_nobody_wait
     scene.domain.start();
     assert_eq!(scene.backup()["consistency"], "filesystem");
     scene.write("vda", 0, &noise(2 << 20, 1));
-    let running = scene.backup_slowly(&[]);
+    let running = scene.backup_at("128KiB", &[]);
 
-    scene.domain.spawn(&["poweroff", "-f"]);
+    scene.domain.spawn_last(&["poweroff", "-f"]);
 
     let off = Instant::now();
     let outcome = finish(running);
@@ -96,7 +98,8 @@ fn r04_a_guest_with_an_agent_that_powers_itself_off_in_mid_job_keeps_nobody_wait
         _ if outcome.stdout.is_empty() => assert_says(&outcome, 1, "died during the backup"),
         _ => assert_says(&outcome, 1, "the backup is good"),
     }
-    wait_until(DEAF_MAX, "libvirt sees it", || scene.domain.state() == "shut off");
+    // libvirt 9.0 waits twice 30 s for a lock that the job of a guest that is gone holds.
+    scene.domain.wait_state("shut off");
     scene.write("vda", 3 << 20, &noise(64 << 10, 2));
     let next = scene.backup();
     assert_eq!(next["method"], "offline", "{next}");

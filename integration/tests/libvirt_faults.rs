@@ -6,8 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use integration::faults::{STILL_MAX, SmallDisk, assert_says, kinds, noise, signal, wait_until};
-use integration::libvirt::{CHUNK_LEN, SIZE, Scene, assert_incremental, takes_sockets};
+use integration::faults::{SmallDisk, assert_says, kinds, noise, signal, wait_until};
+use integration::libvirt::{
+    CHUNK_LEN, HELD_UP, SIZE, Scene, WAIT, assert_incremental, takes_sockets,
+};
 use integration::restored::{disk, text};
 use integration::{Host, Outcome, finish, spawn};
 use nix::sys::signal::Signal;
@@ -15,8 +17,6 @@ use serde_json::Value;
 use vm_fixtures::libvirt::{Domain, Libvirt};
 use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 
-/// The guard waits three seconds for another run, and tries again each second.
-const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
 /// What the tests change at once, more than a slow backup reads in a minute.
 const NOISE_LEN: usize = 2 << 20;
 
@@ -118,7 +118,11 @@ fn r04_a_domain_that_goes_off_in_mid_job_fails_its_backup_and_no_more() {
 
         ending(&scene.domain);
 
-        assert_failed(&scene, &finish(running), "died during the backup", snapshots);
+        // A QEMU that ends in order ends its jobs first, and may be seen in between.
+        let outcome = finish(running);
+        let in_between = outcome.stderr.contains("its backup job has ended");
+        let words = if in_between { "is lost" } else { "died during the backup" };
+        assert_failed(&scene, &outcome, words, snapshots);
         let next = scene.backup();
         assert_eq!(next["method"], "offline", "{next}");
         assert_eq!(kinds(&next)["vda"], "incremental", "{next}");
@@ -236,7 +240,7 @@ fn r08_scratch_full_never_hurts_the_guest() {
     for place in (0..LARGE as usize).step_by(STEP).rev() {
         let start = Instant::now();
         scene.write("vda", place, &[2; STEP]);
-        assert!(start.elapsed() < 5 * STILL_MAX, "a write took {:?}", start.elapsed());
+        assert!(start.elapsed() < HELD_UP, "a write took {:?}", start.elapsed());
         assert_eq!(scene.domain.state(), "running");
     }
 
@@ -274,7 +278,7 @@ fn r08_without_room_for_the_scratch_nothing_is_begun() {
 const AGENT_CHANNEL: &str =
     "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
 /// The watchdog's deadline, and what a busy machine may add to it.
-const FREEZE_MAX: Duration = Duration::from_secs(12);
+const FREEZE_MAX: Duration = Duration::from_secs(30);
 
 #[test]
 fn r15_a_channel_without_an_agent_is_a_warning() {
@@ -335,6 +339,7 @@ fn r15_a_guest_is_thawed_though_its_agent_hangs_or_its_backup_dies() {
     assert_eq!(snapshot["warnings"].as_array().map_or(0, Vec::len), 1, "{snapshot}");
     assert!(outcome.took < 3 * FREEZE_MAX, "{outcome:?}");
     to_agents("CONT");
+    domain.wait_agent();
     writes("the agent goes on");
     assert_eq!(good("the agent goes on")["consistency"], "filesystem");
 
@@ -561,7 +566,6 @@ fn p2_r01_a_guest_with_io_threads_outlives_its_killed_reader() {
     for turn in 0..2 {
         scene.write("vda", 0, &noise(NOISE_LEN, turn));
         let running = scene.backup_slowly(&[]);
-        let killed = Instant::now();
 
         signal(running.pid(), Signal::SIGKILL);
 
@@ -569,8 +573,7 @@ fn p2_r01_a_guest_with_io_threads_outlives_its_killed_reader() {
         scene.scribble();
         // The first time its guard undoes it, the second time the next run.
         if turn == 0 {
-            let left = GUARD_TIMEOUT.saturating_sub(killed.elapsed());
-            wait_until(left, "the guard undoes the run", || scene.host.undo_records() == 0);
+            wait_until(WAIT, "the guard undoes the run", || scene.host.undo_records() == 0);
             assert_eq!(scene.checkpoints().len(), 1);
         }
         let next = scene.backup();
@@ -584,7 +587,8 @@ fn p2_r01_a_guest_with_io_threads_outlives_its_killed_reader() {
 /// QEMU has answers for a reader that does not take them, more than a socket holds.
 #[test]
 fn p2_answers_that_nobody_takes_do_not_hold_the_guest_up() {
-    const LEN: usize = 32 << 20;
+    // At that speed many times as long as it takes to see that it is read.
+    const LEN: usize = 64 << 20;
     let Some(libvirt) = Libvirt::start() else { return };
     let plan = Guest::without_os().disk(Disk::new("vda", LEN as u64));
     let mut scene = Scene::of(plan.under_libvirt(), &["vda"], LEN as u64, &libvirt);
@@ -601,10 +605,10 @@ fn p2_answers_that_nobody_takes_do_not_hold_the_guest_up() {
 
         signal(pid, Signal::SIGCONT);
         finish(running);
-        wait_until(GUARD_TIMEOUT, "the run is undone", || {
+        wait_until(WAIT, "the run is undone", || {
             let start = Instant::now();
             scene.scribble();
-            assert!(start.elapsed() < 5 * STILL_MAX, "the guest waited {:?}", start.elapsed());
+            assert!(start.elapsed() < HELD_UP, "the guest waited {:?}", start.elapsed());
             scene.host.undo_records() == 0
         });
         assert!(scene.checkpoints().is_empty());

@@ -3,11 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use integration::faults::{Contents, Fault, assert_says, noise, signal, wait_until};
 use integration::images::{Tools, content, line, names};
-use integration::libvirt::{SIZE, Scene};
+use integration::libvirt::{SIZE, Scene, WAIT};
 use integration::overlays::{HASTY, files_in};
 use integration::restored::text;
 use integration::{Outcome, finish, spawn};
@@ -17,7 +16,6 @@ use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest};
 
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
-const WAIT: Duration = Duration::from_secs(30);
 
 fn store(scene: &Scene) -> PathBuf {
     scene.host.folder().join("store")

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use integration::Host;
-use integration::faults::{signal, wait_until};
+use integration::faults::signal;
 use integration::sequences::{self, BLOCK, BLOCKS, DISKS, Ground, Tops};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -90,9 +90,6 @@ impl Ground for Defined {
             signal(pid, Signal::SIGKILL);
         }
         self.domain.wait_state("shut off");
-        wait_until(std::time::Duration::from_secs(30), "its file goes", || {
-            self.domain.pid().is_none()
-        });
     }
 
     fn tops(&self) -> Option<Tops> {

@@ -260,11 +260,11 @@ fn r13_a_domain_is_stopped_for_the_last_of_it_no_longer_than_it_may() {
     ok(&scene, "create", &[]);
     scene.write("vda", 0, &integration::faults::noise(2 << 20, 3));
 
-    let slow = ["--deadline", "0.2", "--max-pause", "10", "--limit-rate", "1MiB"];
+    let slow = ["--deadline", "0.2", "--max-pause", "60", "--limit-rate", "1MiB"];
     let purged = ok(&scene, "purge", &slow);
 
     let pause = purged[0]["pause_ms"].as_u64().expect("it was stopped");
-    assert!((1..10_000).contains(&pause), "{purged:?}");
+    assert!((1..60_000).contains(&pause), "{purged:?}");
     assert_eq!(scene.domain.state(), "running");
     assert_back(&scene);
     scene.domain.destroy();

@@ -473,7 +473,7 @@ fn status_tells_how_the_next_backup_is_taken_and_what_is_left() {
 
     let backup = scene.backup_slowly(&[]);
     assert_eq!(status(&scene)["leftovers"], json!([]), "a run that is at work has left nothing");
-    let guards = children(backup.pid());
+    let guards = scene.guards();
     guards.iter().for_each(|guard| signal(*guard, Signal::SIGSTOP));
     signal(backup.pid(), Signal::SIGKILL);
     finish(backup);
@@ -495,13 +495,4 @@ fn status_tells_how_the_next_backup_is_taken_and_what_is_left() {
     assert_eq!(disk(&next, "vda")["kind"], "rescan", "as it was told: {next}");
     assert_eq!(status(&scene)["last"]["id"], next["id"]);
     scene.assert_clean();
-}
-
-/// The process ids of the children of a process.
-fn children(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    let pids =
-        lists.flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-    pids.map(|pid| pid.parse().expect("a process id")).collect()
 }

@@ -176,11 +176,13 @@ fn r01_the_snapshots_of_a_killed_run_are_removed_and_no_others() {
     let lvm: Vec<usize> = lvm.map(|(index, _)| index + 1).collect();
     assert_eq!(lvm.len(), 4, "{effects:?}");
     for n in &lvm[1..] {
-        let killed = scene.run(&format!("KVMSNAP_CRASH_AT={n} {BACKUP}"));
+        // Its guard would do the same while doctor looks, in three seconds: in which two more programs may not
+        // even have been started here.
+        let killed = scene.run(&format!(
+            "KVMSNAP_CRASH_AT={n} {BACKUP}; code=$?; \
+             set -- $(ps | grep 'self/ex[e] guard') && kill -KILL $1 && exit $code"
+        ));
         assert_eq!(killed.code, 137, "{killed:?}");
-        // Its guard would do the same while doctor looks.
-        let guard = scene.ok("ps | grep 'self/ex[e] guard'");
-        scene.ok(&format!("kill -KILL {}", words(&guard)[0]));
         if lvm.ends_with(&[*n]) {
             // They do not end with its QEMU.
             scene.ok("kill -KILL $(cat /tmp/qemu.pid)");

@@ -191,7 +191,7 @@ impl Guest {
     /// Powers the guest off from inside and waits until QEMU has ended.
     #[track_caller]
     pub fn powerdown(&self) {
-        self.spawn(&["sh", "-c", "umount -a -r; poweroff -f"]);
+        self.spawn_last(&["sh", "-c", "umount -a -r; poweroff -f"]);
         self.wait_end("the guest was powered off");
     }
 

@@ -34,6 +34,11 @@ impl Output {
     }
 }
 
+fn exec_arguments(command: &[&str]) -> Result<Value, String> {
+    let (program, args) = command.split_first().ok_or("no program was named")?;
+    Ok(json!({"path": program, "arg": args, "capture-output": true}))
+}
+
 /// One connection to an agent.
 #[derive(Debug)]
 pub(crate) struct GuestAgent {
@@ -74,10 +79,15 @@ impl GuestAgent {
 
     /// Starts a program and returns its process id in the guest.
     pub(crate) fn start(&mut self, command: &[&str]) -> Result<i64, String> {
-        let (program, args) = command.split_first().ok_or("no program was named")?;
-        let args = json!({"path": program, "arg": args, "capture-output": true});
-        let started = self.execute("guest-exec", &args)?;
+        let started = self.execute("guest-exec", &exec_arguments(command)?)?;
         started["pid"].as_i64().ok_or_else(|| format!("no process id in {started}"))
+    }
+
+    /// Starts a program that ends the guest, maybe before the agent can answer: nothing else can be asked
+    /// afterwards.
+    pub(crate) fn start_last(&mut self, command: &[&str]) -> Result<(), String> {
+        let request = json!({"execute": "guest-exec", "arguments": exec_arguments(command)?});
+        self.lines.send(&request).map_err(|error| error.to_string())
     }
 
     /// What became of a program; `None` while it runs.

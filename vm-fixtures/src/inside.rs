@@ -15,8 +15,8 @@ use crate::guest_agent::{GuestAgent, Output};
 /// How long the guest may take until its agent answers: many times what it takes on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long a program in the guest may run unless the caller says otherwise.
-const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
-const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
+const EXEC_TIMEOUT: Duration = Duration::from_secs(180);
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 const CONSOLE_TAIL_LEN: usize = 4000;
 
 /// What runs in a machine: programs, files, its console.
@@ -108,6 +108,13 @@ impl Inside {
     #[track_caller]
     pub fn spawn(&self, command: &[&str]) -> i64 {
         self.with_agent(|agent| agent.start(command))
+    }
+
+    /// Starts a program that ends the machine, maybe before its agent can answer: nothing else can be asked
+    /// until it was started again.
+    #[track_caller]
+    pub fn spawn_last(&self, command: &[&str]) {
+        self.with_agent(|agent| agent.start_last(command));
     }
 
     /// What became of a program that [`Self::spawn`] started; `None` while it runs. Tells it once.

@@ -102,9 +102,16 @@ pub(crate) fn pid_in(file: &Path) -> Option<Pid> {
     Some(Pid::from_raw(pid)).filter(|pid| is_alive(*pid))
 }
 
-/// Whether a process that is not our child runs: what is left of it until it is reaped has no memory.
+/// Whether a process that is not our child runs, or still has files open: its first thread may have ended
+/// before the others. What is left of it until it is reaped does neither.
 pub(crate) fn is_alive(pid: Pid) -> bool {
-    fs::read(format!("/proc/{pid}/maps")).is_ok_and(|maps| !maps.is_empty())
+    // `man 5 proc`: the third field is the state, the twentieth the number of threads. The second one, the name,
+    // may hold anything.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
+    let Some(mut fields) = fields else { return false };
+    let (state, threads) = (fields.next(), fields.nth(16));
+    !matches!((state, threads), (Some("Z"), Some("0" | "1")) | (Some("X"), _))
 }
 
 /// The kernel sends the signal when the *thread* that started the child ends (`man 2 prctl`), so one
@@ -125,4 +132,24 @@ fn spawn(command: Command) -> io::Result<Child> {
     let (reply, started) = mpsc::channel();
     spawner.send((command, reply)).expect("the thread never ends");
     started.recv().expect("the thread never ends")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_lives_until_it_has_ended_whether_or_not_it_was_reaped() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        assert!(is_alive(pid) && is_alive(Pid::this()));
+        child.kill().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while is_alive(pid) {
+            assert!(Instant::now() < deadline, "it was killed");
+        }
+        assert!(Path::new(&format!("/proc/{pid}")).exists(), "nobody has reaped it");
+        child.wait().unwrap();
+        assert!(!is_alive(pid));
+    }
 }

@@ -1,6 +1,7 @@
 //! `kvmsnap doctor`
 
 use std::io::Write;
+use std::path::Path;
 
 use clap::Args;
 use serde::Serialize;
@@ -116,8 +117,8 @@ async fn examine_overlays(
     context: &Context,
 ) -> Result<bool, CommandError> {
     let record = held.record();
-    let lock = DomainLock::on_reach(&context.global.run_dir, &record.reach);
-    if let Err(error @ LockError::Held { .. }) = lock {
+    let lock = lock(&context.global.run_dir, &record.reach, repair).await;
+    if let Err(CommandError::Lock(error @ LockError::Held { .. })) = lock {
         tracing::info!(target: "progress", "{error}");
         return Ok(true);
     }
@@ -217,6 +218,15 @@ async fn examine_exchange(
 }
 
 const RUNNING: &str = "a backup is running";
+const UNDONE: &str = "its run ended, and is undone";
+
+/// Locks the way to a machine. Who is to mend it waits for a guard that is about it already.
+async fn lock(run_dir: &Path, reach: &Reach, repair: bool) -> Result<DomainLock, CommandError> {
+    match repair {
+        true => super::backup::lock(run_dir, reach).await,
+        false => Ok(DomainLock::on_reach(run_dir, reach)?),
+    }
+}
 
 /// Says what became of a run, and whether what it left is mended now.
 async fn examine(
@@ -227,10 +237,13 @@ async fn examine(
 ) -> Result<(&'static str, bool), CommandError> {
     let record = recorded.record();
     let run_dir = &context.global.run_dir;
-    let _lock = match DomainLock::on_reach(run_dir, &record.reach) {
-        Err(LockError::Held { .. }) => return Ok((RUNNING, false)),
+    let _lock = match lock(run_dir, &record.reach, repair).await {
+        Err(CommandError::Lock(LockError::Held { .. })) => return Ok((RUNNING, false)),
         lock => lock?,
     };
+    if !journal.has(recorded) {
+        return Ok((UNDONE, true));
+    }
     let state = match record.stopped.is_none() && recover::has_ended(record, run_dir).await? {
         _ if !record.snapshots.is_empty() => "its run ended without removing its LVM snapshots",
         true => "QEMU has ended, and with it all that the run had made in it",

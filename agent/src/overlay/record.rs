@@ -256,8 +256,8 @@ impl Records {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            match read(&path) {
-                Ok(record) => all.push(Held { record }),
+            match journal::read(&path) {
+                Ok(record) => all.extend(record.map(|record| Held { record })),
                 Err(error) => damaged.push(error),
             }
         }
@@ -297,15 +297,10 @@ impl Records {
     }
 }
 
-fn read(path: &Path) -> Result<Record, JournalError> {
-    let text =
-        fs::read(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text)
-        .map_err(|source| JournalError::Damaged { path: path.to_owned(), source })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -325,6 +320,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let records = Records::open(folder.path()).unwrap();
         let reach = Reach::Monitor("/run/qmp".into());
+        // Another machine's, that is cleared at this moment.
+        symlink("cleared", folder.path().join(FOLDER).join("b.json")).unwrap();
         assert!(records.of(&reach).unwrap().is_none());
         fs::write(folder.path().join(FOLDER).join("a.json"), "{").unwrap();
         assert!(matches!(records.of(&reach), Err(JournalError::Damaged { .. })));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid, User, getgrouplist};
 use virt::connect::Connect;
 use virt::storage_pool::StoragePool;
+use virt_sys as flags;
 use xmltree::{Element, XMLNode};
 
 use super::plan::TPM_STATES;
@@ -85,9 +86,12 @@ pub async fn look(libvirt: &Libvirt, domain: &Element) -> Result<Host, Hyperviso
             };
             domains.push((domain.name()?, domain.uuid_string()?, description));
         }
+        // By two lists: one that somebody undefines meanwhile could not be asked whether it is active.
         let mut networks = BTreeMap::new();
-        for network in connection.list_all_networks(0)? {
-            networks.insert(network.name()?, network.is_active()?);
+        for (which, is_active) in [(0, false), (flags::VIR_CONNECT_LIST_NETWORKS_ACTIVE, true)] {
+            for network in connection.list_all_networks(which)? {
+                networks.insert(network.name()?, is_active);
+            }
         }
         let pools = connection.list_all_storage_pools(0)?;
         let pools = pools.iter().map(StoragePool::name).collect::<Result<BTreeSet<_>, _>>()?;

@@ -445,11 +445,12 @@ pub fn unfinished(state_dir: &Path) -> Result<Vec<Record>, InPlaceError> {
     for entry in entries.flatten() {
         let path = entry.path();
         if path.extension().is_some_and(|extension| extension == "json") {
-            let text = fs::read(&path).map_err(|source| InPlaceError::File {
-                step: "read",
-                path: path.clone(),
-                source,
-            })?;
+            let text = match fs::read(&path) {
+                // Its restore has just ended.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(source) => return Err(InPlaceError::File { step: "read", path, source }),
+                Ok(text) => text,
+            };
             let record = serde_json::from_slice(&text);
             records.push(record.map_err(|source| InPlaceError::Record { path, source })?);
         }

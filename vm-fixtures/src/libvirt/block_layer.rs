@@ -12,7 +12,7 @@ use crate::inside::lock;
 use crate::qemu_io::{QemuIo, must_have_worked};
 
 /// How long the way of QEMU's output through virtlogd may take.
-const LOG_TIMEOUT: Duration = Duration::from_secs(30);
+const LOG_TIMEOUT: Duration = Duration::from_secs(120);
 /// More than one command prints.
 const TAIL_LEN: usize = 256 << 10;
 

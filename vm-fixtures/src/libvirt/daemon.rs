@@ -13,9 +13,10 @@ use super::{RUN_FOLDER, try_virsh};
 use crate::process::{is_alive, pid_in};
 use crate::tools::run_unchecked;
 
-const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a daemon may take to end before it is killed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(180);
+/// How long a daemon may take to end before it is killed. libvirtd waits for calls that are under way, each of
+/// which may wait 30 s for another.
+const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Starts what does not run and waits until libvirt answers; the names of what it started.
 pub(super) fn ensure() -> Result<Vec<&'static str>, String> {

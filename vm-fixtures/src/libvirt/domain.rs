@@ -19,7 +19,7 @@ use crate::inside::{Inside, lock};
 use crate::process::{is_alive, pid_in};
 
 /// How long a domain may take to reach a state, such as shut off after its guest was told to.
-const STATE_TIMEOUT: Duration = Duration::from_secs(60);
+const STATE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A domain, defined for good; dropping the last of a folder ends and undefines it, with its disks.
 #[derive(Debug)]
@@ -146,12 +146,27 @@ impl Domain {
         self.wait_up(started);
     }
 
-    /// Waits for the agent of a domain that somebody has started.
+    /// Waits for the agents of a domain that somebody has started: the fixture's own, and the one that libvirt
+    /// talks to. Nobody says which is there first.
     #[track_caller]
     pub fn wait_up(&self, started: Instant) {
         if lock(&self.plan).os {
             let ended = || self.pid().is_none().then(|| format!("QEMU: {}", self.qemu_log()));
             self.inside.come_up(started, ended);
+            self.wait_agent();
+        }
+    }
+
+    /// Waits until the guest answers libvirt through its agent. One that connects while a backup runs keeps
+    /// libvirt 9.0 from ending any job for 30 s.
+    #[track_caller]
+    pub fn wait_agent(&self) {
+        let deadline = Instant::now() + STATE_TIMEOUT;
+        while let Err(error) =
+            self.try_virsh("qemu-agent-command", &[r#"{"execute":"guest-ping"}"#])
+        {
+            assert!(Instant::now() < deadline, "no agent after {STATE_TIMEOUT:?}: {error}");
+            thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -179,7 +194,7 @@ impl Domain {
     /// Powers the guest off from inside and waits until the domain is shut off.
     #[track_caller]
     pub fn powerdown(&self) {
-        self.inside.spawn(&["sh", "-c", "umount -a -r; poweroff -f"]);
+        self.inside.spawn_last(&["sh", "-c", "umount -a -r; poweroff -f"]);
         self.wait_state("shut off");
     }
 
@@ -217,13 +232,14 @@ impl Domain {
         }
     }
 
-    /// Waits until `virsh domstate` says this.
+    /// Waits until `virsh domstate` says this. One that is shut off has no QEMU any more, though libvirt says so
+    /// before that has ended.
     #[track_caller]
     pub fn wait_state(&self, state: &str) {
         let deadline = Instant::now() + STATE_TIMEOUT;
         loop {
             let now = self.state();
-            if now == state {
+            if now == state && (state != "shut off" || self.pid().is_none()) {
                 return;
             }
             assert!(Instant::now() < deadline, "`{now}`, not `{state}`, after {STATE_TIMEOUT:?}");

@@ -4,15 +4,17 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Domain, URI, try_virsh_at};
 use crate::process::Process;
 
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(180);
 /// What its first process does. It stays there to reap what others leave, and all end with it.
-/// libvirtd refuses to migrate to a host with its own uuid, and takes no password from root here.
+/// libvirtd refuses to migrate to a host with its own uuid, and takes no password from root here. It takes a port
+/// for free until its QEMU listens there, so each has ports of its own.
 const LIFE: &str = "set -e
     for folder in /run/libvirt /var/lib/libvirt/qemu /var/log/libvirt /etc/libvirt; do
         mkdir -p $folder
@@ -20,6 +22,8 @@ const LIFE: &str = "set -e
     done
     echo 'stdio_handler = \"file\"' > /etc/libvirt/qemu.conf
     echo 'cgroup_controllers = [ ]' >> /etc/libvirt/qemu.conf
+    echo \"migration_port_min = $1\" >> /etc/libvirt/qemu.conf
+    echo \"migration_port_max = $(($1 + 3))\" >> /etc/libvirt/qemu.conf
     echo \"host_uuid = \\\"$(cat /proc/sys/kernel/random/uuid)\\\"\" > /etc/libvirt/libvirtd.conf
     echo 'auth_unix_rw = \"none\"' >> /etc/libvirt/libvirtd.conf
     libvirtd --pid-file /run/libvirt/other-host.pid &
@@ -38,7 +42,8 @@ impl OtherHost {
     #[track_caller]
     pub(super) fn start() -> Self {
         let namespaces = ["--mount", "--pid", "--mount-proc", "--fork", "--kill-child"];
-        let program = [&["unshare"][..], &namespaces, &["sh", "-c", LIFE]].concat();
+        let port = own_port().to_string();
+        let program = [&["unshare"][..], &namespaces, &["sh", "-c", LIFE, "sh", &port]].concat();
         let program: Vec<OsString> = program.into_iter().map(OsString::from).collect();
         let process = Process::start_program(&program, Stdio::null(), Stdio::null());
         let deadline = Instant::now() + START_TIMEOUT;
@@ -100,6 +105,13 @@ impl OtherHost {
         // For libvirt the plain one is on the host that it came from.
         migration(domain, &self.uri, "qemu+unix:///system", more)
     }
+}
+
+/// The first of four ports that no other host of these tests has, as far as their processes' numbers tell.
+fn own_port() -> u32 {
+    static HOSTS: AtomicU32 = AtomicU32::new(0);
+    let nth = HOSTS.fetch_add(1, Ordering::Relaxed);
+    50_000 + std::process::id() % 900 * 16 + nth % 4 * 4
 }
 
 fn migration(domain: &Domain, from: &str, to: &str, more: &[&str]) -> Command {
