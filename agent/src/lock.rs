@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process};
 
 use crate::hypervisor::Reach;
 use crate::names::DomainName;
@@ -105,8 +105,8 @@ impl DomainLock {
                 Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
             }
             let holder = read_holder(&mut file).map_err(io)?;
-            // It has just taken the lock, or is about to let go of it.
-            if holder.is_empty() && tries < HOLDER_TRIES {
+            // It has just taken the lock, which may yet name one that was killed, or is about to let go of it.
+            if !names_the_living(&holder) && tries < HOLDER_TRIES {
                 tries += 1;
                 std::thread::sleep(HOLDER_PAUSE);
                 continue;
@@ -208,6 +208,12 @@ fn read_holder(file: &mut File) -> io::Result<String> {
     Ok(holder)
 }
 
+/// Whether a lock names a process that there is.
+fn names_the_living(holder: &str) -> bool {
+    let pid = holder.strip_suffix(GUARD).unwrap_or(holder).parse().ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
+}
+
 /// A name for a file that says nothing and cannot be chosen to collide with another domain's.
 fn digest(bytes: &[u8]) -> String {
     repository::BlobId::of(bytes).to_string().chars().take(32).collect()
@@ -230,6 +236,30 @@ mod tests {
             std::thread::sleep(40 * HOLDER_PAUSE);
             drop(first);
             assert!(second.join().unwrap().is_ok());
+        });
+    }
+
+    #[test]
+    fn r16_one_that_was_killed_is_not_taken_for_the_guard_that_has_just_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let reach = Reach::Monitor(dir.path().join("qmp"));
+        let mut dead = std::process::Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        let guard = DomainLock::to_undo(dir.path(), &reach).unwrap();
+        let name = |text: String| {
+            let mut file = &guard.file;
+            file.set_len(0).and_then(|()| file.rewind()).unwrap();
+            write!(file, "{text}").unwrap();
+        };
+        // It has the lock, and has not written its name yet.
+        name(dead.id().to_string());
+        let (dir, reach) = (&dir, &reach);
+        std::thread::scope(|scope| {
+            let next = scope.spawn(move || DomainLock::on_reach(dir.path(), reach));
+            std::thread::sleep(40 * HOLDER_PAUSE);
+            name(format!("{}{GUARD}", std::process::id()));
+            let refused = next.join().unwrap().unwrap_err();
+            assert!(matches!(refused, LockError::Held { is_guard: true, .. }), "{refused:?}");
         });
     }
 
