@@ -29,8 +29,8 @@ use vm_fixtures::Guest;
 use vm_fixtures::servers::Server;
 
 const PASSWORD: &str = "correct horse";
-/// How long one command may take before the test fails.
-const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long one command may take before the test fails: many times what any takes on an idle machine.
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A host: repository, password, state, all in a folder that goes away.
 #[derive(Debug)]
@@ -321,7 +321,7 @@ pub fn spawn(mut command: Command) -> Running {
 /// Waits for a command's end.
 ///
 /// # Panics
-/// When it takes longer than two minutes.
+/// When it takes longer than five minutes.
 pub fn finish(mut running: Running) -> Outcome {
     let (stdout, stderr) = (running.child.stdout.take(), running.child.stderr.take());
     let collect = |pipe: Option<Box<dyn std::io::Read + Send>>| {

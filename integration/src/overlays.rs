@@ -163,8 +163,8 @@ pub fn assert_tells_stall(
     // QEMU counts an operation from when it gets it. One that the guest was only about to ask for is felt there
     // and not seen here; so the upper bound is none for what the guest felt.
     assert!(felt >= STILL && least <= felt && least <= most, "{told}");
-    // A command that changes the graph may have waited as long, and counts too.
-    assert!(most <= 4 * felt, "{told}");
+    // A command that changes the graph may have waited as long, and counts too: more so on a busy machine.
+    assert!(most <= 4 * felt.max(Duration::from_secs(1)), "{told}");
     #[expect(clippy::print_stdout, reason = "a figure for whoever runs it")]
     {
         println!("{told}");

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::Write as _;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,9 +10,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use vm_fixtures::Port;
 
 /// How long a server may take to come up or go down on a busy machine.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What kind of server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub enum Kind {
 pub struct Server {
     kind: Kind,
     folder: TempDir,
-    port: u16,
+    port: Port,
     process: Child,
 }
 
@@ -75,8 +75,8 @@ impl Server {
     }
 
     fn run(kind: Kind, folder: TempDir) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
-        let (port, data) = (port.port(), folder.path().join("data"));
+        let (held, data) = (Port::take(), folder.path().join("data"));
+        let port = held.number();
         let mut command = match kind {
             Kind::MariaDb => {
                 let mut command = without_rights("mariadbd".into());
@@ -99,7 +99,7 @@ impl Server {
         command.env("TMPDIR", folder.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let process = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let mut server = Self { kind, folder, port, process };
+        let mut server = Self { kind, folder, port: held, process };
         let start = Instant::now();
         while !server.is_up() {
             let ended = server.process.try_wait().expect("a child of ours");
@@ -115,7 +115,7 @@ impl Server {
 
     /// Its port on 127.0.0.1.
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// Where its data is, in a folder `data`.
@@ -140,7 +140,7 @@ impl Server {
             Kind::PostgreSql => {
                 let mut command = Command::new("psql");
                 command.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres"]);
-                command.arg("-h").arg(self.folder.path()).args(["-p", &self.port.to_string()]);
+                command.arg("-h").arg(self.folder.path()).args(["-p", &self.port().to_string()]);
                 command.args(["-d", "postgres", "-c", statements]);
                 command
             }

@@ -23,7 +23,9 @@ use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 static MACHINE: Mutex<()> = Mutex::new(());
 /// The watchdog's deadline, and what a busy machine may add to it.
 const DEADLINE: Duration = Duration::from_secs(10);
-const SLACK: Duration = Duration::from_secs(2);
+const SLACK: Duration = Duration::from_secs(5);
+/// Long enough for whatever a test waits for on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 
@@ -85,9 +87,9 @@ impl ScriptedAgent {
     fn assert_thawed(&self, case: &str, thaws: usize) {
         for freeze in self.heard(FREEZE) {
             let all = || self.heard(THAW).len() >= thaws;
-            wait_until(2 * DEADLINE, &format!("{case}: {thaws} attempts to thaw"), all);
+            wait_until(PATIENCE, &format!("{case}: {thaws} attempts to thaw"), all);
             let thaw = || self.heard(THAW).into_iter().find(|thaw| *thaw > freeze);
-            wait_until(DEADLINE, &format!("{case}: asked to thaw"), || thaw().is_some());
+            wait_until(PATIENCE, &format!("{case}: asked to thaw"), || thaw().is_some());
             let thaw = thaw().expect("it was just heard");
             assert!(thaw - freeze < DEADLINE + SLACK, "{case}: thawed after {:?}", thaw - freeze);
         }
@@ -223,7 +225,7 @@ fn survives(script: &Script) {
     let outcome = finish(spawn(backup(&host, &guest, &agent.socket, &[])));
 
     let made = snapshot(case, &outcome);
-    assert!(outcome.took < 3 * DEADLINE, "{case}: {outcome:?}");
+    assert!(outcome.took < 3 * (DEADLINE + SLACK), "{case}: {outcome:?}");
     assert_goes_on(&guest);
     host.assert_all_clean(&guest, &["vda", "vdb"]);
     agent.assert_thawed(case, script.thaws.len());
@@ -348,7 +350,7 @@ impl<'a> Beat<'a> {
     fn longest(self) -> Duration {
         self.guest.sh("touch /tmp/stop");
         let mut ended = None;
-        wait_until(2 * DEADLINE, "the guest's writer ends: it is not frozen", || {
+        wait_until(PATIENCE, "the guest's writer ends: it is not frozen", || {
             ended = self.guest.poll(self.pid);
             ended.is_some()
         });
@@ -369,7 +371,7 @@ fn act_while_frozen(
     let pid = Arc::new(AtomicU32::new(0));
     let seen = Arc::clone(&pid);
     let proxy = Eavesdropper::start(&host.folder().join(name), &guest.qga(), move || {
-        wait_until(DEADLINE, "the run has a process id", || seen.load(Ordering::SeqCst) != 0);
+        wait_until(PATIENCE, "the run has a process id", || seen.load(Ordering::SeqCst) != 0);
         act(seen.load(Ordering::SeqCst));
     });
     let beat = Beat::start(guest);
@@ -423,10 +425,12 @@ fn r15_a_frozen_guest_is_let_go_whoever_dies_or_hangs() {
 
     // Watchdog and guard die too: nobody is left to thaw but the next run.
     let both = |pid| {
+        // The run first stands still: neither sees the other die, and none ends by itself.
+        signal(pid, Signal::SIGSTOP);
         let helpers = children(pid);
         assert_eq!(helpers.len(), 2);
-        signal(pid, Signal::SIGKILL);
         helpers.into_iter().for_each(|helper| signal(helper, Signal::SIGKILL));
+        signal(pid, Signal::SIGKILL);
     };
     let proxy = both_killed(&host, &guest, both);
     assert_eq!(proxy.code, None, "{proxy:?}");
@@ -465,7 +469,7 @@ fn both_killed(host: &Host, guest: &Guest, act: impl Fn(u32) + Send + Sync + 'st
     let pid = Arc::new(AtomicU32::new(0));
     let seen = Arc::clone(&pid);
     let proxy = Eavesdropper::start(&host.folder().join("both.sock"), &guest.qga(), move || {
-        wait_until(DEADLINE, "the run has a process id", || seen.load(Ordering::SeqCst) != 0);
+        wait_until(PATIENCE, "the run has a process id", || seen.load(Ordering::SeqCst) != 0);
         act(seen.load(Ordering::SeqCst));
     });
     let running = spawn(backup(host, guest, &proxy.socket, &[]));
@@ -491,7 +495,7 @@ fn r15_a_stopped_agent_costs_consistency_and_nothing_else() {
     let beat = Beat::start(&guest);
     let outcome = host.try_backup(&guest, &[]);
     assert_eq!(snapshot("stopped", &outcome)["consistency"], "crash", "{outcome:?}");
-    assert!(outcome.took < DEADLINE, "{outcome:?}");
+    assert!(outcome.took < DEADLINE + SLACK, "{outcome:?}");
     assert_says(&host.try_backup(&guest, &["--quiesce", "require"]), 1, "could not be frozen");
     let still = beat.longest();
     assert!(still < STILL_MAX, "frozen for {still:?}");

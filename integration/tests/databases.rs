@@ -23,7 +23,9 @@ use vm_fixtures::{Disk, Guest, MIB};
 const PASSWORD: &str = "canary-4711-salt";
 /// What a lock may last, and what a busy machine may add to it.
 const LOCK_MAX: Duration = Duration::from_secs(10);
-const SLACK: Duration = Duration::from_secs(4);
+const SLACK: Duration = Duration::from_secs(7);
+/// Long enough for whatever a test waits for on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 const DISK_LEN: u64 = 192 * MIB;
 
 type Deed = Box<dyn Fn() + Send>;
@@ -134,7 +136,7 @@ fn p2_a_mariadb_starts_without_recovery_where_the_level_says_application() {
     scene.configure("mariadb", server.port(), PASSWORD, "required = true\ntimeout = \"30s\"");
 
     // What it does by itself in that moment is not ours to choose; what the level says of it is.
-    let reached = (0..5).any(|_| {
+    let reached = (0..15).any(|_| {
         let made = scene.made();
         let is_clean = made["applications"][0]["state"] == "clean";
         let level = if is_clean { "application" } else { "filesystem" };
@@ -142,7 +144,7 @@ fn p2_a_mariadb_starts_without_recovery_where_the_level_says_application() {
         is_clean
     });
 
-    assert!(reached, "five times it wrote by itself in the moment of the point in time");
+    assert!(reached, "each time it wrote by itself in the moment of the point in time");
     assert_takes_writes("afterwards", &server, Instant::now(), Duration::ZERO);
     let restored = scene.restored(Kind::MariaDb);
     let (count, max) = restored.rows();
@@ -223,11 +225,11 @@ fn a_server_is_let_go_once_its_guest_is_paused_to_be_read() {
     let _writer = server.write_rows();
     // The disk takes longer to read than a lock may last.
     scene.guest.qemu_io("vda", "write -P 7 0 24M");
-    scene.configure("mariadb", server.port(), PASSWORD, "timeout = \"2s\"\nrequired = true");
+    scene.configure("mariadb", server.port(), PASSWORD, "timeout = \"4s\"\nrequired = true");
     let mut command = scene.command();
-    command.args(["--method", "suspend", "--limit-read", "6MiB"]);
+    command.args(["--method", "suspend", "--limit-read", "3MiB"]);
     let running = spawn(command);
-    wait_until(Duration::from_secs(60), "paused", || scene.guest.status() == "paused");
+    wait_until(PATIENCE, "paused", || scene.guest.status() == "paused");
 
     assert_takes_writes(
         "while the guest is paused",
@@ -279,7 +281,7 @@ fn r15_no_server_stays_locked_whoever_dies_or_hangs_meanwhile() {
         *held = Some(running.pid());
         drop(held);
         let is_hit = || hit.lock().expect("no panic while locked").is_some();
-        wait_until(Duration::from_secs(60), &format!("{case}: frozen"), is_hit);
+        wait_until(PATIENCE, &format!("{case}: frozen"), is_hit);
         let (victim, watchdog, since) =
             hit.lock().expect("no panic while locked").expect("it was just hit");
 
@@ -294,7 +296,7 @@ fn r15_no_server_stays_locked_whoever_dies_or_hangs_meanwhile() {
             assert!(outcome.stdout.contains("not application-consistent"), "{case}: {outcome:?}");
         }
         let is_gone = || !PathBuf::from(format!("/proc/{watchdog}")).exists();
-        wait_until(Duration::from_secs(30), &format!("{case}: its watchdog ends"), is_gone);
+        wait_until(PATIENCE, &format!("{case}: its watchdog ends"), is_gone);
         scene.deed.lock().expect("no panic while locked").take();
         let made = scene.made();
         assert_eq!(made["applications"][0]["state"], "flushed", "{case}: {made}");
@@ -311,7 +313,7 @@ fn a_server_that_does_not_hold_still_is_a_warning_or_the_end_as_configured() {
     postgres.say(&format!("CREATE USER kvmsnap PASSWORD '{PASSWORD}'"));
     // A statement that runs keeps the lock waiting.
     let mut busy = server.client("LOCK TABLES d.t WRITE; SELECT SLEEP(600)").spawn().unwrap();
-    wait_until(SLACK, "the table is locked", || {
+    wait_until(PATIENCE, "the table is locked", || {
         server.say("SHOW OPEN TABLES FROM d WHERE In_use > 0").contains('t')
     });
     let cases = [
@@ -323,7 +325,7 @@ fn a_server_that_does_not_hold_still_is_a_warning_or_the_end_as_configured() {
         ("down", "postgresql", 1, PASSWORD, "Connection refused"),
     ];
     for (case, kind, port, password, why) in cases {
-        scene.configure(kind, port, password, "timeout = \"2s\"");
+        scene.configure(kind, port, password, "timeout = \"3s\"");
         let made = scene.made();
         assert_eq!(made["consistency"], "filesystem", "{case}: {made}");
         assert_eq!(made["applications"][0]["state"], "failed", "{case}: {made}");
@@ -331,7 +333,7 @@ fn a_server_that_does_not_hold_still_is_a_warning_or_the_end_as_configured() {
         assert!(warnings.contains("not application-consistent"), "{case}: {made}");
         assert!(warnings.contains(why) && !warnings.contains("canary"), "{case}: {made}");
 
-        scene.configure(kind, port, password, "timeout = \"2s\"\nrequired = true");
+        scene.configure(kind, port, password, "timeout = \"3s\"\nrequired = true");
         let outcome = scene.backup();
         assert_says(&outcome, 1, why);
         assert!(!outcome.stderr.contains("canary"), "{case}: {outcome:?}");

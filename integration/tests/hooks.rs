@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use vm_fixtures::{Disk, Guest, MIB};
 
 /// The watchdog's deadline, and what a busy machine may add to it.
-const DEADLINE: Duration = Duration::from_secs(15);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A machine, a host with hooks that write down that they ran, and an agent that does so too.
 struct Scene {
@@ -240,11 +240,7 @@ fn a_run_that_dies_or_hangs_while_frozen_leaves_no_hook_untold() {
         let is_told = || scene.told().contains(&"thaw web".to_owned());
         wait_until(2 * DEADLINE, &format!("{what}: the hook at thaw runs"), is_told);
 
-        assert!(
-            start.elapsed() < DEADLINE + Duration::from_secs(5),
-            "{what}: {:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() < DEADLINE, "{what}: {:?}", start.elapsed());
         let told = scene.told();
         let thaw = told.iter().position(|line| line == "guest-fsfreeze-thaw");
         assert!(thaw < told.iter().position(|line| line == "thaw web"), "{told:?}");

@@ -19,6 +19,7 @@ use integration::images::small_machine::{INITRAMFS, Small};
 use integration::{Host, Outcome, finish, spawn};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use vm_fixtures::Port;
 use vm_fixtures::debian::{Debian, Machine, appliance_environment};
 
 /// Emulated, an appliance and a whole system take their time, beside other tests.
@@ -173,12 +174,12 @@ fn line(outcome: &Outcome) -> Value {
 /// An rsync daemon with one module, on a port of its own.
 struct Daemon {
     child: Child,
-    port: u16,
+    port: Port,
 }
 
 impl Daemon {
     fn of(tree: &Path, folder: &Path) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = Port::take();
         let config = folder.join("rsyncd.conf");
         let text = format!(
             "use chroot = no\nuid = root\ngid = root\n[birch]\npath = {}\nread only = yes\n",
@@ -187,11 +188,13 @@ impl Daemon {
         fs::write(&config, text).unwrap();
         let mut command = Command::new("rsync");
         command.args(["--daemon", "--no-detach", "--address=127.0.0.1"]);
-        command.arg(format!("--port={port}")).arg(format!("--config={}", config.display()));
+        command
+            .arg(format!("--port={}", port.number()))
+            .arg(format!("--config={}", config.display()));
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         let daemon = Self { child, port };
-        wait_until(Duration::from_secs(30), "the rsync daemon listens", || {
-            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        wait_until(Duration::from_secs(120), "the rsync daemon listens", || {
+            TcpStream::connect(daemon.port.address()).is_ok()
         });
         daemon
     }
@@ -295,7 +298,7 @@ fn p1_r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() 
 
     // By way of a daemon this time, which has the very same files.
     let daemon = Daemon::of(&tree, scene.host.folder());
-    let url = format!("rsync://127.0.0.1:{}/birch", daemon.port);
+    let url = format!("rsync://127.0.0.1:{}/birch", daemon.port.number());
     let outcome_again = run(scene.update(&output, &url, &["--compare", "time"]));
     let again = line(&outcome_again);
 

@@ -15,10 +15,10 @@ use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 const SIZE: u64 = 4 * MIB;
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const SUSPEND: [&str; 2] = ["--method", "suspend"];
-/// A run that hangs is killed after ten seconds.
-const HANG_TIMEOUT: Duration = Duration::from_secs(20);
-/// The guard waits three seconds for another run.
-const GUARD_TIMEOUT: Duration = Duration::from_secs(15);
+/// A run that hangs is killed after ten seconds, and on a busy machine later.
+const HANG_TIMEOUT: Duration = Duration::from_secs(60);
+/// The guard waits three seconds for another run, and a busy machine longer.
+const GUARD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A machine with a qcow2 disk and a raw one.
 struct Scene {

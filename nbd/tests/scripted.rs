@@ -428,14 +428,14 @@ async fn r12_stall_ends_at_the_deadline() {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
             theirs.write_all(&script[..cut]).await.unwrap();
             let begin = Instant::now();
-            let error = Client::from_stream(ours, options(200)).await.unwrap_err();
+            let error = Client::from_stream(ours, options(1000)).await.unwrap_err();
             assert!(matches!(error, NbdError::Timeout { what: Activity::Handshake, .. }));
             begin.elapsed()
         });
     }
     for cut in [0, 3, 4, 19, 20, 27, 28, 500] {
         stalls.spawn(async move {
-            let (client, mut peer) = connect(style, 200).await;
+            let (client, mut peer) = connect(style, 1000).await;
             let begin = Instant::now();
             let answer = async {
                 peer.request().await;
@@ -448,24 +448,24 @@ async fn r12_stall_ends_at_the_deadline() {
                 panic!("{error}")
             };
             assert_eq!((request.offset, request.length), (AT, 1024));
-            assert!(waited >= Duration::from_millis(200));
+            assert!(waited >= Duration::from_millis(1000));
             begin.elapsed()
         });
     }
     while let Some(elapsed) = stalls.join_next().await {
-        assert!(elapsed.unwrap() < Duration::from_secs(3));
+        assert!(elapsed.unwrap() < Duration::from_secs(20));
     }
 }
 
 /// Bytes for other requests do not keep a forgotten one alive; its own bytes do.
 #[tokio::test]
 async fn r12_progress_is_counted_for_each_request() {
-    let (client, mut peer) = connect(ReplyStyle::Structured, 400).await;
+    let (client, mut peer) = connect(ReplyStyle::Structured, 1500).await;
     let answer = async {
         let request = peer.request().await;
         let reply = peer.chunk(request.cookie, DONE, CHUNK_DATA, &data(AT, 1024, 1));
         for part in reply.chunks(200) {
-            tokio::time::sleep(Duration::from_millis(150)).await; // 6 × 150 ms in all
+            tokio::time::sleep(Duration::from_millis(300)).await; // 6 × 300 ms in all
             peer.send(part).await;
         }
     };
@@ -489,7 +489,7 @@ async fn r12_progress_is_counted_for_each_request() {
         if let Err(error) = result {
             break error;
         }
-        assert!(begin.elapsed() < Duration::from_secs(5), "the forgotten request never ends");
+        assert!(begin.elapsed() < Duration::from_secs(30), "the forgotten request never ends");
     };
     let stalled = |error: &NbdError| matches!(error, NbdError::Timeout { what: Activity::Request(r), .. } if r.length == 512);
     assert!(stalled(&error), "{error}");

@@ -8,7 +8,7 @@ use qmp_client::{Malformation, Qga, QgaError};
 use serde_json::{Value, json};
 use support::{Peer, SOON, Stage, impatient, options};
 
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(120);
 
 /// One command that the agent answers as it should.
 async fn works(qga: &Qga, peer: &mut Peer) {

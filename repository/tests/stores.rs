@@ -324,7 +324,7 @@ fn r14_a_server_that_comes_back_is_waited_for_and_one_that_is_gone_is_told() {
     let start = Instant::now();
     let gone = store.list(FileKind::Snapshot).unwrap_err();
     assert!(gone.is_away(), "{gone:?}");
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }
 
 /// Some servers say "not found" of a folder that they cannot list.

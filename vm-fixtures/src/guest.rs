@@ -24,9 +24,9 @@ use crate::process::Process;
 use crate::recipe::System;
 
 /// How long QEMU may take until its monitor answers.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long QEMU may take to write its caches back and end.
-const QUIT_TIMEOUT: Duration = Duration::from_secs(60);
+const QUIT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A running machine, its disks and sockets in a folder of its own.
 ///

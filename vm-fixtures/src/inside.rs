@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::guest_agent::{GuestAgent, Output};
 
 /// How long the guest may take until its agent answers: many times what it takes on an idle machine.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a program in the guest may run unless the caller says otherwise.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(180);
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);

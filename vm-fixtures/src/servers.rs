@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
@@ -12,12 +12,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::port::Port;
 use crate::process::Process;
 use crate::recipe::cache_folder;
 use crate::tools::{available, find, run};
 
 /// How long a server may take to listen.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The S3 server and what it is made of; a new version makes a new folder in the cache.
 const MOTO: [&str; 3] = ["moto[s3]==5.2.5", "flask==3.1.3", "flask-cors==6.0.5"];
@@ -28,7 +29,7 @@ pub struct Server {
     process: Process,
     program: Vec<OsString>,
     folder: TempDir,
-    address: SocketAddr,
+    port: Port,
     location: String,
     restic_location: String,
     environment: Vec<(&'static str, String)>,
@@ -64,8 +65,8 @@ impl Server {
             run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &at(key)]);
         }
         fs::copy(at("key.pub"), at("authorized_keys")).expect("the folder is ours");
-        let address = free_address();
-        let port = address.port();
+        let held = Port::take();
+        let port = held.number();
         let sftp_server = ["/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server"];
         let sftp_server = sftp_server.into_iter().find(|path| Path::new(path).is_file());
         let sftp_server = sftp_server.expect("OpenSSH's server comes with one for SFTP");
@@ -96,7 +97,7 @@ impl Server {
         let ssh = format!("ssh -F {}", at("ssh_config"));
         let restic_arguments = vec!["-o".to_owned(), format!("sftp.command={ssh} kept -s sftp")];
         let environment = vec![("KVMSNAP_SSH", ssh)];
-        Some(Self::start(folder, address, program, &location, environment, restic_arguments))
+        Some(Self::start(folder, held, program, &location, environment, restic_arguments))
     }
 
     /// `moto` with an empty bucket for each name that a test makes up; `None` where Python is missing.
@@ -108,16 +109,16 @@ impl Server {
             return None;
         }
         let moto = moto().join("bin/moto_server");
-        let address = free_address();
-        let port = address.port().to_string();
-        let program = words([moto.to_str().expect("text"), "-H", "127.0.0.1", "-p", &port]);
+        let port = Port::take();
+        let number = port.number().to_string();
+        let program = words([moto.to_str().expect("text"), "-H", "127.0.0.1", "-p", &number]);
         let environment = vec![
             ("AWS_ACCESS_KEY_ID", "key-of-the-s3-server".to_owned()),
             ("AWS_SECRET_ACCESS_KEY", S3_SECRET.to_owned()),
         ];
         let folder = TempDir::new().expect("a folder for the server");
-        let location = format!("s3:http://{address}/bucket/a/prefix");
-        Some(Self::start(folder, address, program, &location, environment, Vec::new()))
+        let location = format!("s3:http://{}/bucket/a/prefix", port.address());
+        Some(Self::start(folder, port, program, &location, environment, Vec::new()))
     }
 
     /// `rclone serve restic`; `None` where it is missing.
@@ -129,7 +130,8 @@ impl Server {
             return None;
         }
         let folder = TempDir::new().expect("a folder for the server");
-        let address = free_address();
+        let port = Port::take();
+        let address = port.address();
         let rclone = find("rclone").expect("looked for above");
         let [shown, kept] = [address.to_string(), folder.path().display().to_string()];
         let mut program = words([
@@ -151,7 +153,7 @@ impl Server {
         }
         let environment = vec![("KVMSNAP_REST_PASSWORD", REST_PASSWORD.to_owned())];
         let location = format!("rest:http://keeper@{address}/a/repository/");
-        let mut server = Self::start(folder, address, program, &location, environment, Vec::new());
+        let mut server = Self::start(folder, port, program, &location, environment, Vec::new());
         server.restic_location =
             format!("rest:http://keeper:{REST_PASSWORD}@{address}/a/repository/");
         Some(server)
@@ -159,7 +161,7 @@ impl Server {
 
     fn start(
         folder: TempDir,
-        address: SocketAddr,
+        port: Port,
         program: Vec<OsString>,
         location: &str,
         environment: Vec<(&'static str, String)>,
@@ -172,7 +174,7 @@ impl Server {
             process,
             program,
             folder,
-            address,
+            port,
             location,
             restic_location,
             environment,
@@ -247,7 +249,7 @@ impl Server {
 
     fn wait_until_it_listens(&mut self) {
         let deadline = Instant::now() + START_TIMEOUT;
-        while TcpStream::connect(self.address).is_err() {
+        while TcpStream::connect(self.port.address()).is_err() {
             let log = || fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
             assert!(self.process.ended().is_none(), "{:?} ended: {}", self.program, log());
             assert!(Instant::now() < deadline, "{:?} does not listen: {}", self.program, log());
@@ -278,12 +280,6 @@ fn start(folder: &Path, program: &[OsString]) -> Process {
 
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.map(OsString::from).into()
-}
-
-/// A port that is free at this moment.
-fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has ports");
-    listener.local_addr().expect("it is bound")
 }
 
 /// The folder of Python's packages for the S3 server, fetched once for each machine.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vm_fixtures::oracle::{Load, Log, QemuIoTarget, Region, Target, judge, judge_image};
@@ -14,6 +14,15 @@ fn raw_copy(image: &Path, to: PathBuf) -> PathBuf {
     to
 }
 
+/// Waits until the guest's loads have done more than so many operations.
+fn wait_for(guest: &Guest, operations: u64) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while guest.oracle_log().acked() <= operations {
+        assert!(Instant::now() < deadline, "the load does nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_load_in_a_guest_is_judged_over_two_disks_at_one_point_in_time() {
     let plan = Guest::builder()
@@ -22,7 +31,7 @@ fn a_load_in_a_guest_is_judged_over_two_disks_at_one_point_in_time() {
         .disk(Disk::new("sda", 4 * MIB).scsi());
     let Some(guest) = plan.boot() else { return };
     let load = guest.start_load(&Load::default().mixed().depth(2), &["vdb", "sda"]);
-    std::thread::sleep(Duration::from_secs(1));
+    wait_for(&guest, 100);
 
     // One atomic point in time by QEMU itself: two overlays in one transaction.
     let acked = guest.oracle_log().acked();
@@ -36,7 +45,7 @@ fn a_load_in_a_guest_is_judged_over_two_disks_at_one_point_in_time() {
     let actions = json!({"actions": [overlay("vdb"), overlay("sda")]});
     guest.qmp_command("transaction", &actions);
     let issued = guest.oracle_log().issued();
-    std::thread::sleep(Duration::from_millis(500));
+    wait_for(&guest, issued + 50);
     let log = load.stop();
     assert!(acked > 0 && log.acked() > issued, "{acked} {issued} {}", log.acked());
     guest.quit();
@@ -77,7 +86,7 @@ fn a_load_from_outside_is_judged_on_a_machine_without_an_operating_system() {
 fn a_load_goes_on_after_its_guest_was_killed() {
     let Some(guest) = Guest::builder().disk(Disk::new("vda", MIB).raw()).boot() else { return };
     let load = guest.start_load(&Load::default(), &["vda"]);
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for(&guest, 50);
     guest.kill();
     drop(load);
     let first = guest.oracle_log();
@@ -89,7 +98,7 @@ fn a_load_goes_on_after_its_guest_was_killed() {
     check(&first);
     guest.restart();
     let load = guest.start_load(&Load::default().count(200), &["vda"]);
-    let second = load.wait(Duration::from_secs(60));
+    let second = load.wait(Duration::from_secs(180));
     assert_eq!(second.issued(), first.issued() + 200);
     guest.shut_down();
     check(&second);

@@ -51,7 +51,7 @@ impl Process {
         let mut command = Command::new(tool);
         let child = command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         let mut process = Self { child, socket };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while std::os::unix::net::UnixStream::connect(&process.socket).is_err() {
             let ended = process.child.try_wait().unwrap();
             assert!(ended.is_none(), "{tool} ended at once: {ended:?}");

@@ -23,8 +23,9 @@ use tokio::{
 
 pub(crate) const SYSTEM: &str = "qemu-system-x86_64";
 pub(crate) const STORAGE: &str = "qemu-storage-daemon";
-pub(crate) const SOON: Duration = Duration::from_millis(150);
-const PATIENCE: Duration = Duration::from_secs(20);
+/// A deadline that is to pass, and that what comes before is to keep on a busy machine.
+pub(crate) const SOON: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn options() -> Options {
     Options { timeout: PATIENCE, ..Options::default() }

@@ -10,7 +10,7 @@ use crate::inside::Inside;
 
 const LOG_PORT: &str = "/dev/virtio-ports/org.kvmsnap.oracle.0";
 /// How long the writer may take to start or to end what it has in flight.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A load that runs in a guest.
 #[derive(Debug)]
