@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::{
-    BackendError, BlobId, BlobKind, CheckReport, FileId, FileKind, FileRef, Index, Lock, LockMode,
-    Problem, Reader, Repository, RepositoryError, Tree,
+    BackendError, BlobId, BlobKind, CheckReport, Defect, FileId, FileKind, FileRef, Index, Lock,
+    LockMode, Problem, Reader, Repository, RepositoryError, Tree,
     index::file::{BlobEntry, IndexFile, PackEntry},
     lock::STALE_AFTER,
     pack::PackedBlob,
@@ -109,7 +109,8 @@ impl Repository {
     }
 
     /// What damaged or lost index files said is in the headers of the packs that no other mentions. A damaged
-    /// one stays where such a pack cannot be read today: then it is not known what both had.
+    /// one stays where such a pack cannot be read today: then it is not known what both had. One that the store
+    /// cannot read today stays, too, where a header is damaged: it may tell what is in that pack.
     fn mend_index(
         &self,
         lock: &Lock,
@@ -123,6 +124,7 @@ impl Repository {
         }
         let known: HashSet<FileId> = index.packs().iter().map(|pack| pack.id).collect();
         let (mut packs, mut blobs_len, mut written) = (Vec::new(), 0, 0);
+        let mut all_told = true;
         for (id, len) in self.backend().list(FileKind::Pack)? {
             if known.contains(&id) {
                 continue;
@@ -135,6 +137,7 @@ impl Repository {
                 }
                 Err(error) if error.is_damage() => {
                     tracing::error!(pack = %id, %error, "a pack cannot be told of");
+                    all_told = false;
                 }
                 Err(RepositoryError::Backend { source }) if !source.is_away() => {
                     tracing::error!(pack = %id, error = %source, "a pack cannot be read");
@@ -156,7 +159,14 @@ impl Repository {
             return Ok(());
         }
         report.index_files = written.max(damaged.len() as u64);
-        for (FileRef { id, .. }, _) in damaged {
+        for (file @ FileRef { id, .. }, error) in damaged {
+            if !all_told && is_unread(&error) {
+                tracing::error!(
+                    "{file} cannot be read and stays, for a pack is damaged of which it may tell: make it \
+                     readable and repair again, or remove it once it is given up"
+                );
+                continue;
+            }
             lock.verify()?;
             ignore_missing(self.backend().remove(FileKind::Index, &id))?;
         }
@@ -317,6 +327,14 @@ impl Repository {
         }
         packer.finish()
     }
+}
+
+/// The store could not read it, so it may yet be whole.
+fn is_unread(error: &RepositoryError) -> bool {
+    let RepositoryError::Damaged { source: Defect::Unreadable { source }, .. } = error else {
+        return false;
+    };
+    matches!(**source, BackendError::Io { .. })
 }
 
 /// The pack that a problem is about.

@@ -131,6 +131,47 @@ fn r20_damaged_index_files_are_made_anew_from_the_packs() {
 }
 
 #[test]
+fn r20_index_files_that_cannot_be_read_are_made_anew_where_the_packs_tell_all() {
+    for is_header_damaged in [false, true] {
+        let memory = Memory::new();
+        let repository = init(memory.clone());
+        let snapshots = back_up_three(&repository);
+        let before = memory.names();
+        let pack = packs_of_disks(&repository).into_iter().next().unwrap();
+        let flip_header = || {
+            let mut files = memory.files.lock().unwrap();
+            let pack = files.get_mut(&(FileKind::Pack, pack)).unwrap();
+            let at = pack.len() - 10;
+            pack[at] ^= 1;
+        };
+        if is_header_damaged {
+            flip_header();
+        }
+        // As a disk that is dying says it.
+        memory.no_read.lock().unwrap().insert(FileKind::Index, Some(ErrorKind::Other));
+        let refused = repository.index();
+        assert!(refused.is_err_and(|error| error.is_damage()), "nobody writes by half an index");
+        let (_, passed_over) = repository.index_salvaged().expect("restores go on");
+        assert!(passed_over.len() >= 3);
+
+        let options = RepairOptions::default();
+        let report = repository.repair(&check(&repository), None, &options, &|_| Ok(())).unwrap();
+
+        memory.no_read.lock().unwrap().clear();
+        let index_files = before.iter().filter(|(kind, _)| *kind == FileKind::Index);
+        let stay = index_files.filter(|file| memory.names().contains(file)).count();
+        assert_eq!(stay, if is_header_damaged { 3 } else { 0 }, "{report:?}");
+        if is_header_damaged {
+            flip_header();
+        }
+        assert!(check(&repository).is_clean());
+        for (id, content) in &snapshots {
+            assert_eq!(restore(&repository, id).unwrap(), *content);
+        }
+    }
+}
+
+#[test]
 fn a_repair_of_what_is_whole_changes_nothing() {
     let memory = Memory::new();
     let repository = init(memory.clone());

@@ -6,7 +6,8 @@ use std::{collections::HashMap, fmt, sync::Mutex, thread};
 
 use self::file::PackEntry;
 use crate::{
-    BlobId, BlobKind, Defect, FileId, FileKind, FileRef, Repository, RepositoryError, crypto,
+    BackendError, BlobId, BlobKind, Defect, FileId, FileKind, FileRef, Repository, RepositoryError,
+    crypto,
     lock::SETTLE,
     pack::{self, PackedBlob},
 };
@@ -409,7 +410,7 @@ impl Repository {
                     Err(error @ RepositoryError::Damaged { .. }) => {
                         damaged.lock().expect("no panic while locked").push((file, error));
                     }
-                    Err(RepositoryError::Backend { source }) if is_content(&source) => {
+                    Err(RepositoryError::Backend { source }) if is_of_file(&source) => {
                         let source = Defect::Unreadable { source: Box::new(source) };
                         let error = RepositoryError::Damaged { file, source };
                         damaged.lock().expect("no panic while locked").push((file, error));
@@ -463,7 +464,12 @@ fn is_gone((_, error): &(FileRef, RepositoryError)) -> bool {
     matches!(error, RepositoryError::Damaged { source: Defect::Missing, .. })
 }
 
-/// The store could read, but what it read cannot be right.
-fn is_content(error: &crate::BackendError) -> bool {
-    matches!(error, crate::BackendError::TooLarge { .. } | crate::BackendError::Truncated { .. })
+/// It is about this one file: what was read cannot be right, or the store cannot give it, as where its disk is
+/// damaged. A store that is away, or not for us, says nothing of a file.
+fn is_of_file(error: &BackendError) -> bool {
+    match error {
+        BackendError::TooLarge { .. } | BackendError::Truncated { .. } => true,
+        BackendError::Io { .. } => !error.is_away() && !error.is_read_only() && !error.is_full(),
+        _ => false,
+    }
 }
