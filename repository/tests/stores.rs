@@ -6,7 +6,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{Read as _, Write as _},
-    net::TcpListener,
+    net::{Shutdown, TcpListener},
     num::NonZeroU64,
     path::Path,
     process::Command,
@@ -355,6 +355,36 @@ fn p4_a_list_that_is_not_found_is_no_list_of_nothing() {
         fs::remove_dir(scratch.path().join(kind.folder())).unwrap();
         assert!(folder.list(kind).unwrap_err().is_not_found(), "{kind:?}");
     }
+}
+
+/// It does not wait for the rest of what it has no room for.
+#[test]
+fn r10_a_server_that_is_full_is_heard_also_when_it_hangs_up_early() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("rest:http://{}/", listener.local_addr().unwrap());
+    let cases = [("507 Insufficient Storage", 100), ("507 X", 8 << 20), ("413 X", 8 << 20)];
+    let server = thread::spawn(move || {
+        for (status, len) in cases {
+            let (mut asked, _) = listener.accept().unwrap();
+            let mut part = vec![0; 64 << 10];
+            let mut left = len.min(1 << 20);
+            while left > 0 {
+                left -= left.min(asked.read(&mut part).unwrap());
+            }
+            let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 5\r\n\r\nfull\n");
+            asked.write_all(answer.as_bytes()).unwrap();
+            // As Go does: the answer shall arrive before the rest is refused.
+            asked.shutdown(Shutdown::Write).unwrap();
+            thread::sleep(Duration::from_millis(300));
+        }
+    });
+    let store = url.parse::<Address>().unwrap().open(&Arc::default()).unwrap();
+    for (status, len) in cases {
+        let content = noise(1, len);
+        let refused = store.write(FileKind::Pack, &FileId::of(&content), &content);
+        assert!(refused.as_ref().is_err_and(BackendError::is_full), "{status} {refused:?}");
+    }
+    server.join().unwrap();
 }
 
 #[test]

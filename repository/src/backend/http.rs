@@ -10,9 +10,13 @@ use ureq::{
     Agent, AsSendBody, Body, SendBody,
     http::{Method, Request, Response, header},
     tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem},
+    unversioned::{
+        resolver::DefaultResolver,
+        transport::{ConnectProxyConnector, Connector, RustlsConnector, TcpConnector},
+    },
 };
 
-use super::{Access, BackendError, Pace, pace::PART_LEN};
+use super::{Access, BackendError, Pace, early::Hear, pace::PART_LEN};
 
 /// How long connecting may take, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,7 +83,11 @@ impl Client {
             .input_buffer_size(PART_LEN)
             .user_agent("kvmsnap")
             .build();
-        Ok(Self { agent: config.new_agent(), pace: Arc::clone(&access.pace) })
+        // ureq's own chain, and below TLS what hears answers that come early.
+        let chain = ().chain(ConnectProxyConnector::default()).chain(TcpConnector::default());
+        let chain = chain.chain(Hear).chain(RustlsConnector::default());
+        let agent = Agent::with_parts(config, chain, DefaultResolver::default());
+        Ok(Self { agent, pace: Arc::clone(&access.pace) })
     }
 
     /// Sends a request; returns the status and the headers with what is left to read.
@@ -193,7 +201,8 @@ impl Answer<'_> {
             401 | 403 => ErrorKind::PermissionDenied,
             408 => ErrorKind::TimedOut,
             429 | 500 | 502 | 503 | 504 => ErrorKind::ResourceBusy,
-            // A quota of restic's REST server is 413.
+            // restic's REST server: a full disk and its quota are 507, up to 0.10 the quota is 413. Where its disk
+            // becomes full in the last moment of a file it is 500, as any other fault of its own.
             413 | 507 => ErrorKind::StorageFull,
             _ => ErrorKind::Other,
         };

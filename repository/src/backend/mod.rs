@@ -2,6 +2,7 @@
 
 mod access;
 mod address;
+mod early;
 mod http;
 mod local;
 mod pace;
