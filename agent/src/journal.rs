@@ -5,26 +5,21 @@
 //! undone ([`crate::recover`]), because a crash can fall between any two steps.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::lvm::Snapshot;
+use crate::durable;
 use crate::effect;
 use crate::hypervisor::{Disk, Reach};
 use crate::names::{DiskName, DomainName, RunId};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::stop::Stopped;
-
-/// How the names of records begin that are not yet written.
-const PARTIAL: &str = ".partial-";
-/// A record is written within milliseconds: one that is not after this time never will be.
-const PARTIAL_AGE_MAX: Duration = Duration::from_secs(600);
 
 /// Why the journal could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -286,7 +281,7 @@ impl Journal {
         };
         for entry in entries {
             let path = entry.map_err(io)?.path();
-            sweep(&path);
+            durable::sweep(&path);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
@@ -307,40 +302,13 @@ impl Journal {
         let path = self.path(&record.run);
         let io = |source| JournalError::Io { path: path.clone(), source };
         effect::about_to("journal: write").map_err(io)?;
-        write_durably(&path, record).map_err(io)
+        durable::write_json(&path, record).map_err(io)
     }
 
     fn sync_folder(&self) -> Result<(), JournalError> {
         File::open(&self.folder)
             .and_then(|folder| folder.sync_all())
             .map_err(|source| JournalError::Io { path: self.folder.clone(), source })
-    }
-}
-
-/// Puts a record in place of the one before, or of none; it is durable when this returns.
-///
-/// # Errors
-/// The system's; the file is then still the one before.
-pub fn write_durably(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    let folder = path.parent().expect("a record lies in a folder");
-    let mut partial = tempfile::Builder::new();
-    let mut file = partial.prefix(PARTIAL).tempfile_in(folder)?;
-    let text = serde_json::to_vec_pretty(record).expect("a record has only string keys");
-    file.write_all(&text).and_then(|()| file.as_file().sync_all())?;
-    file.persist(path)?;
-    File::open(folder)?.sync_all()
-}
-
-/// Removes what a process that was killed while it wrote a record has left. It names nothing that was
-/// done: a record comes before the deed.
-pub fn sweep(path: &Path) {
-    let partial = path
-        .file_name()
-        .is_some_and(|name| name.as_encoded_bytes().starts_with(PARTIAL.as_bytes()));
-    let age = || fs::metadata(path).ok()?.modified().ok()?.elapsed().ok();
-    if partial && age().is_some_and(|age| age > PARTIAL_AGE_MAX) {
-        // Where it cannot be removed it does no harm.
-        let _ = fs::remove_file(path);
     }
 }
 
@@ -402,23 +370,6 @@ mod tests {
 
         journal.clear(&recorded).unwrap();
         assert!(journal.pending().unwrap().0.is_empty());
-    }
-
-    #[test]
-    fn what_a_killed_writer_left_is_swept_and_what_a_live_one_writes_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let journal = Journal::open(dir.path()).unwrap();
-        let [old, young, foreign] = [".partial-old", ".partial-young", "notes"].map(|name| {
-            let path = journal.folder.join(name);
-            File::create(&path).unwrap();
-            path
-        });
-        let long_ago = std::time::SystemTime::now() - 2 * PARTIAL_AGE_MAX;
-        for path in [&old, &foreign] {
-            File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
-        }
-        assert!(journal.pending().unwrap().0.is_empty());
-        assert_eq!([&old, &young, &foreign].map(|path| path.exists()), [false, true, true]);
     }
 
     #[test]

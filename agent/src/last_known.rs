@@ -11,7 +11,7 @@ use repository::{FileId, Repository, RepositoryError};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{History, short};
-use crate::journal::write_durably;
+use crate::durable;
 use crate::names::DomainName;
 
 /// Name of the folder in the state folder.
@@ -67,6 +67,6 @@ impl LastKnown {
     pub fn remember(&self, snapshot: FileId, time: Timestamp) -> io::Result<()> {
         let (domain, uuid) = (self.domain.clone(), self.uuid.clone());
         fs::create_dir_all(self.path.parent().expect("it lies in a folder"))?;
-        write_durably(&self.path, &Last { domain, uuid, snapshot, time })
+        durable::write_json(&self.path, &Last { domain, uuid, snapshot, time })
     }
 }

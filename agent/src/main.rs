@@ -10,6 +10,7 @@ mod capture;
 mod catalog;
 mod cli;
 mod config;
+mod durable;
 mod effect;
 mod error;
 mod guard;

@@ -4,13 +4,13 @@
 //! ever added.
 
 use std::fmt::Write as _;
-use std::fs::Permissions;
-use std::io::{self, Write as _};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use crate::durable;
 
 /// Where the figures go: the section `[metrics]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -110,15 +110,9 @@ impl Metrics {
     /// # Errors
     /// [`MetricsError`]; then the old file is still there.
     pub fn write(&self, figures: &Figures) -> Result<(), MetricsError> {
-        let write = || {
-            let folder = self.file.parent().unwrap_or(Path::new("."));
-            // The collector takes any file whose name ends in `.prom`.
-            let mut file = tempfile::Builder::new().prefix(".kvmsnap").tempfile_in(folder)?;
-            file.write_all(figures.to_text().as_bytes())?;
-            file.as_file().set_permissions(Permissions::from_mode(0o644))?;
-            file.persist(&self.file).map_err(|error| error.error)
-        };
-        write().map(drop).map_err(|source| MetricsError { path: self.file.clone(), source })
+        // The collector takes any file whose name ends in `.prom`, which a partial one's does not.
+        durable::write(&self.file, figures.to_text().as_bytes(), 0o644)
+            .map_err(|source| MetricsError { path: self.file.clone(), source })
     }
 }
 
@@ -239,6 +233,8 @@ fn seconds(time: Timestamp) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn figures() -> Figures {

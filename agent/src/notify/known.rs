@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{Event, Kind, Queue, Subject};
+use crate::durable;
 
 /// Name of the file in the state folder.
 const FILE: &str = "alerts.json";
@@ -73,11 +74,9 @@ impl Known {
         let path = folder.join(FILE);
         let write = || {
             fs::create_dir_all(folder)?;
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
-            file.persist(&path).map_err(|error| error.error)
+            durable::write_json(&path, self)
         };
-        write().map(drop).map_err(|source| KnownError { path, source })
+        write().map_err(|source| KnownError { path, source })
     }
 
     /// Of what happened, what is to be told: what is new or of another kind, what lasts and was told `remind`

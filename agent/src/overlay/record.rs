@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::at_rest::LocalImage;
+use crate::durable;
 use crate::effect;
 use crate::hypervisor::Reach;
 use crate::journal::{self, JournalError, Process};
@@ -252,7 +253,7 @@ impl Records {
         let (mut all, mut damaged) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&self.folder).map_err(io)? {
             let path = entry.map_err(io)?.path();
-            journal::sweep(&path);
+            durable::sweep(&path);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
@@ -293,7 +294,7 @@ impl Records {
         let path = self.path(record);
         let io = |source| JournalError::Io { path: path.clone(), source };
         effect::about_to("overlays: record").map_err(io)?;
-        journal::write_durably(&path, record).map_err(io)
+        durable::write_json(&path, record).map_err(io)
     }
 }
 

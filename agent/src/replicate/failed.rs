@@ -8,6 +8,8 @@ use std::{fs, mem};
 
 use repository::FileId;
 
+use crate::durable;
+
 /// Snapshots that have to be tried again, as [`repository::SnapshotFile::first_id`] calls them.
 #[derive(Debug)]
 pub struct Failed {
@@ -59,13 +61,8 @@ impl Failed {
     }
 
     fn write(&self) -> io::Result<()> {
-        let folder = self.path.parent().expect("it is in a folder");
-        fs::create_dir_all(folder)?;
-        let new = tempfile::NamedTempFile::new_in(folder)?;
-        fs::write(new.path(), serde_json::to_vec(&self.ids)?)?;
-        new.as_file().sync_all()?;
-        new.persist(&self.path).map_err(|error| error.error)?;
-        Ok(())
+        fs::create_dir_all(self.path.parent().expect("it is in a folder"))?;
+        durable::write_json(&self.path, &self.ids)
     }
 }
 

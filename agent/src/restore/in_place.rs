@@ -23,6 +23,7 @@ use xmltree::Element;
 use super::Format;
 use super::plan::Place;
 use crate::capture::image::{Image, LOCK_NO_WRITERS, Use};
+use crate::durable;
 use crate::effect;
 use crate::hypervisor::libvirt::connection::DomainHandle;
 use crate::hypervisor::libvirt::sys as calls;
@@ -419,11 +420,7 @@ fn write_record(state_dir: &Path, record: &Record) -> Result<PathBuf, InPlaceErr
     let path = folder.join(format!("{}.json", record.address.uuid));
     step("write the record", &path, |path| {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(&folder)?;
-        serde_json::to_writer(&mut file, record).map_err(io::Error::from)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        File::open(&folder)?.sync_all()
+        durable::write_json(path, record)
     })?;
     Ok(path)
 }

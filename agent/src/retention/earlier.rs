@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, Policy};
+use crate::durable;
 
 /// The rules of last time, by machine.
 #[derive(Debug)]
@@ -62,14 +63,8 @@ impl Earlier {
             policy: policy.clone(),
         };
         let entries: Vec<Entry> = self.policies.iter().map(entry).collect();
-        let text = serde_json::to_vec_pretty(&entries).expect("it has only string keys");
-        let folder = self.path.parent().expect("it is in a folder");
-        fs::create_dir_all(folder)?;
-        let new = tempfile::NamedTempFile::new_in(folder)?;
-        fs::write(new.path(), text)?;
-        new.as_file().sync_all()?;
-        new.persist(&self.path).map_err(|error| error.error)?;
-        Ok(())
+        fs::create_dir_all(self.path.parent().expect("it is in a folder"))?;
+        durable::write_json(&self.path, &entries)
     }
 }
 

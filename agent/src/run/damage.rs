@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::journal::write_durably;
+use crate::durable;
 use crate::names::RunId;
 
 /// Name of the folder in the state folder.
@@ -34,7 +34,7 @@ impl Mark {
     pub fn set(&self) -> io::Result<()> {
         fs::create_dir_all(self.path.parent().expect("it lies in a folder"))?;
         // One that is like no other.
-        write_durably(&self.path, &RunId::random())
+        durable::write_json(&self.path, &RunId::random())
     }
 
     /// Whether somebody has taken it away. One that cannot be looked at is there.

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::state::StateError;
-use crate::journal::write_durably;
+use crate::durable;
 use crate::metrics::BackupFigures;
 use crate::names::RunId;
 
@@ -143,7 +143,7 @@ impl Record {
         let path = folder.join(format!("{}-{}.json", self.started.as_second(), self.id));
         let failed = |source| StateError { path: path.clone(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
-        write_durably(&path, self).map_err(failed)?;
+        durable::write_json(&path, self).map_err(failed)?;
         let oldest = self.started.as_second().saturating_sub_unsigned(keep.as_secs());
         let files = files(state_dir);
         let excess = files.len().saturating_sub(RUNS_MAX);

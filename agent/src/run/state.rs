@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::history::Step;
-use crate::journal::write_durably;
+use crate::durable;
 use crate::metrics::BackupFigures;
 use crate::retention::Machine;
 
@@ -330,7 +330,7 @@ impl Pause {
 fn write(state_dir: &Path, name: &str, value: &impl Serialize) -> Result<(), StateError> {
     let path = state_dir.join(name);
     fs::create_dir_all(state_dir)
-        .and_then(|()| write_durably(&path, value))
+        .and_then(|()| durable::write_json(&path, value))
         .map_err(|source| StateError { path, source })
 }
 
