@@ -433,6 +433,28 @@ fn p4_what_a_first_backup_left_is_no_alarm_and_snapshots_that_vanished_are() {
 }
 
 #[test]
+fn nothing_is_begun_where_it_cannot_be_remembered() {
+    let nobody = Path::new("/run/no-such.qmp");
+    let there = Unattended::new(&[("web", nobody)], "retries = 0");
+    // Something that can be neither read nor replaced.
+    let state = there.host.state().join("jobs.json");
+    fs::create_dir_all(state.join("mine")).expect("a folder");
+
+    let refused = there.run_at(MORNING, &[]);
+
+    assert_says(&refused, 1, &format!("cannot keep the state of jobs in {}", state.display()));
+    assert!(refused.stderr.contains("jobs may run once more than due"), "{refused:?}");
+    assert_eq!(lines(&refused), [] as [Value; 0], "it would be done again and again");
+    assert!(state.join("mine").is_dir());
+    // Mended, or damaged so that it can be replaced, it goes on.
+    fs::remove_dir_all(&state).expect("a folder");
+    fs::write(&state, "{\"jobs\": 3").expect("half a file");
+    let tried = lines(&there.run_at("2040-03-01T03:10:00Z", &[]));
+    assert_eq!((&tried[0]["work"], &tried[0]["outcome"]), (&json!("backup"), &json!("failed")));
+    assert_eq!(there.done("2040-03-01T03:15:00Z"), [], "it was tried, and that is known");
+}
+
+#[test]
 fn config_check_says_in_words_what_will_happen_and_when() {
     let nobody = Path::new("/run/no-such.qmp");
     let there = Unattended::new(

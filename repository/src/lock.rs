@@ -111,8 +111,10 @@ pub(crate) struct Shared {
 struct State {
     id: FileId,
     file: LockFile,
-    /// [`host::uptime`] when it was renewed.
+    /// How long the host was up when it was renewed.
     renewed: Duration,
+    /// How long it is up: [`host::uptime`], which goes on while the host sleeps.
+    uptime: fn() -> Duration,
     /// Others may have taken it away: it never holds again, whatever is renewed.
     lost: bool,
     stopping: bool,
@@ -125,7 +127,8 @@ impl State {
     }
 
     /// The clock does not count here: where it was set, the lock may still be there.
-    fn verify(&mut self, uptime: Duration) -> Result<(), RepositoryError> {
+    fn verify(&mut self) -> Result<(), RepositoryError> {
+        let uptime = (self.uptime)();
         self.lost |= uptime.saturating_sub(self.renewed) > LOST_AFTER;
         match self.lost {
             true => Err(RepositoryError::LockLost { since: self.file.time }),
@@ -148,7 +151,8 @@ impl Repository {
     ///
     /// Errors as [`Repository::lock`].
     pub fn announce_lock(&self, mode: LockMode) -> Result<AnnouncedLock, RepositoryError> {
-        let (file, renewed) = (LockFile::ours(mode), host::uptime());
+        let uptime: fn() -> Duration = host::uptime;
+        let (file, renewed) = (LockFile::ours(mode), uptime());
         match self.look_for_conflicts(mode, None) {
             // Copies of a repository may lack the folder while it is empty. Once there is a lock in it, a store
             // that does not find it cannot list.
@@ -157,7 +161,8 @@ impl Repository {
         }
         let id = self.write_json(FileKind::Lock, &file).map_err(not_writable)?;
         let at = Instant::now();
-        let state = Mutex::new(State { id, file, renewed, lost: false, stopping: false });
+        let state = State { id, file, renewed, uptime, lost: false, stopping: false };
+        let state = Mutex::new(state);
         let (repository, renewing, stop) = (self.clone(), Mutex::default(), Condvar::new());
         let shared = Arc::new(Shared { repository, state, renewing, stop });
         let mut locks = self.locks().lock().expect("no panic while locked");
@@ -364,7 +369,7 @@ impl Shared {
     fn verify(&self) -> Result<(), RepositoryError> {
         {
             let mut state = self.state();
-            state.verify(host::uptime())?;
+            state.verify()?;
             if state.stopping || age(state.file.time, Timestamp::now()) <= LOST_AFTER {
                 return Ok(());
             }
@@ -419,8 +424,8 @@ impl Shared {
         let _renewing = self.renewing.lock().expect("no panic while locked");
         let (old, file, renewed) = {
             let mut state = self.state();
-            let (now, uptime) = (Timestamp::now(), host::uptime());
-            state.verify(uptime)?;
+            let (now, uptime) = (Timestamp::now(), (state.uptime)());
+            state.verify()?;
             if state.age(now, uptime) < least_age {
                 return Ok(());
             }
@@ -433,7 +438,7 @@ impl Shared {
             // Whoever released the lock meanwhile has removed the old file.
             state.lost |= matches!(is_gone, Ok(true)) && !state.stopping;
             // The store may have taken too long.
-            let outcome = state.verify(host::uptime()).and(is_gone.map(drop));
+            let outcome = state.verify().and(is_gone.map(drop));
             if outcome.is_ok() && !state.stopping {
                 (state.id, state.file, state.renewed) = (new, file, renewed);
             }

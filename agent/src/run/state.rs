@@ -256,7 +256,12 @@ impl State {
                 tracing::warn!(%error, "{path} is passed over: jobs may run once more than due");
                 Self::default()
             }),
-            Err(_) => Self::default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::default(),
+            Err(error) => {
+                let path = path.display();
+                tracing::warn!(%error, "{path} cannot be read: jobs may run once more than due");
+                Self::default()
+            }
         }
     }
 
@@ -357,8 +362,8 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_an_older_version_is_read() {
-        let text = r#"{"jobs": {"nightly": {"last_start": "2026-11-21T03:00:00Z", "domains":
+    fn a_state_of_an_older_or_newer_version_is_read() {
+        let text = r#"{"version": 9, "jobs": {"nightly": {"of_later": [1], "last_start": "2026-11-21T03:00:00Z", "domains":
             {"web": {"last_good": "2026-11-21T03:00:00Z", "snapshot": "a1", "snapshots": 3}}}},
             "repositories": {"main": {"last_verify": "2026-11-21T03:00:00Z", "part": 7, "bytes": 5}}}"#;
         let dir = tempfile::tempdir().unwrap();

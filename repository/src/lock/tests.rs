@@ -50,8 +50,31 @@ fn assert_lost(repository: &Repository, lock: &Lock) {
 #[test]
 fn r18_a_lock_that_was_not_renewed_for_long_is_lost_for_good() {
     let (_scratch, repository, lock) = locked();
-    let later = host::uptime() + Duration::from_secs(26 * 60);
-    assert!(lock.shared.state().verify(later).is_err());
+    lock.shared.state().uptime = || host::uptime() + Duration::from_secs(26 * 60);
+    assert_lost(&repository, &lock);
+}
+
+/// The thread that renews a lock wakes up, as it does when its host does.
+fn wake_until(lock: &Lock, is_done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_done() {
+        assert!(start.elapsed() < Duration::from_secs(30), "nobody woke up");
+        lock.shared.stop.notify_all();
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn r18_a_host_that_slept_renews_its_lock_at_once_or_knows_that_it_is_lost() {
+    let (_scratch, repository, lock) = locked();
+    let first = lock.id();
+    // For six minutes, by the one clock that tells.
+    lock.shared.state().uptime = || host::uptime() + Duration::from_secs(6 * 60);
+    wake_until(&lock, || lock.id() != first);
+    lock.prove().unwrap();
+
+    lock.shared.state().uptime = || host::uptime() + Duration::from_secs(40 * 60);
+    wake_until(&lock, || lock.shared.state().lost);
     assert_lost(&repository, &lock);
 }
 
