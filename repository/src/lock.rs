@@ -201,7 +201,9 @@ impl Repository {
     /// Fails where a lock that this program holds here was lost: see [`Lock::prove`].
     pub(crate) fn prove_locks(&self) -> Result<(), RepositoryError> {
         let locks = self.locks().lock().expect("no panic while locked").clone();
-        locks.iter().filter_map(Weak::upgrade).try_for_each(|lock| lock.prove())
+        // The thread of one that was released, as of one that was lost and given up, may not have ended yet.
+        let held = locks.iter().filter_map(Weak::upgrade).filter(|lock| !lock.state().stopping);
+        { held }.try_for_each(|lock| lock.prove())
     }
 
     /// The locks that nobody can tell anything of.

@@ -84,7 +84,8 @@ fn r18_a_lock_that_somebody_took_away_is_lost_before_anything_is_recorded() {
     repository.backend().remove(FileKind::Lock, &lock.id()).unwrap();
     lock.verify().expect("who asks nobody does not know yet");
     assert_lost(&repository, &lock);
-    // The next one is another lock.
+    // The next one is another lock, also while the thread of this one has not ended.
+    let _thread = Arc::clone(&lock.shared);
     drop(lock);
     let _lock = repository.lock(LockMode::Exclusive).unwrap();
     let snapshot = SnapshotFile::new(BlobId([0; 32]), Timestamp::now());
