@@ -162,6 +162,17 @@ impl Scene {
         wait_with(running, "QEMU reads for it", || read_by(&self.domain) > before + CHUNK_LEN)
     }
 
+    /// The same for a domain that is shut off, or is shut down for it: its storage daemon has all images open.
+    #[track_caller]
+    pub fn backup_at_rest_slowly(&self, more: &[&str]) -> Running {
+        let images: Vec<PathBuf> = self.domain.disk_paths().into_values().collect();
+        let running = spawn(self.command(&[&["--limit-read", "64KiB"], more].concat()));
+        wait_with(running, "its images are exported", || {
+            let mut daemons = daemons(&self.domain).into_iter().map(open_files);
+            daemons.any(|open| images.iter().all(|image| open.contains(image)))
+        })
+    }
+
     /// Waits until QEMU reads nothing more by itself.
     #[track_caller]
     pub fn wait_until_qemu_rests(&self) {
@@ -306,6 +317,12 @@ pub fn processes(words: &[&str]) -> Vec<u32> {
     let entries = fs::read_dir("/proc").expect("/proc is there").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(has_them).collect()
+}
+
+/// The files that a process has open; none where it has ended.
+fn open_files(pid: u32) -> Vec<PathBuf> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| fs::read_link(entry.path()).ok()).collect()
 }
 
 /// Bytes that the domain's QEMU has read by system calls, whatever it says itself.

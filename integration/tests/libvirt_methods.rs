@@ -4,8 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use integration::faults::{SmallDisk, assert_says, kinds, signal, wait_until};
-use integration::libvirt::{Scene, WAIT, assert_incremental, daemons, wait_with};
-use integration::{Running, finish, spawn};
+use integration::libvirt::{Scene, WAIT, assert_incremental};
+use integration::{Running, finish};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
@@ -182,8 +182,7 @@ fn p1_the_chain_goes_on_through_backups_for_which_the_domain_is_shut_down() {
 #[track_caller]
 fn stopped_slowly(scene: &mut Scene) -> Running {
     scene.write("vda", 0, &integration::faults::noise(2 << 20, 7));
-    let running = spawn(scene.command(&[&SWITCH_OFF[..], &["--limit-read", "64KiB"]].concat()));
-    wait_with(running, "its images are exported", || !daemons(&scene.domain).is_empty())
+    scene.backup_at_rest_slowly(&SWITCH_OFF)
 }
 
 #[test]

@@ -9,9 +9,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use integration::faults::{Fault, assert_says, kinds, noise, signal, wait_until};
-use integration::libvirt::{HELD_UP, SIZE, Scene, WAIT, assert_incremental, daemons, wait_with};
+use integration::libvirt::{HELD_UP, SIZE, Scene, WAIT, assert_incremental, daemons};
 use integration::restored::disk;
-use integration::{Host, Running, finish, spawn, tool};
+use integration::{Host, finish, spawn, tool};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vm_fixtures::libvirt::Libvirt;
@@ -21,13 +21,6 @@ use vm_fixtures::{Disk, FileSystem, Guest, MIB};
 const WORKERS: usize = 3;
 /// Those that keep dirty bitmaps.
 const TRACKED: [&str; 2] = ["vda", "vdb"];
-
-/// Starts a backup of a domain that is shut off and waits until its images are exported.
-#[track_caller]
-fn backup_slowly(scene: &Scene) -> Running {
-    let running = spawn(scene.command(&["--limit-read", "64KiB"]));
-    wait_with(running, "its images are exported", || !daemons(&scene.domain).is_empty())
-}
 
 #[test]
 fn p1_p3_the_chain_goes_on_whether_the_domain_runs_or_not() {
@@ -189,7 +182,7 @@ fn p1_an_image_with_its_data_in_another_file_is_read_with_it() {
 
     scene.assert_clean();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = backup_slowly(&scene);
+    let running = scene.backup_at_rest_slowly(&[]);
     // The data file alone.
     File::options().write(true).open(&data).and_then(|f| f.write_at(&[1], 9)).expect("our file");
     assert_says(&finish(running), 1, "was changed while it was read");
@@ -264,7 +257,7 @@ fn p2_a_domain_that_is_started_during_the_backup_comes_first() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = backup_slowly(&scene);
+    let running = scene.backup_at_rest_slowly(&[]);
     let start = Instant::now();
 
     scene.domain.start();
@@ -287,7 +280,7 @@ fn p1_a_domain_that_ran_unseen_during_the_backup_spoils_it() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = backup_slowly(&scene);
+    let running = scene.backup_at_rest_slowly(&[]);
     signal(running.pid(), Signal::SIGSTOP);
     scene.domain.start();
     scene.scribble();
@@ -309,7 +302,7 @@ fn r01_the_storage_daemon_dies_with_its_run_and_the_domain_may_be_started_at_onc
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = backup_slowly(&scene);
+    let running = scene.backup_at_rest_slowly(&[]);
 
     signal(running.pid(), Signal::SIGKILL);
 
@@ -329,7 +322,7 @@ fn r01_a_killed_run_is_undone_by_its_guard_where_no_other_run_comes() {
     let mut scene = Scene::new(&libvirt);
     scene.backup();
     scene.write("vda", 0, &noise(2 << 20, 7));
-    let running = backup_slowly(&scene);
+    let running = scene.backup_at_rest_slowly(&[]);
     assert_eq!(scene.bitmaps_at_rest("vda").len(), 2);
 
     signal(running.pid(), Signal::SIGKILL);

@@ -37,7 +37,7 @@ const ROOT_MIB: u32 = 512;
 /// Where the disk with the programs is mounted.
 const ROOT: &str = "/mnt/host";
 /// How long a program may run: it is emulated.
-const TIMEOUT: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(600);
 /// Without udev, LVM makes its device files itself.
 const LVM_CONF: &str = "\
 devices { obtain_device_list_from_udev = 0 use_devicesfile = 0 }

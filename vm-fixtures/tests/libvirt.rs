@@ -22,7 +22,7 @@ fn a_domain_boots_writes_restarts_and_leaves_nothing_behind() {
     domain.write_file("/mnt/vda/file", b"content");
     domain.sh("sync");
     let log = domain.start_load(&Load::default().count(200), &["vdb", "vdc"]);
-    let log = log.wait(Duration::from_secs(60));
+    let log = log.wait(Duration::from_secs(300));
     let ping = domain.virsh("qemu-agent-command", &[r#"{"execute":"guest-ping"}"#]);
     assert!(ping.contains("return"), "libvirt has an agent of its own: {ping}");
 
@@ -166,7 +166,7 @@ fn the_domain_of_a_killed_test_is_swept_by_the_next() {
         let answer = Path::new(&answer);
         fs::write(answer.with_extension("new"), domain.name()).unwrap();
         fs::rename(answer.with_extension("new"), answer).unwrap();
-        std::thread::sleep(Duration::from_secs(60));
+        std::thread::sleep(Duration::from_secs(400));
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -176,15 +176,16 @@ fn the_domain_of_a_killed_test_is_swept_by_the_next() {
         .env(VICTIM, &answer)
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(50);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while !answer.exists() {
         assert!(Instant::now() < deadline, "the victim has started a domain");
         std::thread::sleep(Duration::from_millis(20));
     }
+    let name = fs::read_to_string(&answer).unwrap();
+    // From its end on any other test may sweep it.
+    assert!(libvirt.virsh(&["list", "--name"]).contains(&name));
     victim.kill().unwrap();
     victim.wait().unwrap();
-    let name = fs::read_to_string(&answer).unwrap();
-    assert!(libvirt.virsh(&["list", "--name"]).contains(&name));
 
     let next = Libvirt::start().expect("it was there before");
 

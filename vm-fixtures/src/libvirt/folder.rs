@@ -1,6 +1,7 @@
 //! Folders that QEMU under libvirt can reach, and what is left of tests that were killed.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -63,11 +64,19 @@ pub(super) fn sweep() {
     let Ok(entries) = fs::read_dir(IMAGES) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(PREFIX) && open(&entry.path().join(OWNER)).try_lock().is_ok() {
+        if name.starts_with(PREFIX) && has_no_owner(&entry.path()) {
             forget_domains(&name);
             // What cannot be removed now is found by the next sweep.
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+/// Whether nobody has a folder any more. Its owner may be about to remove it.
+fn has_no_owner(folder: &Path) -> bool {
+    match File::options().write(true).open(folder.join(OWNER)) {
+        Ok(owner) => owner.try_lock().is_ok(),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }
 
