@@ -11,9 +11,9 @@ use clap::Args;
 use repository::Repository;
 use serde::Serialize;
 
-use super::Context;
 use super::list::BackupLine;
 use super::overlays::{self, StallLine, WayBack};
+use super::{Context, Opening};
 use crate::backup::{Finished, Host, Request, Run, Target};
 use crate::capture::overlay::{Overlaid, Settings};
 use crate::config::{self, Size, TrackHow};
@@ -229,19 +229,19 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
         let chosen = choose(&known, &args.domains)?;
         Ok((libvirt, chosen))
     };
-    // The key is derived once for all domains.
-    let both = async { tokio::try_join!(choosing, context.open()) };
-    let ((libvirt, chosen), repository) = context.until_interrupted(both).await?;
+    // The key is derived once for all domains, while libvirt is asked about them.
+    let mut opening = context.begin_to_open()?;
+    let (libvirt, chosen) = context.until_interrupted(choosing).await?;
     let (mut failed, count) = (0, chosen.len());
     for known in chosen {
         let args = args.with(&configured.domain(&known.name));
-        match back_up_domain(&libvirt, &known, &repository, &args, context).await {
+        match back_up_domain(&libvirt, &known, &mut opening, &args, context).await {
             Ok(()) => {}
             // Its guest is for the other host to back up.
             Err(CommandError::Hypervisor(error @ HypervisorError::Migrated { .. })) if args.all => {
                 tracing::warn!("left out: {error}");
             }
-            Err(error) if count == 1 => return Err(error),
+            Err(error) if count == 1 || opening.has_failed() => return Err(error),
             Err(error) if error.code() == INTERRUPTED => return Err(error),
             Err(error) => {
                 // One domain that cannot be backed up keeps nobody from the others.
@@ -261,11 +261,11 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
 async fn back_up_domain(
     libvirt: &Libvirt,
     known: &KnownDomain,
-    repository: &Repository,
+    opening: &mut Opening,
     args: &BackupArgs,
     context: &Context,
 ) -> Result<(), CommandError> {
-    let opening = async { Ok(repository.clone()) };
+    let opening = opening.repository();
     let handle = libvirt.domain(&known.uuid);
     let reach = Reach::Domain(handle.address());
     let (run_dir, journal) = (&context.global.run_dir, context.journal()?);
@@ -365,38 +365,32 @@ async fn back_up<H: Hypervisor>(
 ) -> Result<(), CommandError> {
     let run_dir = &context.global.run_dir;
     context.progress.phase("connecting");
+    let journal = context.journal()?;
     // Opening the repository takes its time; meanwhile the guest shows what it does without us.
-    let connect = async {
+    let look = async {
         let hypervisor = connect.await?;
         let before = hypervisor.guest_io().await?;
-        Ok::<_, CommandError>((hypervisor, before))
+        if !args.dry_run {
+            recover_earlier(&hypervisor, &journal, run_dir).await?;
+        }
+        let found = match stop {
+            Some(_) => None,
+            None => Some(discover(&hypervisor, &reach, args).await?),
+        };
+        Ok::<_, CommandError>((hypervisor, before, found))
     };
     let open = async { Context::add_to(opening.await?).await };
-    let both = async { tokio::try_join!(connect, open) };
-    let ((hypervisor, before), open) = context.until_interrupted(both).await?;
-    let journal = context.journal()?;
-    if !args.dry_run {
-        context.until_interrupted(recover_earlier(&hypervisor, &journal, run_dir)).await?;
-    }
+    let both = async { tokio::try_join!(look, open) };
+    let ((hypervisor, before, found), open) = context.until_interrupted(both).await?;
     // Only now: for a repository that cannot be opened nobody shuts a guest down.
     if let Some(stop) = stop {
         context.progress.phase("waiting for the guest to shut down");
         context.until_interrupted(async { Ok(stop.shut_down().await?) }).await?;
     }
-    let discover = async {
-        let domain: DomainName = match &args.name {
-            Some(name) => name.clone(),
-            None => {
-                let name = hypervisor.name().await?;
-                name.ok_or_else(|| CommandError::NoName { reach: reach.clone() })?.parse()?
-            }
-        };
-        let of_it = args.exclude_disk.iter().filter(|exclusion| exclusion.is_about(&domain));
-        let excluded = of_it.map(|exclusion| exclusion.disk.clone()).collect();
-        let choice = Choice { only: args.disk.clone(), excluded };
-        Ok((domain, hypervisor.discover(&choice).await?))
+    let (domain, mut machine) = match found {
+        Some(found) => found,
+        None => context.until_interrupted(discover(&hypervisor, &reach, args)).await?,
     };
-    let (domain, mut machine) = context.until_interrupted(discover).await?;
     plan::check_wanted(&machine, &domain, &args.disk)?;
     for exclusion in args.exclude_disk.iter().filter(|exclusion| exclusion.domain.is_some()) {
         let disk = exclusion.disk.as_str();
@@ -486,6 +480,25 @@ async fn back_up<H: Hypervisor>(
         None => Ok(()),
         Some(error) => Err(CommandError::Leftover(error)),
     }
+}
+
+/// What a machine is called, and what it has.
+async fn discover(
+    hypervisor: &impl Hypervisor,
+    reach: &Reach,
+    args: &BackupArgs,
+) -> Result<(DomainName, Machine), CommandError> {
+    let domain: DomainName = match &args.name {
+        Some(name) => name.clone(),
+        None => {
+            let name = hypervisor.name().await?;
+            name.ok_or_else(|| CommandError::NoName { reach: reach.clone() })?.parse()?
+        }
+    };
+    let of_it = args.exclude_disk.iter().filter(|exclusion| exclusion.is_about(&domain));
+    let excluded = of_it.map(|exclusion| exclusion.disk.clone()).collect();
+    let choice = Choice { only: args.disk.clone(), excluded };
+    Ok((domain, hypervisor.discover(&choice).await?))
 }
 
 /// The overlays that track the changes of a machine that runs, where there are any or shall be. What an

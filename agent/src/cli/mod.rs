@@ -34,6 +34,7 @@ use ::repository::{AnnouncedLock, Index, Lock, LockMode, Repository, RepositoryE
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::bound;
 use crate::catalog::Catalog;
@@ -301,6 +302,38 @@ impl Wanted {
     }
 }
 
+/// A repository that is being opened, once for all who ask for it.
+enum Opening {
+    UnderWay(JoinHandle<Result<Repository, CommandError>>),
+    Open(Repository),
+    /// Who asked was told why, and asks no more.
+    Failed,
+}
+
+impl Opening {
+    /// The open repository. The future may be dropped at any time.
+    async fn repository(&mut self) -> Result<Repository, CommandError> {
+        if let Self::UnderWay(opening) = self {
+            match joined(opening.await) {
+                Ok(repository) => *self = Self::Open(repository),
+                Err(error) => {
+                    *self = Self::Failed;
+                    return Err(error);
+                }
+            }
+        }
+        match self {
+            Self::Open(repository) => Ok(repository.clone()),
+            Self::UnderWay(_) | Self::Failed => unreachable!("it was opened, or failed for good"),
+        }
+    }
+
+    /// Whether it cannot be opened.
+    fn has_failed(&self) -> bool {
+        matches!(self, Self::Failed)
+    }
+}
+
 impl<L> OpenRepository<L> {
     fn catalog(&self) -> Catalog {
         Catalog::new(&self.repository, Arc::clone(&self.index))
@@ -428,8 +461,13 @@ impl Context {
 
     /// Opens the repository without a lock or index.
     async fn open(&self) -> Result<Repository, CommandError> {
+        self.begin_to_open()?.repository().await
+    }
+
+    /// Begins to open it: its key is derived on a thread of its own.
+    fn begin_to_open(&self) -> Result<Opening, CommandError> {
         let wanted = self.wanted()?;
-        blocking(move || wanted.open()).await
+        Ok(Opening::UnderWay(spawn_blocking(move || wanted.open())))
     }
 
     /// Makes an open repository one to add to: announces a lock, which settles while other things are
