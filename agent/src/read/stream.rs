@@ -1,5 +1,6 @@
 //! The stream of chunks from the guest's disks to the store, at the guest's pace.
 
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -78,19 +79,44 @@ impl<H: Hypervisor> Stream<'_, H> {
     /// # Errors
     /// [`ReadError::BadBlocks`] after the whole disk was tried; any other at once.
     pub async fn run(&self, pace: &mut Pace) -> Result<u64, ReadError> {
+        release_unread(self.source, self.map).await?;
+        processors::give_way(pace.is_gentle());
+        let (pace, bytes) = (RefCell::new(pace), Cell::new(0));
+        tokio::select! {
+            done = self.pump(&pace, &bytes) => done.map(|()| bytes.get()),
+            error = self.watch(&pace, &bytes) => Err(error),
+        }
+    }
+
+    /// Looks at the guest's latency again and again, as long as anything is read.
+    async fn watch(&self, pace: &RefCell<&mut Pace>, bytes: &Cell<u64>) -> ReadError {
+        let mut before = 0;
+        loop {
+            tokio::time::sleep(OBSERVE_EVERY).await;
+            if bytes.get() == before {
+                continue;
+            }
+            before = bytes.get();
+            match self.hypervisor.guest_io().await {
+                Ok(now) => pace.borrow_mut().observe(now),
+                Err(error) => return error.into(),
+            }
+            processors::give_way(pace.borrow().is_gentle());
+        }
+    }
+
+    /// Reads at the pace of the moment.
+    async fn pump(&self, pace: &RefCell<&mut Pace>, bytes: &Cell<u64>) -> Result<(), ReadError> {
         let (source, map) = (self.source, self.map);
-        release_unread(source, map).await?;
         let mut bad = Vec::new();
-        let (mut asked, mut bytes) = (0, 0);
+        let mut asked = 0;
         let start = Instant::now();
-        let mut observed = Instant::now();
         let mut under_way = JoinSet::new();
         let mut next = 0;
         // Taken, and waiting until the limit allows it.
         let mut held = None;
-        processors::give_way(pace.is_gentle());
         loop {
-            let effort = pace.effort();
+            let effort = pace.borrow().effort();
             let may_ask = |under_way: &JoinSet<_>| under_way.len() < effort.requests;
             while may_ask(&under_way) {
                 let more = || next_request(map, &mut next, effort.request_len);
@@ -126,7 +152,7 @@ impl<H: Hypervisor> Stream<'_, H> {
             let (outcome, chunks) = done.expect("requests neither panic nor are aborted");
             match outcome {
                 Ok(data) => {
-                    bytes += data.len() as u64;
+                    bytes.set(bytes.get() + data.len() as u64);
                     self.progress.read(data.len() as u64);
                     let piece = Piece { disk: self.disk, chunk: chunks.start, data };
                     // What is bad makes the whole disk bad; the rest is read only to name all of it.
@@ -149,14 +175,9 @@ impl<H: Hypervisor> Stream<'_, H> {
             if bad.len() > BAD_RANGES_MAX {
                 break;
             }
-            if observed.elapsed() >= OBSERVE_EVERY {
-                pace.observe(self.hypervisor.guest_io().await?);
-                observed = Instant::now();
-                processors::give_way(pace.is_gentle());
-            }
         }
         if bad.is_empty() {
-            return Ok(bytes);
+            return Ok(());
         }
         let more = bad.len() > BAD_RANGES_MAX;
         let mut ranges = joined(bad);
