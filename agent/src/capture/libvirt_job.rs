@@ -40,7 +40,9 @@ const AHEAD: u64 = 256 << 20;
 /// same domain does not let go (it allows no `MODIFY_MIGRATION_SAFE`): two such waits when a guest
 /// reboots during its backup, and no job of any domain ends meanwhile.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(100);
-const ABORT_POLL: Duration = Duration::from_millis(20);
+/// How long to wait before it is asked for the first time whether it has; twice as long each time.
+const ABORT_POLL: Duration = Duration::from_millis(2);
+const ABORT_POLL_MAX: Duration = Duration::from_millis(200);
 
 /// Makes sure that there is room for the scratch of each disk, before anything is begun.
 ///
@@ -184,7 +186,7 @@ fn ended(disk: DiskName) -> HypervisorError {
 pub async fn release(domain: &DomainHandle, recorded: &Recorded) -> Result<(), HypervisorError> {
     let record = recorded.record();
     let start = Instant::now();
-    let mut asked = false;
+    let (mut asked, mut poll) = (false, ABORT_POLL);
     while is_ours(domain, record).await? {
         if is_ending(domain).await? {
             return Err(HypervisorError::NotRunning { domain: record.domain.to_string() });
@@ -196,7 +198,8 @@ pub async fn release(domain: &DomainHandle, recorded: &Recorded) -> Result<(), H
             });
         }
         if asked {
-            tokio::time::sleep(ABORT_POLL).await;
+            tokio::time::sleep(poll).await;
+            poll = ABORT_POLL_MAX.min(poll * 2);
             continue;
         }
         asked = true;
