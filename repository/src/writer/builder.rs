@@ -8,7 +8,7 @@ use std::{
 use zstd::{bulk::Compressor, zstd_safe};
 
 use crate::{
-    BlobId, BlobKind, RepositoryError,
+    BlobId, BlobKind, FileId, RepositoryError,
     crypto::{MasterKey, NONCE_LEN, OVERHEAD},
     pack::{self, PackedBlob},
 };
@@ -26,6 +26,7 @@ pub(crate) struct PackBuilder {
 /// A pack that only needs to be written.
 #[derive(Debug)]
 pub(crate) struct FinishedPack {
+    pub(crate) id: FileId,
     pub(crate) buffer: Vec<u8>,
     pub(crate) len: usize,
     pub(crate) blobs: Vec<PackedBlob>,
@@ -148,7 +149,7 @@ impl PackBuilder {
         other.buffer
     }
 
-    /// Adds the header.
+    /// Adds the header, and names the whole.
     pub(crate) fn finish(mut self, key: &MasterKey) -> FinishedPack {
         let mut header = Vec::with_capacity(self.blobs.len() * 41);
         pack::encode_header(&self.blobs, &mut header);
@@ -158,7 +159,8 @@ impl PackBuilder {
         self.reserve(end);
         self.buffer[self.len..end - 4].copy_from_slice(&header);
         self.buffer[end - 4..end].copy_from_slice(&header_len.to_le_bytes());
-        FinishedPack { buffer: self.buffer, len: end, blobs: self.blobs }
+        let id = FileId::of(&self.buffer[..end]);
+        FinishedPack { id, buffer: self.buffer, len: end, blobs: self.blobs }
     }
 
     fn reserve(&mut self, len: usize) {

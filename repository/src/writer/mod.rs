@@ -191,7 +191,9 @@ impl Writer {
         let writer = Self { shared: Arc::clone(&shared), trees: Mutex::default() };
         for number in 0..shared.options.threads.max(1) {
             let shared = Arc::clone(&shared);
-            shared.clone().spawn(&format!("pack {number}"), move || worker::run(&shared))?;
+            shared
+                .clone()
+                .spawn(&format!("pack {number}"), move || worker::run(&shared, number))?;
         }
         shared.clone().spawn("upload", move || uploader::run(&shared, lock))?;
         Ok(writer)

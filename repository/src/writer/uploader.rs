@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{builder::FinishedPack, shared::Shared};
 use crate::{
-    AnnouncedLock, Begun, FileId, FileKind, RepositoryError,
+    AnnouncedLock, Begun, FileKind, RepositoryError,
     index::file::{BlobEntry, IndexFile, PackEntry},
 };
 
@@ -51,8 +51,7 @@ struct Uploader<'a> {
 
 impl Uploader<'_> {
     fn write(&mut self, pack: FinishedPack) -> Result<(), RepositoryError> {
-        let content = &pack.buffer[..pack.len];
-        let id = FileId::of(content);
+        let (id, content) = (pack.id, &pack.buffer[..pack.len]);
         self.begun.push(self.shared.repository.backend().begin(FileKind::Pack, &id, content)?);
         self.begun_len += pack.len;
         self.shared.written(pack.len, true);

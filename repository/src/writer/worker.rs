@@ -3,16 +3,19 @@
 use zstd::bulk::Compressor;
 
 use super::{
-    Stored,
+    Stored, WriterOptions,
     builder::PackBuilder,
     shared::{Job, Shared},
 };
 use crate::{BlobId, BlobKind, RepositoryError};
 
-/// Works until there are no more jobs, then hands on its unfinished pack.
-pub(super) fn run(shared: &Shared) -> Result<(), RepositoryError> {
-    let mut worker =
-        Worker { shared, builder: new_builder(shared), compressor: shared.compressor()? };
+/// Works until there are no more jobs, then hands on its unfinished pack. The first packs of the workers,
+/// by their `number`, are of different lengths: all of them full at once would be a rush for the uploader.
+pub(super) fn run(shared: &Shared, number: usize) -> Result<(), RepositoryError> {
+    let WriterOptions { pack_len, threads, .. } = shared.options;
+    let (builder, compressor) = (new_builder(shared), shared.compressor()?);
+    let pack_len = (pack_len * (number + 1) / threads.max(1)).max(pack_len / 4);
+    let mut worker = Worker { shared, builder, pack_len, compressor };
     while let Some(job) = shared.jobs.pop() {
         worker.process(&job)?;
     }
@@ -23,6 +26,8 @@ pub(super) fn run(shared: &Shared) -> Result<(), RepositoryError> {
 struct Worker<'a> {
     shared: &'a Shared,
     builder: PackBuilder,
+    /// From which length on it is full.
+    pack_len: usize,
     compressor: Compressor<'static>,
 }
 
@@ -54,7 +59,8 @@ impl Worker<'_> {
         if fresh {
             let key = self.shared.key();
             stored_len = self.builder.add(key, &mut self.compressor, id, plain)?;
-            if self.builder.len() >= self.shared.options.pack_len {
+            if self.builder.len() >= self.pack_len {
+                self.pack_len = self.shared.options.pack_len;
                 let next = new_builder(self.shared);
                 self.shared.upload(std::mem::replace(&mut self.builder, next))?;
             }
