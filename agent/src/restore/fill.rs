@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::{io, thread};
 
 use repository::DiskReader;
+use rustix::fs::{Advice, fadvise};
 
 use super::{RestoreError, Stop};
 use crate::effect;
@@ -54,10 +55,7 @@ impl Target<'_> {
         let written = AtomicU64::new(0);
         let (enough, flushes) = mpsc::sync_channel(1);
         thread::scope(|scope| {
-            let flusher = scope.spawn(move || {
-                // An error here is one of a write, and is told again by nobody.
-                flushes.iter().try_for_each(|()| self.file.sync_data())
-            });
+            let flusher = scope.spawn(move || flushes.iter().try_for_each(|()| self.flush()));
             let filled = self.reader.sweep(Self::threads(), wanted, |chunks, content| {
                 self.stop.check()?;
                 // One for each chunk, though neighbours are written together.
@@ -85,6 +83,16 @@ impl Target<'_> {
             let flushed = flusher.join().expect("it does not panic");
             filled.and(flushed.map_err(|source| self.failed(source)))
         })
+    }
+
+    /// Sends what was written to the disk, and gives the memory that it took back: the guests of this host
+    /// need it more.
+    fn flush(&self) -> io::Result<()> {
+        // An error here is one of a write, and is told again by nobody.
+        self.file.sync_data()?;
+        // A hint.
+        let _ = fadvise(self.file, 0, None, Advice::DontNeed);
+        Ok(())
     }
 
     /// The image cannot be written.
