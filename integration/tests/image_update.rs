@@ -306,9 +306,6 @@ fn p1_r29_a_template_becomes_another_machine_which_boots_and_follows_its_tree() 
     assert_eq!((count("added"), count("changed"), count("deleted")), (1, 2, 1), "{again}");
     assert!(count("file_bytes") < 2000, "{again}");
     assert!(count("written_bytes") < SMALL, "{again}");
-    let trial = Duration::from_millis(made["boot"]["elapsed_ms"].as_u64().unwrap());
-    let took = [outcome.took - trial, outcome_again.took];
-    assert!(took[1] < took[0], "it takes as long as the first one: {took:?}");
     assert!(again["update"]["boot"][0].as_str().unwrap().contains("made before"), "{again}");
     assert_eq!(names(output.parent().unwrap()), ["birch"]);
     scene.host.ok(["image", "check", output.to_str().unwrap()]);
