@@ -273,7 +273,12 @@ pub(crate) fn ignore_missing(removed: Result<(), BackendError>) -> Result<(), Ba
 
 fn open_config(key: &MasterKey, sealed: &[u8]) -> Result<Config, Defect> {
     let mut sealed = sealed.to_vec();
-    Ok(serde_json::from_slice(key.open_in_place(&mut sealed)?)?)
+    let config: Config = serde_json::from_slice(key.open_in_place(&mut sealed)?)?;
+    // Files of this host are called by it.
+    match config.id.parse::<FileId>() {
+        Ok(_) => Ok(config),
+        Err(_) => Err(Defect::OutOfRange { field: "id" }),
+    }
 }
 
 /// Opens the stored bytes of an unpacked file: JSON as it is, or `2` and a zstd frame of JSON.
@@ -300,4 +305,24 @@ fn decompress_bounded(frame: &[u8], len_max: u64) -> Result<Vec<u8>, Defect> {
         return Err(Defect::TooLong { len_max });
     }
     Ok(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn s16_a_repository_cannot_name_a_file_of_this_host() {
+        let key = MasterKey::new(&[7; 64]);
+        let open = |id: &str| {
+            let polynomial = "25b468838dcb75";
+            let config =
+                serde_json::json!({"version": 2, "id": id, "chunker_polynomial": polynomial});
+            open_config(&key, &key.seal(config.to_string().as_bytes()))
+        };
+        assert!(open(&"5f".repeat(32)).is_ok());
+        for id in ["", "/etc/passwd", "../jobs", &"5g".repeat(32), &"5f".repeat(33)] {
+            assert!(matches!(open(id), Err(Defect::OutOfRange { field: "id" })), "{id}");
+        }
+    }
 }

@@ -233,6 +233,10 @@ pub async fn run(args: BackupArgs, context: &Context) -> Result<(), CommandError
     let mut opening = context.begin_to_open()?;
     let (libvirt, chosen) = context.until_interrupted(choosing).await?;
     let (mut failed, count) = (0, chosen.len());
+    if count == 0 {
+        // Also who has nothing to back up hears that there is nowhere to.
+        context.until_interrupted(opening.repository()).await?;
+    }
     for known in chosen {
         let args = args.with(&configured.domain(&known.name));
         match back_up_domain(&libvirt, &known, &mut opening, &args, context).await {
@@ -380,7 +384,12 @@ async fn back_up<H: Hypervisor>(
         Ok::<_, CommandError>((hypervisor, before, found))
     };
     let open = async { Context::add_to(opening.await?).await };
-    let both = async { tokio::try_join!(look, open) };
+    let both = async {
+        // Each comes to its end whatever becomes of the other: an undo is not left half done, a lock not held.
+        let (looked, open) = tokio::join!(look, open);
+        let open = open?;
+        Ok((looked?, open))
+    };
     let ((hypervisor, before, found), open) = context.until_interrupted(both).await?;
     // Only now: for a repository that cannot be opened nobody shuts a guest down.
     if let Some(stop) = stop {

@@ -218,7 +218,7 @@ async fn examine_exchange(
 }
 
 const RUNNING: &str = "a backup is running";
-const UNDONE: &str = "its run ended, and is undone";
+const OVER: &str = "its run is over, and has left nothing";
 
 /// Locks the way to a machine. Who is to mend it waits for a guard that is about it already.
 async fn lock(run_dir: &Path, reach: &Reach, repair: bool) -> Result<DomainLock, CommandError> {
@@ -235,15 +235,18 @@ async fn examine(
     repair: bool,
     context: &Context,
 ) -> Result<(&'static str, bool), CommandError> {
-    let record = recorded.record();
     let run_dir = &context.global.run_dir;
-    let _lock = match lock(run_dir, &record.reach, repair).await {
+    let _lock = match lock(run_dir, &recorded.record().reach, repair).await {
         Err(CommandError::Lock(LockError::Held { .. })) => return Ok((RUNNING, false)),
         lock => lock?,
     };
-    if !journal.has(recorded) {
-        return Ok((UNDONE, true));
-    }
+    // As it is now that nobody else writes to it: what it holds back there must be known.
+    let (pending, _) = journal.pending()?;
+    let run = &recorded.record().run;
+    let Some(recorded) = pending.into_iter().find(|now| &now.record().run == run) else {
+        return Ok((OVER, true));
+    };
+    let record = recorded.record();
     let state = match record.stopped.is_none() && recover::has_ended(record, run_dir).await? {
         _ if !record.snapshots.is_empty() => "its run ended without removing its LVM snapshots",
         true => "QEMU has ended, and with it all that the run had made in it",
@@ -256,7 +259,7 @@ async fn examine(
         false => "its run ended without letting go of the guest",
     };
     if repair {
-        recover::undo_wherever(journal, recorded, run_dir).await?;
+        recover::undo_wherever(journal, &recorded, run_dir).await?;
     }
     Ok((state, repair))
 }

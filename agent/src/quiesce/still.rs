@@ -66,6 +66,9 @@ impl Still {
             };
             self.reports.push(Report { name: hook.name(), required: hook.required, state });
         }
+        if self.is_over() {
+            return false;
+        }
         for (place, session) in self.flush_again(sessions).await {
             if self.is_over() {
                 return false;

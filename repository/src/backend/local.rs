@@ -37,8 +37,8 @@ const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// So many bytes of a file are written at once.
 const PART_LEN: usize = 1 << 20;
-/// A file of so many bytes does not stay in memory once it is durable: the guests of this host need it more.
-/// Shorter ones, of trees above all, are what the next backup reads.
+/// A longer file does not stay in memory once it is durable: the guests of this host need it more. The trees
+/// that the next backup reads are in shorter ones, but for those of the largest disks.
 const KEPT_LEN_MAX: usize = 8 << 20;
 
 /// A repository in a local folder. Files are 0600, folders 0700.

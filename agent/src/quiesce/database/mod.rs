@@ -234,7 +234,7 @@ impl Session {
                 within(limit, "write out what it holds", session.flush()).await?;
             }
             Connection::PostgreSql(session) => {
-                within(limit, "make a checkpoint", session.checkpoint()).await?;
+                within(limit, "make a checkpoint", session.checkpoint(limit)).await?;
             }
         }
         Ok(self)

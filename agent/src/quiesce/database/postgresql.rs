@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, Error, NoTls};
 
-use super::{CONNECT_TIMEOUT, Database, DatabaseError, FLUSH_TIMEOUT};
+use super::{CONNECT_TIMEOUT, Database, DatabaseError};
 
 /// A session of an account.
 #[derive(Debug)]
@@ -45,18 +45,17 @@ impl Session {
                 tracing::debug!(%error, "the connection to PostgreSQL ended");
             }
         });
-        let session = Self { client, connection };
-        // Should this end of the connection hang, the server does not go on for ever.
-        let limit = format!("SET statement_timeout = {}", millis(FLUSH_TIMEOUT));
-        session.client.batch_execute(&limit).await.map_err(refused("limit the session"))?;
-        Ok(session)
+        Ok(Self { client, connection })
     }
 
     /// Has it write out all that is committed, and begin its log anew from there.
     ///
     /// # Errors
     /// [`DatabaseError`].
-    pub async fn checkpoint(&self) -> Result<(), DatabaseError> {
+    pub async fn checkpoint(&self, limit: Duration) -> Result<(), DatabaseError> {
+        // Should this end give it up, or hang, the server does not go on.
+        let limit = format!("SET statement_timeout = {}", millis(limit));
+        self.client.batch_execute(&limit).await.map_err(refused("limit the session"))?;
         self.client.batch_execute("CHECKPOINT").await.map_err(refused("make a checkpoint"))
     }
 }
