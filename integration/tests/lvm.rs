@@ -24,8 +24,10 @@ disk() { echo \"-blockdev driver=raw,node-name=$1-format,file.driver=host_device
 qemu-system-x86_64 -name web -m 32 -nodefaults -display none -qmp unix:/tmp/qmp,server=on,wait=off \
   $(disk vda classic) $(disk vdb thin) -daemonize -pidfile /tmp/qemu.pid";
 /// What a command says, which it fails with and leaves nothing, where LVM takes longer than a guest may stand
-/// still, or QEMU longer than it may to answer: as both may when all is emulated twice beside other tests.
-const TOO_SLOW: [&str; 2] = ["LVM, which the guest stands still for,", "no answer to `"];
+/// still, or QEMU or the watchdog longer than they may to answer: as each may when all is emulated twice beside
+/// other tests.
+const TOO_SLOW: [&str; 3] =
+    ["LVM, which the guest stands still for,", "no answer to `", "did not answer within "];
 const BACKUP: &str = "kvmsnap backup --json --qmp /tmp/qmp --method lvm";
 
 /// The inner host and its guest.
