@@ -453,7 +453,7 @@ fn r05_a_migration_wins_within_a_second_and_the_guest_stays_incremental() {
         let took = begun.elapsed();
         let outcome = finish(running);
         assert_says(&outcome, 1, "the guest is being migrated");
-        assert!(took < 3 * STILL_MAX, "{more:?}: {took:?}: {outcome:?}");
+        assert!(took < 12 * STILL_MAX, "{more:?}: {took:?}: {outcome:?}");
         host.assert_all_clean(&guest, &DISKS);
         assert_eq!(guest.qmp_command("query-migrate", &json!({}))["status"], "active");
         bandwidth(1 << 30);
