@@ -37,9 +37,6 @@ const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// So many bytes of a file are written at once.
 const PART_LEN: usize = 1 << 20;
-/// A longer file does not stay in memory once it is durable: the guests of this host need it more. The trees
-/// that the next backup reads are in shorter ones, but for those of the largest disks.
-const KEPT_LEN_MAX: usize = 8 << 20;
 
 /// A repository in a local folder. Files are 0600, folders 0700.
 #[derive(Debug, Clone)]
@@ -111,22 +108,11 @@ struct NewFile {
     kind: FileKind,
     /// Kept open: if the system cannot write it out, that is told here and only once.
     file: File,
-    len: usize,
     temporary: PathBuf,
     path: PathBuf,
 }
 
 impl NewFile {
-    /// Makes its content durable.
-    fn sync(&self) -> Result<(), BackendError> {
-        self.file.sync_all().map_err(|source| failed("write", &self.path, source))?;
-        if self.len > KEPT_LEN_MAX {
-            // A hint.
-            let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
-        }
-        Ok(())
-    }
-
     /// Gives it its name.
     fn place(&self) -> Result<(), BackendError> {
         let Self { kind, temporary, path, .. } = self;
@@ -232,7 +218,7 @@ impl Backend for LocalFolder {
         };
         let file = file.map_err(|source| failed("write", &path, source))?;
         // From here on dropping it removes the temporary file.
-        let new = NewFile { kind, file, len: content.len(), temporary, path };
+        let new = NewFile { kind, file, temporary, path };
         write_out(&new.file, content, &self.pace)
             .map_err(|source| failed("write", &new.path, source))?;
         Ok(Begun(Some(new)))
@@ -241,7 +227,9 @@ impl Backend for LocalFolder {
     fn settle(&self, files: Vec<Begun>) -> Result<(), BackendError> {
         let files: Vec<NewFile> = files.into_iter().filter_map(|Begun(new)| new).collect();
         // One kind of step after the other: then a journal commits all of it once, not each file.
-        files.iter().try_for_each(NewFile::sync)?;
+        for new in &files {
+            new.file.sync_all().map_err(|source| failed("write", &new.path, source))?;
+        }
         files.iter().try_for_each(NewFile::place)?;
         let folders: BTreeSet<_> = files.iter().filter_map(|new| new.path.parent()).collect();
         for folder in folders {
