@@ -38,7 +38,7 @@ const NOISE: Duration = Duration::from_micros(100);
 /// The mean of fewer operations says nothing: they are counted together with the next ones.
 const OPERATIONS_MIN: u64 = 4;
 /// So many observations without a single operation make an idle guest.
-const IDLE_OBSERVATIONS: u32 = 4;
+const IDLE_OBSERVATIONS: u32 = 2;
 
 /// The pace of reading.
 ///

@@ -13,8 +13,9 @@ use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block, processors};
 use crate::hypervisor::Hypervisor;
 use crate::progress::Progress;
 
-/// How often the guest's latency is looked at.
-const OBSERVE_EVERY: Duration = Duration::from_millis(50);
+/// How often the guest's latency is looked at. Each look takes milliseconds of QEMU's main thread, which
+/// the guest waits for.
+const OBSERVE_EVERY: Duration = Duration::from_millis(200);
 /// Longest pause after a request. A guest suffers in seconds, and the backup must come to its end.
 const REST_MAX: Duration = Duration::from_millis(20);
 

@@ -14,7 +14,7 @@ use std::mem;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
@@ -151,6 +151,12 @@ impl LibvirtDomain {
             true => scratch.is_there(),
             false => scratch.guard(),
         })
+    }
+
+    /// The scratch that is written out before the job ends.
+    fn unwritten(&self) -> Vec<Arc<File>> {
+        let scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        scratch.iter().filter_map(GuardedScratch::unwritten).collect()
     }
 
     /// The way to the guest agent, where the domain has a channel for one; after `discover`.
@@ -445,6 +451,7 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        libvirt_job::write_out(self.unwritten()).await;
         libvirt_job::release(&self.handle, recorded).await
     }
 
