@@ -438,16 +438,15 @@ impl<H: Hypervisor> Run<'_, H> {
                 guard.hold(&export.stream).map_err(BackupError::Guard)?;
             }
         }
-        let mut pace = self.pace().await?;
         let mut disks = Vec::new();
         for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, &pace, warnings).await?);
+            disks.push(self.map(planned, source, warnings).await?);
         }
         let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
         if self.request.audit.is_off() && disks.iter().any(incremental) {
             warnings.push(NOT_AUDITED.to_owned());
         }
-        let (store, bytes_read) = self.read(&disks, &mut pace, lock).await?;
+        let (store, bytes_read) = self.read(&disks, lock).await?;
         self.hypervisor.confirm(recorded).await?;
         Ok(Seen { disks, bytes_read, store })
     }
@@ -556,7 +555,6 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         planned: &PlannedDisk,
         source: Source,
-        pace: &Pace,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
@@ -565,9 +563,7 @@ impl<H: Hypervisor> Run<'_, H> {
         let mut bytes_audited = 0;
         let (audit, limits) = (self.request.audit, self.request.limits);
         if decision.kind == Kind::Incremental {
-            let at_once = pace.effort().requests;
-            let audited = source.audit(&map, &planned.content, audit, limits, at_once).await;
-            let (bytes, differs) = audited?;
+            let (bytes, differs) = source.audit(&map, &planned.content, audit, limits).await?;
             bytes_audited = bytes;
             if let Some(chunk) = differs {
                 let offset = map.offset(chunk);
@@ -586,24 +582,19 @@ impl<H: Hypervisor> Run<'_, H> {
         Ok(Mapped { source, map, decision, bytes_audited })
     }
 
-    /// How hard the disks may be read for now.
-    async fn pace(&self) -> Result<Pace, BackupError> {
-        Ok(match self.plan.machine.runs && !self.hypervisor.suspends() {
-            true => Pace::new(self.before, self.hypervisor.guest_io().await?),
-            false => Pace::flat_out(),
-        })
-    }
-
     /// Reads all disks, one after the other, and stores what was read.
     async fn read(
         &self,
         disks: &[Mapped],
-        pace: &mut Pace,
         lock: AnnouncedLock,
     ) -> Result<(Store, Vec<u64>), BackupError> {
         let chunk_sizes = disks.iter().map(|disk| disk.decision.chunk_size).collect();
         let index = Arc::clone(&self.target.index);
         let store = Store::start(&self.target.repository, index, chunk_sizes, lock)?;
+        let now = self.hypervisor.guest_io().await?;
+        let works = self.plan.machine.runs && !self.hypervisor.suspends();
+        // What a guest did before it stood still is none of its work.
+        let mut pace = Pace::new(if works { self.before } else { now }, now);
         self.progress.reading(disks.iter().map(|disk| disk.map.bytes(Fate::Read)).sum());
         let mut bytes_read = Vec::new();
         for (index, disk) in disks.iter().enumerate() {
@@ -616,7 +607,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 sink: store.sink(),
                 progress: self.progress,
             };
-            match stream.run(pace).await {
+            match stream.run(&mut pace).await {
                 Ok(bytes) => bytes_read.push(bytes),
                 // The store knows better why it stopped.
                 Err(ReadError::StoreStopped) => {

@@ -17,6 +17,9 @@ const AUDIT_MIN: u64 = 16;
 /// …and beyond these no more than this many bytes: the cost follows the changes, not the disk.
 const AUDIT_LEN_MAX: u64 = 32 << 20;
 
+/// Chunks that are read at once: the next one while one is compared.
+const UNDER_WAY_MAX: usize = 2;
+
 /// How much of what is unchanged is audited.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Audit {
@@ -44,8 +47,7 @@ impl Audit {
 }
 
 impl Source {
-    /// Reads a random share of the unchanged chunks, so many `at_once`, and compares them with what the
-    /// repository has.
+    /// Reads a random share of the unchanged chunks and compares them with what the repository has.
     /// Returns the bytes read, and the first chunk that differs: then the bitmap lies. What shows without
     /// reading is always looked at.
     ///
@@ -57,7 +59,6 @@ impl Source {
         parent: &[BlobId],
         audit: Audit,
         limits: Limits,
-        at_once: usize,
     ) -> Result<(u64, Option<u64>), ReadError> {
         let Suspects { known_to_differ, unchanged, last } = suspects(map, parent);
         if known_to_differ.is_some() || audit.is_off() {
@@ -70,7 +71,7 @@ impl Source {
         let mut chosen = chosen.into_iter();
         let mut under_way = JoinSet::new();
         loop {
-            while under_way.len() < at_once
+            while under_way.len() < UNDER_WAY_MAX
                 && let Some(chunk) = chosen.next()
             {
                 limits.keep(start, asked).await;

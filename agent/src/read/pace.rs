@@ -61,11 +61,6 @@ impl Pace {
         Self { baseline, step, last: at_start, idle: 0 }
     }
 
-    /// A pace for a guest that does not run.
-    pub fn flat_out() -> Self {
-        Self::new(GuestIo::default(), GuestIo::default())
-    }
-
     /// How hard the disk may be read now.
     pub fn effort(&self) -> Effort {
         EFFORTS[self.step]
@@ -173,7 +168,7 @@ mod tests {
     #[test]
     fn an_idle_guest_is_read_flat_out_until_it_wakes_up() {
         let mut io = GuestIo::default();
-        let mut pace = Pace::flat_out();
+        let mut pace = Pace::new(io, io);
         assert!(!pace.is_gentle());
         pace.observe(after(&mut io, 50, 9000));
         assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it steps aside");
@@ -187,6 +182,17 @@ mod tests {
         }
         pace.observe(after(&mut io, 0, 0));
         assert!(!pace.is_gentle(), "it fell asleep again");
+    }
+
+    #[test]
+    fn p2_a_guest_that_stands_still_is_read_flat_out_whatever_it_did_before() {
+        let mut io = GuestIo::default();
+        let now = after(&mut io, 100_000, 900);
+        let mut pace = Pace::new(now, now);
+        for _ in 0..4 {
+            assert!(!pace.is_gentle(), "it waits for the end");
+            pace.observe(now);
+        }
     }
 
     #[test]

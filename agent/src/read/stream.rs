@@ -13,9 +13,11 @@ use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block, processors};
 use crate::hypervisor::Hypervisor;
 use crate::progress::Progress;
 
-/// How often the guest's latency is looked at. Each look takes milliseconds of QEMU's main thread, which
-/// the guest waits for.
+/// How often the latency of a guest at work is looked at: each look takes milliseconds of QEMU's main
+/// thread, which it waits for.
 const OBSERVE_EVERY: Duration = Duration::from_millis(200);
+/// How often it is looked whether an idle guest, which is read flat out, has woken up.
+const OBSERVE_IDLE_EVERY: Duration = Duration::from_millis(50);
 /// Longest pause after a request. A guest suffers in seconds, and the backup must come to its end.
 const REST_MAX: Duration = Duration::from_millis(20);
 
@@ -93,7 +95,8 @@ impl<H: Hypervisor> Stream<'_, H> {
     async fn watch(&self, pace: &RefCell<&mut Pace>, bytes: &Cell<u64>) -> ReadError {
         let mut before = 0;
         loop {
-            tokio::time::sleep(OBSERVE_EVERY).await;
+            let is_gentle = pace.borrow().is_gentle();
+            tokio::time::sleep(if is_gentle { OBSERVE_EVERY } else { OBSERVE_IDLE_EVERY }).await;
             if bytes.get() == before {
                 continue;
             }

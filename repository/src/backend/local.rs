@@ -37,9 +37,9 @@ const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// So many bytes of a file are sent to the disk at once…
 const PART_LEN: usize = 1 << 20;
-/// …and so many written by one call of the system. A kernel without preemption (the default of servers) lets
-/// nobody else have the processor before the call returns, and a guest's QEMU may wait for it: 6 ms for 1 MiB
-/// of memory that a virtual machine's host has yet to give it.
+/// …and so many written by one call of the system. With large folios a kernel without preemption may copy
+/// 1 MiB in one go, 6 ms where memory must be fetched from the host (ext4, Linux 6.18), and a guest's QEMU waits
+/// for that processor.
 const CALL_LEN: usize = 64 << 10;
 
 /// A repository in a local folder. Files are 0600, folders 0700.

@@ -451,7 +451,12 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
-        libvirt_job::write_out(self.unwritten()).await;
+        // The job goes on meanwhile: its scratch is looked after, and first.
+        tokio::select! {
+            biased;
+            _ = self.danger() => {}
+            () = libvirt_job::write_out(self.unwritten()) => {}
+        }
         libvirt_job::release(&self.handle, recorded).await
     }
 

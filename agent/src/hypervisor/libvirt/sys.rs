@@ -230,7 +230,7 @@ pub fn block_stats(domain: &Domain) -> Result<[GuestIo; 3], Error> {
         )
     })?;
     let mut kinds = [GuestIo::default(); 3];
-    for param in &params[..usize::try_from(len).unwrap_or(0)] {
+    for param in params.iter().take(usize::try_from(len).unwrap_or(0)) {
         // SAFETY: libvirt ends the name with a zero; the type says which member is set.
         let (name, value) = unsafe {
             let value = match c_uint::try_from(param.type_) {
