@@ -34,7 +34,11 @@ pub struct Limits {
 impl Limits {
     /// Sleeps until `bytes` since `start` are within the allowed rate.
     pub(super) async fn keep(self, start: Instant, bytes: u64) {
-        tokio::time::sleep(self.wait(start, bytes)).await;
+        let wait = self.wait(start, bytes);
+        // Even to sleep for no time takes until the next tick of the runtime's clock, a millisecond.
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// How long to sleep for that.
