@@ -409,6 +409,7 @@ pub fn chunk_size(size: u64) -> u32 {
     const GIB: u64 = 1 << 30;
     const KIB: u32 = 1 << 10;
     match size {
+        _ if size <= 16 * GIB => 64 * KIB,
         _ if size <= 64 * GIB => 128 * KIB,
         _ if size <= 128 * GIB => 256 * KIB,
         _ if size <= 256 * GIB => 512 * KIB,
@@ -510,8 +511,14 @@ mod tests {
         let grown =
             decide(&disk(1 << 50, bitmaps("c1", BitmapHealth::Good)), Some(&parent(9)), false);
         assert_eq!(grown.chunk_size, 65536);
-        for (size, expected) in [(1, 128), (64 << 30, 128), ((64 << 30) + 1, 256), (8 << 40, 4096)]
-        {
+        for (size, expected) in [
+            (1, 64),
+            (16 << 30, 64),
+            ((16 << 30) + 1, 128),
+            (64 << 30, 128),
+            ((64 << 30) + 1, 256),
+            (8 << 40, 4096),
+        ] {
             assert_eq!(chunk_size(size), expected << 10, "{size}");
         }
     }

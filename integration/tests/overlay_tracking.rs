@@ -22,8 +22,8 @@ const SLOW_SINK: [&str; 4] = ["--limit-rate", "128KiB", "--deadline", "0.1"];
 const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
 const WAIT: Duration = Duration::from_secs(120);
 /// What a backup reads at most of a disk of which scribbles have changed two pieces of 192 KiB, in chunks of
-/// 128 KiB.
-const READ_MAX: u64 = 2 * 384 * 1024;
+/// 64 KiB.
+const READ_MAX: u64 = 2 * 192 * 1024;
 
 /// A machine with a qcow2 disk of version 2 and a raw one, and a repository.
 fn scene() -> Option<Scene> {
