@@ -3,6 +3,7 @@
 
 pub mod define;
 mod devices;
+mod direct;
 pub mod files;
 mod fill;
 pub mod host;

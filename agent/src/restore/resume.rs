@@ -14,7 +14,7 @@ use nix::unistd::{Whence, lseek};
 use repository::BlobId;
 
 use super::RestoreError;
-use super::fill::{Target, data_parts};
+use super::fill::{HOLE, Target, data_parts};
 
 /// What is written where no hole can be made.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -100,7 +100,7 @@ fn look(
                 Ok(false) => {}
                 Ok(true) => {
                     has.store(true, Ordering::Relaxed);
-                    for (at, data) in data_parts(&buffer) {
+                    for (at, data) in data_parts(&buffer, HOLE) {
                         wrote(start + at as u64, data.len() as u64);
                     }
                 }

@@ -19,6 +19,8 @@ use crate::{BlobId, BlobKind, FileId, FileKind, RepositoryError, blob, pack::Pac
 const PIECE_LEN: usize = 1 << 20;
 /// Neighbouring chunks are handed on in runs of at most so many bytes, or one chunk.
 const RUN_LEN: usize = 1 << 20;
+/// Runs begin with a page of memory.
+const PAGE_LEN: usize = 4096;
 /// Blobs that nobody wants are read along when they are not longer than this.
 const GAP_LEN_MAX: usize = 64 << 10;
 
@@ -35,7 +37,8 @@ struct Wanted {
 impl DiskReader {
     /// Hands all chunks that `wanted` accepts to `take`, verified, but for those that are known to be
     /// zero: on `threads` threads at once, in no order to rely on. Chunks that are neighbours on the disk
-    /// and in their pack come together.
+    /// and in their pack come together. The bytes begin with a page of memory, 4096 bytes, as direct writes
+    /// want it.
     ///
     /// After a failure nothing further is begun, and the first one is returned.
     /// [`RepositoryError::DamagedBlob`] and [`RepositoryError::MissingBlob`] mean that a chunk has no
@@ -138,10 +141,7 @@ impl DiskReader {
             }
             let start = (blob.offset - first.offset) as usize;
             let sealed = &mut sealed[start..start + blob.len as usize];
-            if plain.len() < run.len + len {
-                plain.resize(len.max(RUN_LEN), 0);
-            }
-            let into = &mut plain[run.len..run.len + len];
+            let into = &mut plain.first(run.len + len)[run.len..];
             let key = repository.key();
             if !(read && blob::open_into(key, decompressor, &blob, sealed, into).is_ok()) {
                 // On its own, and where that fails from another pack.
@@ -150,7 +150,7 @@ impl DiskReader {
             (run.end, run.len) = (chunk + 1, run.len + len);
             for other in &same[1..] {
                 self.checked_len(other.chunk, &blob)?;
-                take(other.chunk..other.chunk + 1, &plain[..len])?;
+                take(other.chunk..other.chunk + 1, plain.first(len))?;
             }
         }
         run.hand_on(plain, take)
@@ -178,12 +178,12 @@ struct Run {
 impl Run {
     fn hand_on<E>(
         &self,
-        plain: &[u8],
+        plain: &mut Pages,
         take: &impl Fn(Range<usize>, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         match self.start == self.end {
             true => Ok(()),
-            false => take(self.start..self.end, &plain[..self.len]),
+            false => take(self.start..self.end, plain.first(self.len)),
         }
     }
 }
@@ -210,7 +210,7 @@ fn end(wanted: &Wanted) -> usize {
 /// What one thread needs to open blobs.
 struct Opener {
     sealed: Vec<u8>,
-    plain: Vec<u8>,
+    plain: Pages,
     decompressor: Decompressor<'static>,
 }
 
@@ -218,7 +218,23 @@ impl Opener {
     fn new() -> Result<Self, RepositoryError> {
         let decompressor = Decompressor::new()
             .map_err(|source| RepositoryError::Compress { source: Arc::new(source) })?;
-        Ok(Self { sealed: Vec::new(), plain: Vec::new(), decompressor })
+        Ok(Self { sealed: Vec::new(), plain: Pages::default(), decompressor })
+    }
+}
+
+/// Memory that begins with a page.
+#[derive(Default)]
+struct Pages(Vec<u8>);
+
+impl Pages {
+    /// The first `len` bytes. They are as they were left, unless none of so many were asked for before.
+    fn first(&mut self, len: usize) -> &mut [u8] {
+        if self.0.len() < len + PAGE_LEN {
+            self.0 = vec![0; len.max(RUN_LEN) + PAGE_LEN];
+        }
+        let address = self.0.as_ptr().addr();
+        let start = address.next_multiple_of(PAGE_LEN) - address;
+        &mut self.0[start..start + len]
     }
 }
 
