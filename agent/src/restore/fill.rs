@@ -9,18 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::{io, thread};
 
-use repository::{DiskReader, ExtentKind};
+use repository::DiskReader;
 use rustix::fs::{Advice, fadvise};
 
-use super::direct::Direct;
+use super::direct::{self, Direct};
 use super::{RestoreError, Stop};
 use crate::effect;
 use crate::progress::Progress;
 
-/// Zeros of this length and alignment stay holes.
-pub(super) const HOLE: usize = 4096;
-/// Where each write is one of the disk, shorter ones of zeros are written along: a cluster of QEMU's.
-const HOLE_DIRECT: usize = 64 << 10;
+/// Zeros are looked for in blocks of this length.
+pub(super) const BLOCK: usize = 4096;
 /// What was written to the page cache is sent to the disk whenever there is so much of it.
 const FLUSH_LEN: u64 = 64 << 20;
 
@@ -44,32 +42,40 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Threads that read, open and write; each holds a few MiB.
+    /// Threads that read, open and write; each holds a run of chunks, twice: 1 MiB, or one longer chunk.
     pub(super) fn threads() -> usize {
         let processors = thread::available_parallelism().map_or(2, usize::from);
         (THREADS_EACH * processors).min(THREADS_MAX)
     }
 
-    /// The parts of the disk that are not known to be zero.
-    pub(super) fn data(&self) -> Result<impl Iterator<Item = Range<u64>>, RestoreError> {
-        let extents = self.reader.extents(0, self.reader.size())?.into_iter();
-        let data = extents.filter(|extent| extent.kind == ExtentKind::Data);
-        Ok(data.map(|extent| extent.offset..extent.offset + extent.len))
+    /// Where in the image the chunks are that are `wanted` and not zero, neighbours as one.
+    fn room(&self, wanted: impl Fn(usize) -> bool, place: impl Fn(u64) -> u64) -> Vec<Range<u64>> {
+        let mut room: Vec<Range<u64>> = Vec::new();
+        let chunks = 0..self.reader.content().len();
+        for chunk in chunks.filter(|&chunk| wanted(chunk) && !self.reader.is_zero(chunk)) {
+            let on_disk = self.reader.chunk_range(chunk);
+            let start = place(on_disk.start);
+            let end = start + (on_disk.end - on_disk.start);
+            match room.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => room.push(start..end),
+            }
+        }
+        room
     }
 
     /// Writes the chunks that are `wanted` and not zero, each to the offset in the image that `place`
-    /// tells for its first byte; all of them are within `room`. The image must read as zeros there. Tells
-    /// `wrote` of each offset and length in the image that is no hole any more.
+    /// tells for its first byte. The image must read as zeros there. Tells `wrote` of each offset and
+    /// length in the image that is no hole any more.
     pub(super) fn fill(
         &self,
-        room: &[Range<u64>],
         wanted: impl Fn(usize) -> bool,
         place: impl Fn(u64) -> u64 + Sync,
         wrote: impl Fn(u64, u64) + Sync,
     ) -> Result<(), RestoreError> {
         effect::about_to("restore: reserve room").map_err(|source| self.failed(source))?;
-        let direct = Direct::open(self.file, room);
-        let hole_len = if direct.is_some() { HOLE_DIRECT } else { HOLE };
+        let direct = Direct::open(self.file, &self.room(&wanted, &place));
+        let hole_len = if direct.is_some() { direct::HOLE_LEN } else { BLOCK };
         let written = AtomicU64::new(0);
         let (enough, flushes) = mpsc::sync_channel(1);
         thread::scope(|scope| {
@@ -82,7 +88,6 @@ impl Target<'_> {
                     announced.map_err(|source| self.failed(source))?;
                 }
                 let start = place(self.reader.chunk_range(chunks.start).start);
-                let (len, mut end) = (content.len() as u64, start);
                 for (at, data) in data_parts(content, hole_len) {
                     let offset = start + at as u64;
                     let outcome = match &direct {
@@ -91,14 +96,13 @@ impl Target<'_> {
                     };
                     outcome.map_err(|source| self.failed(source))?;
                     wrote(offset, data.len() as u64);
-                    direct.iter().for_each(|direct| direct.spare(end..offset));
-                    end = offset + data.len() as u64;
                 }
-                self.progress.read(len);
                 if let Some(direct) = &direct {
-                    direct.spare(end..start + len);
-                    return Ok(());
+                    let spare = zero_parts(content, hole_len);
+                    spare.for_each(|part| direct.spare(start + part.start..start + part.end));
                 }
+                let len = content.len() as u64;
+                self.progress.read(len);
                 let before = written.fetch_add(len, Ordering::Relaxed);
                 if before / FLUSH_LEN != (before + len) / FLUSH_LEN {
                     // Where one is waiting already, it will flush this too.
@@ -110,10 +114,7 @@ impl Target<'_> {
             let flushed = flusher.join().expect("it does not panic");
             filled.and(flushed.map_err(|source| self.failed(source)))
         })?;
-        if let Some(direct) = direct {
-            direct.finish();
-        }
-        Ok(())
+        direct.map_or(Ok(()), |direct| direct.finish(self.stop))
     }
 
     /// Sends what was written to the disk, and gives the memory that it took back: the guests of this host
@@ -136,9 +137,9 @@ impl Target<'_> {
 /// where there are fewer than `hole_len`.
 pub(super) fn data_parts(content: &[u8], hole_len: usize) -> impl Iterator<Item = (usize, &[u8])> {
     let is_hole = |block: &&[u8]| block.iter().all(|&byte| byte == 0);
-    let zeros = move |at| content[at..].chunks(HOLE).take_while(is_hole).map(<[u8]>::len).sum();
+    let zeros = move |at| content[at..].chunks(BLOCK).take_while(is_hole).map(<[u8]>::len).sum();
     let data = move |at: usize| {
-        let blocks = content[at..].chunks(HOLE).take_while(|block| !is_hole(block));
+        let blocks = content[at..].chunks(BLOCK).take_while(|block| !is_hole(block));
         at + blocks.map(<[u8]>::len).sum::<usize>()
     };
     let mut at = zeros(0);
@@ -153,23 +154,39 @@ pub(super) fn data_parts(content: &[u8], hole_len: usize) -> impl Iterator<Item 
     })
 }
 
+/// The parts of a chunk between, before and after those with data.
+pub(super) fn zero_parts(content: &[u8], hole_len: usize) -> impl Iterator<Item = Range<u64>> {
+    let end = std::iter::once((content.len(), &content[..0]));
+    let mut last = 0;
+    data_parts(content, hole_len).chain(end).filter_map(move |(at, data)| {
+        let part = last..at as u64;
+        last = (at + data.len()) as u64;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn zero_blocks_are_left_out_whatever_the_length() {
-        let mut content = vec![0; 5 * HOLE + 10];
-        assert_eq!(data_parts(&content, HOLE).count(), 0);
-        assert_eq!(data_parts(&[], HOLE).count(), 0);
-        content[HOLE] = 1;
-        content[3 * HOLE - 1] = 1;
-        content[5 * HOLE + 9] = 1;
+        let mut content = vec![0; 5 * BLOCK + 10];
+        assert_eq!(data_parts(&content, BLOCK).count(), 0);
+        assert_eq!(data_parts(&[], BLOCK).count(), 0);
+        content[BLOCK] = 1;
+        content[3 * BLOCK - 1] = 1;
+        content[5 * BLOCK + 9] = 1;
         let parts = |hole_len| -> Vec<_> {
             data_parts(&content, hole_len).map(|(at, data)| (at, data.len())).collect()
         };
-        assert_eq!(parts(HOLE), [(HOLE, 2 * HOLE), (5 * HOLE, 10)]);
-        assert_eq!(parts(2 * HOLE), [(HOLE, 2 * HOLE), (5 * HOLE, 10)]);
-        assert_eq!(parts(2 * HOLE + 1), [(HOLE, 4 * HOLE + 10)]);
+        assert_eq!(parts(BLOCK), [(BLOCK, 2 * BLOCK), (5 * BLOCK, 10)]);
+        assert_eq!(parts(2 * BLOCK), [(BLOCK, 2 * BLOCK), (5 * BLOCK, 10)]);
+        assert_eq!(parts(2 * BLOCK + 1), [(BLOCK, 4 * BLOCK + 10)]);
+        let block = BLOCK as u64;
+        let zeros = |hole_len| zero_parts(&content, hole_len).collect::<Vec<_>>();
+        assert_eq!(zeros(BLOCK), [0..block, 3 * block..5 * block]);
+        assert_eq!(zeros(2 * BLOCK + 1), [0..block]);
+        assert_eq!(zero_parts(&content[..5 * BLOCK], BLOCK).last(), Some(3 * block..5 * block));
     }
 }

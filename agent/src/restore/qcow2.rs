@@ -33,12 +33,13 @@ const SECTOR_LEN: u64 = 512;
 /// Writes a disk to a file that is new or holds a part of it already.
 pub(super) fn write(target: &Target<'_>) -> Result<(), RestoreError> {
     let size = target.reader.size();
-    let layout = Layout::new(size, target.data()?);
+    let data = target.reader.extents(0, size)?.into_iter();
+    let data = data.filter(|extent| extent.kind == repository::ExtentKind::Data);
+    let layout = Layout::new(size, data.map(|extent| extent.offset..extent.offset + extent.len));
     let used = Used::new(layout.data_len());
     let wrote = |offset, len| used.add(&layout, offset, len);
     let there = take_up(target, &layout, wrote)?;
-    let room = layout.data * CLUSTER_LEN..layout.end * CLUSTER_LEN;
-    target.fill(&[room], |chunk| !there.has(chunk), |offset| layout.place(offset), wrote)?;
+    target.fill(|chunk| !there.has(chunk), |offset| layout.place(offset), wrote)?;
     layout.metadata(&used, |cluster, content| {
         target.stop.check()?;
         let written = target.file.write_all_at(content, cluster * CLUSTER_LEN);

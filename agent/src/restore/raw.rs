@@ -7,6 +7,5 @@ use super::{RestoreError, resume};
 pub(super) fn write(target: &Target<'_>) -> Result<(), RestoreError> {
     let place = |chunk| Some(target.reader.chunk_range(chunk).start);
     let there = resume::take_up(target, target.reader.size(), place, |_, _| ())?;
-    let room: Vec<_> = target.data()?.collect();
-    target.fill(&room, |chunk| !there.has(chunk), |offset| offset, |_, _| ())
+    target.fill(|chunk| !there.has(chunk), |offset| offset, |_, _| ())
 }

@@ -14,7 +14,8 @@ use nix::unistd::{Whence, lseek};
 use repository::BlobId;
 
 use super::RestoreError;
-use super::fill::{HOLE, Target, data_parts};
+use super::direct::HOLE_LEN;
+use super::fill::{BLOCK, Target, data_parts, zero_parts};
 
 /// What is written where no hole can be made.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -100,7 +101,7 @@ fn look(
                 Ok(false) => {}
                 Ok(true) => {
                     has.store(true, Ordering::Relaxed);
-                    for (at, data) in data_parts(&buffer, HOLE) {
+                    for (at, data) in data_parts(&buffer, BLOCK) {
                         wrote(start + at as u64, data.len() as u64);
                     }
                 }
@@ -143,6 +144,10 @@ fn is_there(
         let read = target.file.read_exact_at(buffer, start);
         read.map_err(|source| target.failed(source))?;
         if BlobId::of(buffer) == target.reader.content()[chunk] {
+            // Room that was reserved for it, and is not needed.
+            for part in zero_parts(buffer, HOLE_LEN) {
+                clear(target, start + part.start..start + part.end)?;
+            }
             target.progress.read(len);
             return Ok(true);
         }

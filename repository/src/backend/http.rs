@@ -24,8 +24,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 /// The slowest line that is waited for, in bytes a second.
 const CRAWL: u64 = 16 << 10;
-/// Idle connections that are kept.
-const IDLE_MAX: usize = 8;
+/// Idle connections that are kept: one for each thread of a restore.
+const IDLE_MAX: usize = 16;
 /// So much of an answer that says no is looked at.
 const REFUSAL_LEN_MAX: u64 = 4 << 10;
 

@@ -230,7 +230,9 @@ impl Pages {
     /// The first `len` bytes. They are as they were left, unless none of so many were asked for before.
     fn first(&mut self, len: usize) -> &mut [u8] {
         if self.0.len() < len + PAGE_LEN {
-            self.0 = vec![0; len.max(RUN_LEN) + PAGE_LEN];
+            // Not both at once.
+            self.0 = Vec::new();
+            self.0.resize(len.max(RUN_LEN) + PAGE_LEN, 0);
         }
         let address = self.0.as_ptr().addr();
         let start = address.next_multiple_of(PAGE_LEN) - address;

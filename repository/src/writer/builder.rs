@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use sha2::{Digest as _, Sha256};
 use zstd::{bulk::Compressor, zstd_safe};
 
 use crate::{
@@ -20,6 +21,8 @@ pub(crate) struct PackBuilder {
     /// Zeroed once and used again for the next pack; the first `len` bytes count.
     buffer: Vec<u8>,
     len: usize,
+    /// Of what counts: each blob is hashed while it is in a core's cache, and the last one leaves little to do.
+    digest: Sha256,
     blobs: Vec<PackedBlob>,
 }
 
@@ -34,7 +37,7 @@ pub(crate) struct FinishedPack {
 
 impl PackBuilder {
     pub(crate) fn new(kind: BlobKind, buffer: Vec<u8>) -> Self {
-        Self { kind, buffer, len: 0, blobs: Vec::new() }
+        Self { kind, buffer, len: 0, digest: Sha256::new(), blobs: Vec::new() }
     }
 
     /// Bytes so far.
@@ -110,7 +113,7 @@ impl PackBuilder {
         self.reserve(end);
         self.buffer[self.len..end].copy_from_slice(sealed);
         self.blobs.push(PackedBlob { offset, ..*blob });
-        self.len = end;
+        self.count_up_to(end);
         Ok(())
     }
 
@@ -128,8 +131,14 @@ impl PackBuilder {
         let len = u32::try_from(end - self.len).map_err(too_long)?;
         key.seal_in_place(&mut self.buffer[self.len..end]);
         self.blobs.push(PackedBlob { id, kind: self.kind, offset, len, uncompressed_len });
-        self.len = end;
+        self.count_up_to(end);
         Ok(len)
+    }
+
+    /// What is before `end` counts from now on.
+    fn count_up_to(&mut self, end: usize) {
+        self.digest.update(&self.buffer[self.len..end]);
+        self.len = end;
     }
 
     fn checked_len(&self, len: u64) -> Result<u32, RepositoryError> {
@@ -145,7 +154,7 @@ impl PackBuilder {
         let shift = u32::try_from(self.len).expect("both are shorter than a pack");
         let moved = other.blobs.iter();
         self.blobs.extend(moved.map(|blob| PackedBlob { offset: blob.offset + shift, ..*blob }));
-        self.len += other.len;
+        self.count_up_to(self.len + other.len);
         other.buffer
     }
 
@@ -159,7 +168,8 @@ impl PackBuilder {
         self.reserve(end);
         self.buffer[self.len..end - 4].copy_from_slice(&header);
         self.buffer[end - 4..end].copy_from_slice(&header_len.to_le_bytes());
-        let id = FileId::of(&self.buffer[..end]);
+        self.count_up_to(end);
+        let id = FileId(self.digest.finalize().into());
         FinishedPack { id, buffer: self.buffer, len: end, blobs: self.blobs }
     }
 

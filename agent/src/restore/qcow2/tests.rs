@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -75,6 +76,37 @@ fn begun(whole: &[u8]) -> Vec<u8> {
     parts.chain([0xee; 1000]).collect()
 }
 
+/// Restores a disk to a file, which may hold a part of it.
+fn restore(reader: &DiskReader, path: &Path, write: Write) {
+    let (progress, stop) = (&Progress::new(When::Never, true), &Stop::default());
+    let options = File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let file = &options.unwrap();
+    write(&Target { file, path, reader, progress, stop }).unwrap();
+}
+
+#[test]
+fn r24_reserved_room_that_stays_zero_is_given_back_whoever_reserved_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let reader = disk_of(folder.path(), &[(MIB, 1); 8]);
+    for (name, write) in [("disk.raw", raw::write as Write), ("disk.qcow2", write)] {
+        let path = folder.path().join(name);
+        let taken = || fs::metadata(&path).unwrap().blocks() * 512;
+        restore(&reader, &path, write);
+        let whole = fs::read(&path).unwrap();
+        assert!(taken() < 2 * MIB, "{name} takes {}", taken());
+
+        // As a killed restore leaves it.
+        let file = File::options().write(true).open(&path).unwrap();
+        let len = whole.len() as i64;
+        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, len).unwrap();
+        file.write_all_at(&[0xee; 5000], 3 * MIB).unwrap();
+        restore(&reader, &path, write);
+
+        assert!(fs::read(&path).unwrap() == whole, "{name} is not as it was");
+        assert!(taken() < 2 * MIB, "{name} takes {}", taken());
+    }
+}
+
 /// Restores a disk in both formats, and once more over what may be left of it: QEMU finds no fault in the
 /// qcow2 image, no leak, and the same bytes.
 fn assert_whole(chunks: &[(u64, u8)]) -> Option<serde_json::Value> {
@@ -82,21 +114,13 @@ fn assert_whole(chunks: &[(u64, u8)]) -> Option<serde_json::Value> {
         let folder = tempfile::tempdir().unwrap();
         let reader = disk_of(folder.path(), chunks);
         let [plain, image] = ["disk.raw", "disk.qcow2"].map(|name| folder.path().join(name));
-        let restore = |path: &Path, write: Write| {
-            let (progress, stop) = (Progress::new(When::Never, true), Stop::default());
-            let options =
-                File::options().read(true).write(true).create(true).truncate(false).open(path);
-            let file = &options.unwrap();
-            let (progress, stop, reader) = (&progress, &stop, &reader);
-            write(&Target { file, path, reader, progress, stop }).unwrap();
-        };
-        restore(&plain, raw::write);
-        restore(&image, write);
+        restore(&reader, &plain, raw::write);
+        restore(&reader, &image, write);
         if reader.size() < TAKEN_UP_MAX {
             for (path, write) in [(&plain, raw::write as Write), (&image, write)] {
                 let whole = fs::read(path).unwrap();
                 fs::write(path, begun(&whole)).unwrap();
-                restore(path, write);
+                restore(&reader, path, write);
                 assert!(fs::read(path).unwrap() == whole, "{} is not as it was", path.display());
             }
         }
