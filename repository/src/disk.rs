@@ -4,6 +4,7 @@ mod sweep;
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
+pub use self::sweep::Sweep;
 use crate::{BlobId, Reader, RepositoryError};
 
 /// Chunks of at most so many different lengths are recognised as zero without reading them.

@@ -35,7 +35,7 @@ pub use self::{
     },
     check::{CheckOptions, CheckProgress, CheckReport, Problem, SnapshotRef},
     copy::{Copied, Copier, CopyProgress, ReadBack},
-    disk::{DiskExtent, DiskReader, ExtentKind},
+    disk::{DiskExtent, DiskReader, ExtentKind, Sweep},
     error::{Defect, RepositoryError},
     id::{BlobId, FileId, ParseIdError},
     index::{Index, Location},

@@ -73,7 +73,7 @@ fn assert_sweeps_as(
         assert!(rest.is_empty());
         Ok::<_, RepositoryError>(())
     };
-    disk.sweep(threads, &wanted, take).unwrap();
+    disk.sweep(&wanted).unwrap().hand_out(threads, take).unwrap();
     let expected = (0..disk.content().len()).filter(|&chunk| wanted(chunk) && !disk.is_zero(chunk));
     let bytes = |chunk| {
         let range = disk.chunk_range(chunk);
@@ -158,7 +158,7 @@ fn a_sweep_ends_with_the_first_failure_of_its_taker() {
         *taken.lock().unwrap() += 1;
         Err(RepositoryError::OutOfRange { offset: 7, len: 0, size: 0 })
     };
-    let ended = disk_of(&chunks).sweep(2, |_| true, take);
+    let ended = disk_of(&chunks).sweep(|_| true).unwrap().hand_out(2, take);
     assert!(matches!(ended, Err(RepositoryError::OutOfRange { offset: 7, .. })), "{ended:?}");
     assert!(taken.into_inner().unwrap() <= 2, "each thread found out at once");
 }
@@ -182,14 +182,10 @@ fn p4_a_sweep_never_hands_out_damage_and_goes_to_the_next_copy() {
         let index = Arc::new(repository.index().unwrap());
         let reader = Arc::new(Reader::new(&repository, index, 0));
         let disk = DiskReader::new(reader, content.clone(), 20 * 5000).unwrap();
-        disk.sweep(
-            2,
-            |_| true,
-            |run, bytes| {
-                assert!(bytes == chunks[run.clone()].concat(), "chunks {run:?}");
-                Ok::<_, RepositoryError>(())
-            },
-        )
+        disk.sweep(|_| true)?.hand_out(2, |run, bytes| {
+            assert!(bytes == chunks[run.clone()].concat(), "chunks {run:?}");
+            Ok::<_, RepositoryError>(())
+        })
     };
     let damage = |file: &_| {
         let mut files = memory.files.lock().unwrap();

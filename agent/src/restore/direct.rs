@@ -23,6 +23,10 @@ const BLOCK_LEN: usize = 4096;
 /// QEMU's.
 pub(super) const HOLE_LEN: usize = 64 << 10;
 
+/// Shorter writes, of a disk that many backups have changed here and there, are left to the page cache, which
+/// sorts and joins them.
+const WRITE_LEN_MIN: u64 = 256 << 10;
+
 /// The same file, written to directly.
 #[derive(Debug)]
 pub(super) struct Direct {
@@ -34,15 +38,19 @@ pub(super) struct Direct {
 }
 
 impl Direct {
-    /// Reserves `room`, ranges of bytes of the file that read as zeros. `None` where that would take what is kept for
-    /// the images of guests, or the file system cannot do this, or has no direct writes.
-    pub(super) fn open(file: &File, room: &[Range<u64>]) -> Option<Self> {
+    /// Reserves `room`, ranges of bytes of the file that read as zeros, for writes of `write_len` bytes in the mean.
+    /// `None` where that would take what is kept for the images of guests, where the file system cannot do
+    /// this or has no direct writes, and for writes so short that the page cache is faster.
+    pub(super) fn open(file: &File, room: &[Range<u64>], write_len: u64) -> Option<Self> {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let mut options = OpenOptions::new();
         let direct = options.write(true).custom_flags(nix::libc::O_DIRECT).open(path).ok()?;
         // What a killed restore has reserved must not count as taken.
         if file.metadata().ok()?.blocks() > 0 {
             give_back(file, room);
+        }
+        if write_len < WRITE_LEN_MIN {
+            return None;
         }
         let (free, kept) = room::room(file)?;
         if room.iter().map(len).sum::<u64>().saturating_add(kept) > free {
@@ -120,12 +128,13 @@ mod tests {
     use super::*;
 
     const ROOM: u64 = 64 * BLOCK_LEN as u64;
+    const ALL: [Range<u64>; 2] = [0..ROOM / 2, ROOM / 2..ROOM];
 
     /// An empty file that can be written to directly; without one a test is skipped aloud.
     fn file() -> Option<File> {
         let file = tempfile::tempfile().unwrap();
         file.set_len(ROOM).unwrap();
-        if Direct::open(&file, &[]).is_none() {
+        if Direct::open(&file, &[], WRITE_LEN_MIN).is_none() {
             // Past the test harness, which swallows what `eprintln!` says.
             io::stderr().write_all(b"SKIPPED: no direct writes here\n").unwrap();
             return None;
@@ -141,7 +150,7 @@ mod tests {
     #[test]
     fn p1_what_is_not_aligned_is_written_all_the_same() {
         let Some(file) = file() else { return };
-        let direct = Direct::open(&file, &[0..ROOM]).unwrap();
+        let direct = Direct::open(&file, &ALL, WRITE_LEN_MIN).unwrap();
         let content: Vec<u8> = (0..8 * BLOCK_LEN).map(|at| (at % 251) as u8).collect();
         let mut expected = vec![0; ROOM as usize];
         let aligned = content.as_ptr().addr().next_multiple_of(BLOCK_LEN) - content.as_ptr().addr();
@@ -166,7 +175,7 @@ mod tests {
     #[test]
     fn r24_neighbouring_parts_that_are_not_needed_are_given_back_together() {
         let Some(file) = file() else { return };
-        let direct = Direct::open(&file, &[0..ROOM]).unwrap();
+        let direct = Direct::open(&file, &ALL, WRITE_LEN_MIN).unwrap();
         assert!(taken(&file) >= ROOM);
         let half = HOLE_LEN as u64 / 2;
         for part in [3 * half..4 * half, 0..half, 2 * half..3 * half] {
@@ -181,9 +190,10 @@ mod tests {
         let Some(file) = file() else { return };
         // What a killed restore has left, more than there is, and more than a file can have.
         fallocate(&file, FallocateFlags::empty(), 0, ROOM).unwrap();
-        assert!(Direct::open(&file, &[0..ROOM, ROOM..1 << 60]).is_none());
+        assert!(Direct::open(&file, &[0..ROOM, ROOM..1 << 60], WRITE_LEN_MIN).is_none());
         assert_eq!(taken(&file), 0);
-        assert!(Direct::open(&file, &[0..ROOM, i64::MAX as u64..i64::MAX as u64 + 4096]).is_none());
+        let beyond = i64::MAX as u64;
+        assert!(Direct::open(&file, &[0..ROOM, beyond..beyond + 1], WRITE_LEN_MIN).is_none());
         assert_eq!(taken(&file), 0);
     }
 }

@@ -74,13 +74,15 @@ impl Target<'_> {
         wrote: impl Fn(u64, u64) + Sync,
     ) -> Result<(), RestoreError> {
         effect::about_to("restore: reserve room").map_err(|source| self.failed(source))?;
-        let direct = Direct::open(self.file, &self.room(&wanted, &place));
+        let room = self.room(&wanted, &place);
+        let sweep = self.reader.sweep(wanted)?;
+        let direct = Direct::open(self.file, &room, sweep.run_len());
         let hole_len = if direct.is_some() { direct::HOLE_LEN } else { BLOCK };
         let written = AtomicU64::new(0);
         let (enough, flushes) = mpsc::sync_channel(1);
         thread::scope(|scope| {
             let flusher = scope.spawn(move || flushes.iter().try_for_each(|()| self.flush()));
-            let filled = self.reader.sweep(Self::threads(), wanted, |chunks, content| {
+            let filled = sweep.hand_out(Self::threads(), |chunks, content| {
                 self.stop.check()?;
                 // One for each chunk, though neighbours are written together.
                 for _ in chunks.clone() {
@@ -186,7 +188,7 @@ mod tests {
         let block = BLOCK as u64;
         let zeros = |hole_len| zero_parts(&content, hole_len).collect::<Vec<_>>();
         assert_eq!(zeros(BLOCK), [0..block, 3 * block..5 * block]);
-        assert_eq!(zeros(2 * BLOCK + 1), [0..block]);
+        assert!(zeros(2 * BLOCK + 1).into_iter().eq(std::iter::once(0..block)));
         assert_eq!(zero_parts(&content[..5 * BLOCK], BLOCK).last(), Some(3 * block..5 * block));
     }
 }

@@ -34,23 +34,83 @@ struct Wanted {
     chunk: usize,
 }
 
+/// Chunks of a disk that are about to be read, in the order of their packs.
+#[derive(Debug)]
+pub struct Sweep<'a> {
+    disk: &'a DiskReader,
+    packs: Vec<FileId>,
+    wanted: Vec<Wanted>,
+}
+
 impl DiskReader {
-    /// Hands all chunks that `wanted` accepts to `take`, verified, but for those that are known to be
-    /// zero: on `threads` threads at once, in no order to rely on. Chunks that are neighbours on the disk
-    /// and in their pack come together. The bytes begin with a page of memory, 4096 bytes, as direct writes
-    /// want it.
+    /// Finds all chunks that `wanted` accepts, but for those that are known to be zero. Reads nothing.
+    ///
+    /// [`RepositoryError::MissingBlob`] means that a chunk is in no pack.
+    pub fn sweep(&self, wanted: impl Fn(usize) -> bool) -> Result<Sweep<'_>, RepositoryError> {
+        let known = self.reader.index().packs();
+        let (mut packs, mut positions) = (Vec::new(), HashMap::new());
+        let mut chunks = Vec::new();
+        for (chunk, id) in self.content.iter().enumerate() {
+            if self.is_zero(chunk) || !wanted(chunk) {
+                continue;
+            }
+            let (number, blob) = self.place(id)?;
+            let pack = *positions.entry(number).or_insert_with(|| {
+                packs.push(known[number].id);
+                packs.len() as u32 - 1
+            });
+            chunks.push(Wanted { pack, offset: blob.offset, len: blob.len, chunk });
+        }
+        chunks.sort_unstable();
+        Ok(Sweep { disk: self, packs, wanted: chunks })
+    }
+
+    fn place(&self, id: &BlobId) -> Result<(usize, PackedBlob), RepositoryError> {
+        let place = self.reader.index().place(BlobKind::Data, id);
+        place.ok_or(RepositoryError::MissingBlob { id: *id })
+    }
+
+    /// The length of a chunk, which is that of its blob.
+    fn checked_len(&self, chunk: usize, blob: &PackedBlob) -> Result<usize, RepositoryError> {
+        let range = self.chunk_range(chunk);
+        let (expected, actual) = (range.end - range.start, u64::from(blob.plain_len()));
+        match expected == actual {
+            true => Ok(actual as usize),
+            false => Err(RepositoryError::SizeMismatch { expected, actual }),
+        }
+    }
+}
+
+impl Sweep<'_> {
+    /// Mean length in bytes of what is handed out at once, or a little more: the ends of pieces are not
+    /// counted.
+    pub fn run_len(&self) -> u64 {
+        let len = |wanted: &Wanted| {
+            let range = self.disk.chunk_range(wanted.chunk);
+            range.end - range.start
+        };
+        let goes_on = |one: &Wanted, next: &Wanted| {
+            (one.pack, one.chunk + 1) == (next.pack, next.chunk) && one.offset != next.offset
+        };
+        let runs = self.wanted.chunk_by(goes_on);
+        let runs: u64 =
+            runs.map(|run| run.iter().map(len).sum::<u64>().div_ceil(RUN_LEN as u64)).sum();
+        self.wanted.iter().map(len).sum::<u64>() / runs.max(1)
+    }
+
+    /// Hands the chunks to `take`, verified: on `threads` threads at once, in no order to rely on. Chunks that
+    /// are neighbours on the disk and in their pack come together. The bytes begin with a page of memory,
+    /// 4096 bytes, as direct writes want it.
     ///
     /// After a failure nothing further is begun, and the first one is returned.
     /// [`RepositoryError::DamagedBlob`] and [`RepositoryError::MissingBlob`] mean that a chunk has no
     /// good copy.
-    pub fn sweep<E: From<RepositoryError> + Send>(
+    pub fn hand_out<E: From<RepositoryError> + Send>(
         &self,
         threads: usize,
-        wanted: impl Fn(usize) -> bool,
         take: impl Fn(Range<usize>, &[u8]) -> Result<(), E> + Sync,
     ) -> Result<(), E> {
-        let (packs, wanted) = self.in_order_of_packs(wanted)?;
-        let rest = Mutex::new(Ok(wanted.as_slice()));
+        let rest = Mutex::new(Ok(self.wanted.as_slice()));
         let next = || {
             let mut rest = rest.lock().expect("no panic while locked");
             let (piece, later) = split_piece(rest.as_ref().ok()?)?;
@@ -69,7 +129,7 @@ impl DiskReader {
                 Err(error) => return fail(error.into()),
             };
             while let Some(piece) = next() {
-                if let Err(error) = self.open_piece(&packs, piece, &mut opener, &take) {
+                if let Err(error) = self.open_piece(piece, &mut opener, &take) {
                     fail(error);
                 }
             }
@@ -83,37 +143,9 @@ impl DiskReader {
         rest.into_inner().expect("no panic while locked").map(|_| ())
     }
 
-    fn in_order_of_packs(
-        &self,
-        wanted: impl Fn(usize) -> bool,
-    ) -> Result<(Vec<FileId>, Vec<Wanted>), RepositoryError> {
-        let known = self.reader.index().packs();
-        let (mut packs, mut positions) = (Vec::new(), HashMap::new());
-        let mut chunks = Vec::new();
-        for (chunk, id) in self.content.iter().enumerate() {
-            if self.is_zero(chunk) || !wanted(chunk) {
-                continue;
-            }
-            let (number, blob) = self.place(id)?;
-            let pack = *positions.entry(number).or_insert_with(|| {
-                packs.push(known[number].id);
-                packs.len() as u32 - 1
-            });
-            chunks.push(Wanted { pack, offset: blob.offset, len: blob.len, chunk });
-        }
-        chunks.sort_unstable();
-        Ok((packs, chunks))
-    }
-
-    fn place(&self, id: &BlobId) -> Result<(usize, PackedBlob), RepositoryError> {
-        let place = self.reader.index().place(BlobKind::Data, id);
-        place.ok_or(RepositoryError::MissingBlob { id: *id })
-    }
-
     /// Reads a piece of a pack and opens what is in it.
     fn open_piece<E: From<RepositoryError>>(
         &self,
-        packs: &[FileId],
         piece: &[Wanted],
         opener: &mut Opener,
         take: &impl Fn(Range<usize>, &[u8]) -> Result<(), E>,
@@ -124,16 +156,17 @@ impl DiskReader {
         if sealed.len() < len {
             sealed.resize(len, 0);
         }
-        let repository = self.reader.repository();
-        let (pack, offset) = (&packs[first.pack as usize], first.offset.into());
+        let disk = self.disk;
+        let repository = disk.reader.repository();
+        let (pack, offset) = (&self.packs[first.pack as usize], first.offset.into());
         let sealed = &mut sealed[..len];
         let read = repository.backend().read_range(FileKind::Pack, pack, offset, sealed).is_ok();
         let mut run = Run::default();
         for same in piece.chunk_by(|one, other| one.offset == other.offset) {
             let chunk = same[0].chunk;
-            let id = &self.content[chunk];
-            let (_, blob) = self.place(id)?;
-            let len = self.checked_len(chunk, &blob)?;
+            let id = &disk.content[chunk];
+            let (_, blob) = disk.place(id)?;
+            let len = disk.checked_len(chunk, &blob)?;
             let goes_on = same.len() == 1 && run.end == chunk && run.len + len <= RUN_LEN;
             if !goes_on {
                 run.hand_on(plain, take)?;
@@ -145,25 +178,15 @@ impl DiskReader {
             let key = repository.key();
             if !(read && blob::open_into(key, decompressor, &blob, sealed, into).is_ok()) {
                 // On its own, and where that fails from another pack.
-                into.copy_from_slice(&self.reader.read(BlobKind::Data, id)?);
+                into.copy_from_slice(&disk.reader.read(BlobKind::Data, id)?);
             }
             (run.end, run.len) = (chunk + 1, run.len + len);
             for other in &same[1..] {
-                self.checked_len(other.chunk, &blob)?;
+                disk.checked_len(other.chunk, &blob)?;
                 take(other.chunk..other.chunk + 1, plain.first(len))?;
             }
         }
         run.hand_on(plain, take)
-    }
-
-    /// The length of a chunk, which is that of its blob.
-    fn checked_len(&self, chunk: usize, blob: &PackedBlob) -> Result<usize, RepositoryError> {
-        let range = self.chunk_range(chunk);
-        let (expected, actual) = (range.end - range.start, u64::from(blob.plain_len()));
-        match expected == actual {
-            true => Ok(actual as usize),
-            false => Err(RepositoryError::SizeMismatch { expected, actual }),
-        }
     }
 }
 
