@@ -271,6 +271,7 @@ impl Drop for NewImage {
             // Under the lock. What cannot be removed goes with the next try.
             let _ = fs::remove_dir_all(&self.partial);
         }
+        unlock(&self.lock);
     }
 }
 
@@ -339,6 +340,12 @@ fn lock_now(folder: &File, named: &Path) -> Result<(), ImageError> {
         Err(TryLockError::WouldBlock) => Err(ImageError::Busy { path: named.to_owned() }),
         Err(TryLockError::Error(source)) => Err(ImageError::file("lock", named)(source)),
     }
+}
+
+/// Gives a lock back. To close the folder is not enough: a child process that is just being made has it open, too,
+/// until it becomes another program.
+fn unlock(folder: &File) {
+    let _ = folder.unlock();
 }
 
 fn refuse_existing(target: &Path) -> Result<(), ImageError> {
@@ -487,6 +494,26 @@ mod tests {
         let found = unfinished(store.path()).unwrap();
 
         assert_eq!(found, [Unfinished::Update("db".into()), Unfinished::Part("web".into())]);
+    }
+
+    #[test]
+    fn r29_a_lock_ends_with_its_holder_whoever_has_the_folder_open() {
+        let store = tempfile::tempdir().unwrap();
+        let target = store.path().join("web");
+        let new = NewImage::begin(&target).unwrap();
+        // As a child process has it between its beginning and its program's.
+        let _copy = new.lock.try_clone().unwrap();
+        fill(&new);
+        new.publish(record()).unwrap();
+        let rework = Rework::begin(&target).unwrap();
+        let _copy = rework.lock().try_clone().unwrap();
+        rework.prepare().unwrap();
+        rework.take(&record()).unwrap();
+        drop(rework);
+
+        let rework = Rework::begin(&target).unwrap();
+
+        assert!(rework.is_under_way());
     }
 
     /// Whoever is killed between two steps of giving an image its name back leaves one that the next gives it.

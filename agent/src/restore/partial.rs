@@ -148,6 +148,8 @@ impl Drop for Partial {
             // Under the lock. What cannot be removed is taken up or swept by the next restore.
             let _ = fs::remove_file(&self.path);
         }
+        // A child process that is just being made has the file open, too, until it becomes another program.
+        let _ = self.file.unlock();
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     Image, RECORD_LEN_MAX, TRIES, is_at, lock_now, open_folder, open_regular, rename_new,
-    sync_folder,
+    sync_folder, unlock,
 };
 use crate::error::ImageError;
 use crate::record::ImageRecord;
@@ -34,6 +34,11 @@ pub struct Rework {
 }
 
 impl Rework {
+    #[cfg(test)]
+    pub(super) fn lock(&self) -> &File {
+        &self.lock
+    }
+
     /// Goes on with what another process has begun, or begins. [`Self::is_under_way`] tells which.
     ///
     /// # Errors
@@ -164,6 +169,7 @@ impl Drop for Rework {
             let _ = fs::remove_file(self.work.join(NEXT));
             let _ = fs::remove_dir(&self.work);
         }
+        unlock(&self.lock);
     }
 }
 
