@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use vm_fixtures::{Disk, Format, Guest, MIB};
 
 /// A disk of 16 chunks: every unchanged one of them is audited in every backup.
-const AUDITED_SIZE: u64 = 2 * MIB;
+const AUDITED_SIZE: u64 = MIB;
 
 fn machine(size: u64) -> Option<(Guest, Contents)> {
     let guest = Guest::without_os().disk(Disk::new("vda", size)).boot()?;
@@ -366,14 +366,14 @@ fn r22_an_image_replaced_by_an_older_copy_of_itself_is_backed_up_as_it_is() {
 fn r22_what_was_written_behind_qemu_is_found_by_the_audit() {
     let Some((guest, mut contents)) = machine(AUDITED_SIZE) else { return };
     let host = Host::new();
-    contents.write_noise(&guest, "vda", 0, 2 << 20, 1);
+    contents.write_noise(&guest, "vda", 0, 1 << 20, 1);
     host.backup(&guest, &[]);
     let image = guest.quit().remove(0);
     // Into the image as a file: QEMU's own tools would set the bits of the bitmap.
-    let offset = host_offset(&image, 1 << 20);
+    let offset = host_offset(&image, 512 << 10);
     let file = OpenOptions::new().write(true).open(&image).expect("the image is writable");
     file.write_all_at(&[0x99; 512], offset).expect("the image is writable");
-    contents.note("vda", 1 << 20, &[0x99; 512]);
+    contents.note("vda", 512 << 10, &[0x99; 512]);
     guest.restart();
 
     let next = host.backup_and_compare(&guest, &contents, &[]);
@@ -422,7 +422,7 @@ fn r22_the_audit_reads_the_share_that_it_is_told_and_says_when_it_is_off() {
 fn r22_a_bitmap_that_somebody_cleared_removed_or_stopped_is_not_believed() {
     let Some((guest, mut contents)) = machine(AUDITED_SIZE) else { return };
     let host = Host::new();
-    contents.write_noise(&guest, "vda", 0, 2 << 20, 1);
+    contents.write_noise(&guest, "vda", 0, 1 << 20, 1);
     host.backup(&guest, &[]);
     let node = Disk::format_node("vda");
     for (turn, command) in
@@ -430,10 +430,10 @@ fn r22_a_bitmap_that_somebody_cleared_removed_or_stopped_is_not_believed() {
             .into_iter()
             .enumerate()
     {
-        contents.write_noise(&guest, "vda", (turn % 2) << 20, 512 << 10, 7);
+        contents.write_noise(&guest, "vda", (turn % 2) << 19, 256 << 10, 7);
         let bitmap = guest.bitmaps(&node).remove(0)["name"].clone();
         guest.qmp_command(command, &json!({"node": node, "name": bitmap}));
-        contents.write_noise(&guest, "vda", 512 << 10, 512 << 10, turn as u64 + 9);
+        contents.write_noise(&guest, "vda", 256 << 10, 256 << 10, turn as u64 + 9);
 
         let next = host.backup_and_compare(&guest, &contents, &[]);
 
