@@ -231,7 +231,7 @@ fn r13_a_domain_that_cannot_be_brought_back_in_time_stays_and_the_next_purge_fin
     let Some(libvirt) = Libvirt::start() else { return };
     let mut scene = Scene::running(&libvirt);
     ok(&scene, "create", &[]);
-    scene.write("vda", 0, &integration::faults::noise(2 << 20, 3));
+    scene.write("vda", 0, &integration::faults::noise(4 << 20, 3));
     let limit = |scene: &Scene| {
         let limits = scene.domain.virsh("blkdeviotune", &["vda"]);
         limits.lines().find(|line| line.starts_with("write_bytes_sec")).map(str::to_owned)
@@ -258,8 +258,9 @@ fn r13_a_domain_is_stopped_for_the_last_of_it_no_longer_than_it_may() {
     let Some(libvirt) = Libvirt::start() else { return };
     let mut scene = Scene::running(&libvirt);
     ok(&scene, "create", &[]);
-    scene.write("vda", 0, &integration::faults::noise(2 << 20, 3));
+    scene.write("vda", 0, &integration::faults::noise(4 << 20, 3));
 
+    // QEMU writes back 1 MiB at a time, then rests; each change of its limits and each stop ends a rest early.
     let slow = ["--deadline", "0.2", "--max-pause", "60", "--limit-rate", "1MiB"];
     let purged = ok(&scene, "purge", &slow);
 
