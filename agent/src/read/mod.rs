@@ -4,11 +4,12 @@ mod audit;
 pub mod chunk_map;
 pub mod pace;
 pub mod processors;
+mod reach;
 mod stream;
 
 use std::fs::File;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use nbd::wire::{STATE_DIRTY, STATE_ZERO};
@@ -19,6 +20,7 @@ use tokio::net::UnixStream;
 use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::ChunkMap;
+use reach::Reach;
 
 pub use audit::Audit;
 pub use stream::{Limits, Piece, Stream};
@@ -28,10 +30,6 @@ const ALLOCATION: &str = "base:allocation";
 const DEPTH_TOP: u64 = 1;
 /// Length in bytes of what QEMU saves at once to a raw scratch (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const CLUSTER_LEN: u32 = 64 << 10;
-/// The most that is asked about at once. At each change QEMU's filter searches its bitmaps of all that is
-/// still asked about, and answers nobody meanwhile: QEMU 10 was deaf for over half a minute on 8 TiB
-/// that nothing had been written to.
-const STATUS_LEN_MAX: u64 = 64 << 30;
 /// The smallest part of a disk that is named when it cannot be read.
 const BAD_BLOCK: u64 = 4096;
 /// A bound on the ranges that one error names.
@@ -208,13 +206,15 @@ impl Source {
     /// Marks what the export says is data, or dirty.
     async fn ask(&self, map: &mut ChunkMap, tracked: bool) -> Result<(), ReadError> {
         let size = self.client.size();
-        let mut at = 0;
+        let (mut at, mut reach) = (0, Reach::new(size));
         while at < size && self.allocation.or(self.dirty).is_some() {
-            let status = self.client.block_status(at, (size - at).min(STATUS_LEN_MAX)).await;
+            let begun = Instant::now();
+            let status = self.client.block_status(at, (size - at).min(reach.len())).await;
             let lists = status.map_err(|source| self.failed(source))?;
+            reach.learn(begun.elapsed());
             // The contexts may be answered differently far: go on where all of them are known.
-            let reach = lists.iter().map(|list| list.iter().map(|e| e.length).sum::<u64>()).min();
-            let end = at + reach.unwrap_or(0);
+            let told = lists.iter().map(|list| list.iter().map(|e| e.length).sum::<u64>()).min();
+            let end = at + told.unwrap_or(0);
             for (context, extents) in lists.iter().enumerate() {
                 let mut offset = at;
                 for extent in extents {
