@@ -9,6 +9,7 @@ mod stream;
 
 use std::fs::File;
 use std::io;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -20,6 +21,7 @@ use tokio::net::UnixStream;
 use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::ChunkMap;
+use pace::Effort;
 use reach::Reach;
 
 pub use audit::Audit;
@@ -30,6 +32,8 @@ const ALLOCATION: &str = "base:allocation";
 const DEPTH_TOP: u64 = 1;
 /// Length in bytes of what QEMU saves at once to a raw scratch (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const CLUSTER_LEN: u32 = 64 << 10;
+/// Longest pause after a read. A guest suffers in seconds, and the backup must come to its end.
+const REST_MAX: Duration = Duration::from_millis(20);
 /// The smallest part of a disk that is named when it cannot be read.
 const BAD_BLOCK: u64 = 4096;
 /// A bound on the ranges that one error names.
@@ -264,20 +268,26 @@ impl Source {
         self.client.read(offset, len).await.map_err(|source| self.failed(source))
     }
 
-    /// Reads a range in parts, one after the other.
-    async fn read_in_parts(
+    /// Reads a range in parts, one after the other, each with its pause.
+    async fn read_at_pace(
         &self,
         offset: u64,
         len: u64,
-        part_len: u64,
+        effort: Effort,
     ) -> Result<Bytes, ReadError> {
-        if len <= part_len {
-            return self.read(offset, len).await;
+        let read_part = async |at, len| {
+            let begun = Instant::now();
+            let part = self.read(at, len).await?;
+            rest(begun.elapsed() * effort.rest_percent / 100).await;
+            Ok(part)
+        };
+        if len <= effort.part_len {
+            return read_part(offset, len).await;
         }
         let mut data = BytesMut::with_capacity(usize::try_from(len).unwrap_or(0));
         while (data.len() as u64) < len {
             let at = data.len() as u64;
-            data.extend_from_slice(&self.read(offset + at, part_len.min(len - at)).await?);
+            data.extend_from_slice(&read_part(offset + at, effort.part_len.min(len - at)).await?);
         }
         Ok(data.freeze())
     }
@@ -313,6 +323,16 @@ impl Source {
 
     fn failed(&self, source: NbdError) -> ReadError {
         ReadError::Nbd { disk: self.disk.clone(), source }
+    }
+}
+
+/// Sleeps as long as said, [`REST_MAX`] at most; in a thread, for the runtime's own clock has ticks of a
+/// millisecond, several times what a read takes.
+async fn rest(wanted: Duration) {
+    if !wanted.is_zero() {
+        let slept = tokio::task::spawn_blocking(move || thread::sleep(wanted.min(REST_MAX)));
+        // It fails only where the whole program ends.
+        let _ = slept.await;
     }
 }
 

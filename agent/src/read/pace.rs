@@ -13,23 +13,25 @@ pub struct Effort {
     pub request_len: u64,
     /// Bytes of the parts that a request is read in, one after the other.
     pub part_len: u64,
-    /// Whether each request is followed by a pause as long as it took.
-    pub rests: bool,
+    /// The pause after each part, in percent of the time that it took.
+    pub rest_percent: u32,
 }
 
 const KIB: u64 = 1 << 10;
 /// From what every guest can bear to flat out; more than that brings nothing from one QEMU thread.
-const EFFORTS: [Effort; 5] = [
-    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rests: true },
-    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rests: false },
-    Effort { requests: 1, request_len: 256 * KIB, part_len: 256 * KIB, rests: false },
-    Effort { requests: 2, request_len: 256 * KIB, part_len: 256 * KIB, rests: false },
-    Effort { requests: 8, request_len: 1024 * KIB, part_len: u64::MAX, rests: false },
+///
+/// A guest's operations wait for the thread of QEMU that serves us, too, and QEMU counts their time only from when
+/// that comes to them. So its mean latency says nothing of that wait: beside 512 KiB under way all the time it was
+/// no higher than without us, and the guest's own 99th percentile 2.8 times. What bounds the wait is the share of
+/// that thread's time that we take. With the second of these the percentile was 1.4 times its idle value, with
+/// requests of 256 KiB and pauses 1.8 times (medians of three backups each, two emulated processors for all).
+const EFFORTS: [Effort; 3] = [
+    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rest_percent: 300 },
+    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rest_percent: 100 },
+    Effort { requests: 8, request_len: 1024 * KIB, part_len: u64::MAX, rest_percent: 0 },
 ];
-/// Where it begins while the guest works, and where it falls back to once.
+/// While the guest works.
 const CAREFUL: usize = 1;
-/// The highest while the guest works.
-const GENTLE_MAX: usize = 3;
 const FLAT_OUT: usize = EFFORTS.len() - 1;
 /// The guest's mean latency may grow by half…
 const TOLERATED_PERCENT: u32 = 150;
@@ -42,9 +44,9 @@ const IDLE_OBSERVATIONS: u32 = 2;
 
 /// The pace of reading.
 ///
-/// It begins with one small request, does more while the guest's own latency stays under one and a
-/// half of what it was before the backup, and less when it does not, down to resting half of the time:
-/// it always goes on. A guest that does nothing is read flat out.
+/// Beside a guest that works there is one small request at a time, and a pause as long after it. Where the
+/// guest's own latency grows by more than half of what it was before the backup, the pauses are three times as
+/// long: it always goes on. A guest that does nothing is read flat out.
 #[derive(Debug, Clone)]
 pub struct Pace {
     baseline: Option<Duration>,
@@ -88,20 +90,14 @@ impl Pace {
         self.last = now;
         self.idle = 0;
         self.step = match self.baseline {
+            Some(baseline) if latency > tolerated(baseline) => 0,
+            Some(_) => CAREFUL,
             // It woke up: what it sees now, with us flat out, is no baseline. Step aside first.
             None if self.step > CAREFUL => CAREFUL,
             None => {
                 self.baseline = Some(latency);
                 CAREFUL
             }
-            Some(baseline) if latency > tolerated(baseline) => {
-                if self.step > CAREFUL {
-                    CAREFUL
-                } else {
-                    0
-                }
-            }
-            Some(_) => (self.step + 1).min(GENTLE_MAX),
         };
     }
 }
@@ -129,40 +125,29 @@ mod tests {
     }
 
     #[test]
-    fn p2_a_guest_that_suffers_makes_the_reader_step_back_at_once() {
+    fn p2_a_guest_that_suffers_makes_the_reader_rest_most_of_the_time_but_not_stop() {
         let mut io = GuestIo::default();
         let before = io;
         let mut pace = Pace::new(before, after(&mut io, 100, 1000));
-        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "one small request");
         for _ in 0..5 {
-            pace.observe(after(&mut io, 100, 1200));
+            assert_eq!(pace.effort(), EFFORTS[CAREFUL], "one small request, and a pause");
+            pace.observe(after(&mut io, 100, 1400));
         }
-        assert_eq!(pace.effort(), EFFORTS[GENTLE_MAX]);
-        pace.observe(after(&mut io, 100, 2000));
-        assert_eq!(pace.effort(), EFFORTS[CAREFUL]);
-    }
-
-    #[test]
-    fn p2_a_guest_that_goes_on_suffering_makes_the_reader_rest_but_not_stop() {
-        let mut io = GuestIo::default();
-        let before = io;
-        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
         for _ in 0..50 {
             pace.observe(after(&mut io, 100, 90_000));
-            assert!(pace.effort().rests);
+            assert_eq!(pace.effort(), EFFORTS[0]);
             assert_eq!(pace.effort().requests, 1, "it goes on");
         }
         pace.observe(after(&mut io, 100, 1000));
-        assert!(!pace.effort().rests, "it suffers no more");
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it suffers no more");
     }
 
     #[test]
-    fn p2_only_an_idle_guest_is_read_by_many_requests_or_large_ones() {
+    fn p2_beside_a_guest_that_works_qemu_serves_us_half_of_the_time_at_most() {
         for effort in &EFFORTS[..FLAT_OUT] {
-            assert!(effort.requests as u64 * effort.request_len <= 512 * KIB);
-            assert!(effort.part_len <= effort.request_len);
+            assert_eq!((effort.requests, effort.part_len), (1, 64 * KIB));
+            assert!(effort.rest_percent >= 100, "{effort:?}");
         }
-        assert!(EFFORTS[CAREFUL].requests == 1 && EFFORTS[CAREFUL].request_len == 64 * KIB);
     }
 
     #[test]
@@ -175,13 +160,15 @@ mod tests {
         pace.observe(after(&mut io, 50, 500));
         assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it learns the baseline");
         pace.observe(after(&mut io, 50, 9000));
-        assert!(pace.effort().rests);
-        for _ in 0..IDLE_OBSERVATIONS + 2 {
+        assert_eq!(pace.effort(), EFFORTS[0], "it suffers");
+        for _ in 0..IDLE_OBSERVATIONS {
             assert!(pace.is_gentle());
             pace.observe(after(&mut io, 0, 0));
         }
         pace.observe(after(&mut io, 0, 0));
         assert!(!pace.is_gentle(), "it fell asleep again");
+        pace.observe(after(&mut io, 50, 500));
+        assert!(pace.is_gentle(), "it works again, though it feels nothing yet");
     }
 
     #[test]

@@ -18,8 +18,6 @@ use crate::progress::Progress;
 const OBSERVE_EVERY: Duration = Duration::from_millis(200);
 /// How often it is looked whether an idle guest, which is read flat out, has woken up.
 const OBSERVE_IDLE_EVERY: Duration = Duration::from_millis(50);
-/// Longest pause after a request. A guest suffers in seconds, and the backup must come to its end.
-const REST_MAX: Duration = Duration::from_millis(20);
 
 /// How long a guest that stands still waits for a store that takes nothing.
 const STALL_MAX: Duration = Duration::from_secs(30);
@@ -137,17 +135,12 @@ impl<H: Hypervisor> Stream<'_, H> {
                     (source.clone(), map.offset(chunks.start), map.len(&chunks));
                 asked += len;
                 under_way.spawn(async move {
-                    let begun = Instant::now();
-                    let outcome = async {
-                        let data = source.read_in_parts(offset, len, effort.part_len).await?;
+                    let read = async {
+                        let data = source.read_at_pace(offset, len, effort).await?;
                         source.release(offset, len).await?;
                         Ok(data)
                     };
-                    let outcome = outcome.await;
-                    if effort.rests {
-                        tokio::time::sleep(begun.elapsed().min(REST_MAX)).await;
-                    }
-                    (outcome, chunks)
+                    (read.await, chunks)
                 });
             }
             // An error of what is under way must not wait for the limit.
