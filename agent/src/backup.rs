@@ -438,15 +438,16 @@ impl<H: Hypervisor> Run<'_, H> {
                 guard.hold(&export.stream).map_err(BackupError::Guard)?;
             }
         }
+        let pace = self.pace().await?;
         let mut disks = Vec::new();
         for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, warnings).await?);
+            disks.push(self.map(planned, source, pace.is_gentle(), warnings).await?);
         }
         let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
         if self.request.audit.is_off() && disks.iter().any(incremental) {
             warnings.push(NOT_AUDITED.to_owned());
         }
-        let (store, bytes_read) = self.read(&disks, lock).await?;
+        let (store, bytes_read) = self.read(&disks, lock, pace).await?;
         self.hypervisor.confirm(recorded).await?;
         Ok(Seen { disks, bytes_read, store })
     }
@@ -550,16 +551,26 @@ impl<H: Hypervisor> Run<'_, H> {
         Ok(Taken { cut, quiet, files, warnings })
     }
 
-    /// Finds out what of a disk is to be read, and whether its bitmap can be believed.
+    /// How hard the point in time may be read.
+    async fn pace(&self) -> Result<Pace, BackupError> {
+        let now = self.hypervisor.guest_io().await?;
+        let works = self.plan.machine.runs && !self.hypervisor.suspends();
+        // What a guest did before it stood still is none of its work.
+        Ok(Pace::new(if works { self.before } else { now }, now))
+    }
+
+    /// Finds out what of a disk is to be read, beside a guest that works or one that does not, and whether its
+    /// bitmap can be believed.
     async fn map(
         &self,
         planned: &PlannedDisk,
         source: Source,
+        works: bool,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
-        let mut map = source.map(decision.chunk_size, parent_size).await?;
+        let mut map = source.map(decision.chunk_size, parent_size, works).await?;
         let mut bytes_audited = 0;
         let (audit, limits) = (self.request.audit, self.request.limits);
         if decision.kind == Kind::Incremental {
@@ -576,7 +587,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 warnings.push(what);
                 decision.kind = Kind::Rescan;
                 decision.reason = "the dirty bitmap lied: unchanged data differs".into();
-                map = source.map(decision.chunk_size, None).await?;
+                map = source.map(decision.chunk_size, None, works).await?;
             }
         }
         Ok(Mapped { source, map, decision, bytes_audited })
@@ -587,14 +598,11 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         disks: &[Mapped],
         lock: AnnouncedLock,
+        mut pace: Pace,
     ) -> Result<(Store, Vec<u64>), BackupError> {
         let chunk_sizes = disks.iter().map(|disk| disk.decision.chunk_size).collect();
         let index = Arc::clone(&self.target.index);
         let store = Store::start(&self.target.repository, index, chunk_sizes, lock)?;
-        let now = self.hypervisor.guest_io().await?;
-        let works = self.plan.machine.runs && !self.hypervisor.suspends();
-        // What a guest did before it stood still is none of its work.
-        let mut pace = Pace::new(if works { self.before } else { now }, now);
         self.progress.reading(disks.iter().map(|disk| disk.map.bytes(Fate::Read)).sum());
         let mut bytes_read = Vec::new();
         for (index, disk) in disks.iter().enumerate() {

@@ -176,8 +176,8 @@ impl Source {
         Ok(Self { disk, client, allocation, dirty, is_depth, care })
     }
 
-    /// Asks what is data, and what changed since the parent, which had `parent_size` bytes. Without a
-    /// dirty map everything counts as changed.
+    /// Asks what is data, and what changed since the parent, which had `parent_size` bytes, of the QEMU of a
+    /// guest that works or of one that does not. Without a dirty map everything counts as changed.
     ///
     /// # Errors
     /// [`ReadError::Nbd`].
@@ -185,6 +185,7 @@ impl Source {
         &self,
         chunk_size: u32,
         parent_size: Option<u64>,
+        works: bool,
     ) -> Result<ChunkMap, ReadError> {
         let size = self.client.size();
         let mut map = ChunkMap::new(size, chunk_size);
@@ -197,20 +198,20 @@ impl Source {
         if self.allocation.is_none() {
             map.mark_data(0, size);
         }
-        self.ask(&mut map, tracked).await?;
+        self.ask(&mut map, tracked, works).await?;
         match &self.care {
             Care::None => {}
             Care::Clusters { scratch } => self.mark_saved(&mut map, scratch)?,
             // The dirty map stands still and is marked already.
-            Care::Twice => self.ask(&mut map, false).await?,
+            Care::Twice => self.ask(&mut map, false, works).await?,
         }
         Ok(map)
     }
 
     /// Marks what the export says is data, or dirty.
-    async fn ask(&self, map: &mut ChunkMap, tracked: bool) -> Result<(), ReadError> {
+    async fn ask(&self, map: &mut ChunkMap, tracked: bool, works: bool) -> Result<(), ReadError> {
         let size = self.client.size();
-        let (mut at, mut reach) = (0, Reach::new(size));
+        let (mut at, mut reach) = (0, Reach::new(size, works));
         while at < size && self.allocation.or(self.dirty).is_some() {
             let begun = Instant::now();
             let status = self.client.block_status(at, (size - at).min(reach.len())).await;

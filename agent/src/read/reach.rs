@@ -7,10 +7,13 @@ use std::time::Duration;
 const WANTED: Duration = Duration::from_millis(1);
 const FIRST: u64 = 128 << 20;
 const MIN: u64 = 16 << 20;
+/// Beside a guest that works: after a part of the disk that is told at once another may follow that takes
+/// long.
+const GENTLE_MAX: u64 = 256 << 20;
 /// At each change QEMU's filter searches its bitmaps of all that is still asked about, and answers nobody
 /// meanwhile: QEMU 10 was deaf for over half a minute on 8 TiB that nothing had been written to.
 const MAX: u64 = 64 << 30;
-/// A disk of any size is asked about in so many parts at most, however slow its host.
+/// A disk is asked about in hardly more parts, however large it is and however slow its host.
 const PARTS_MAX: u64 = 4096;
 /// Of one answer to the next it becomes this much shorter at most, and twice as long.
 const SHORTER_MAX: f64 = 1.0 / 8.0;
@@ -20,13 +23,15 @@ const SHORTER_MAX: f64 = 1.0 / 8.0;
 pub struct Reach {
     len: u64,
     min: u64,
+    max: u64,
 }
 
 impl Reach {
-    /// For a disk of `size` bytes.
-    pub fn new(size: u64) -> Self {
+    /// For a disk of `size` bytes, of a guest that works or one that does not.
+    pub fn new(size: u64, works: bool) -> Self {
         let min = MIN.max(size / PARTS_MAX).min(MAX);
-        Self { len: FIRST.max(min), min }
+        let max = if works { GENTLE_MAX.max(min) } else { MAX };
+        Self { len: FIRST.max(min), min, max }
     }
 
     /// Bytes to ask about next.
@@ -38,7 +43,7 @@ impl Reach {
     pub fn learn(&mut self, took: Duration) {
         let share = WANTED.as_secs_f64() / took.as_secs_f64().max(1e-6);
         let len = (self.len as f64 * share.clamp(SHORTER_MAX, 2.0)) as u64;
-        self.len = len.clamp(self.min, MAX);
+        self.len = len.clamp(self.min, self.max);
     }
 }
 
@@ -51,7 +56,7 @@ mod tests {
     /// The longest time that QEMU takes for an answer but the first, and how many it gives: `micros` for each MiB.
     fn asked(size: u64, micros: u64) -> (Duration, u64) {
         let (mut reach, mut at, mut longest, mut answers) =
-            (Reach::new(size), 0, Duration::ZERO, 0);
+            (Reach::new(size, false), 0, Duration::ZERO, 0);
         while at < size {
             let len = reach.len().min(size - at);
             let took = Duration::from_micros((len >> 20) * micros);
@@ -66,6 +71,15 @@ mod tests {
     fn p2_a_disk_that_is_slow_to_tell_is_asked_in_short_parts() {
         let (longest, _) = asked(64 << 30, 40);
         assert!(longest <= 2 * WANTED, "{longest:?}");
+    }
+
+    #[test]
+    fn p2_beside_a_guest_that_works_no_part_is_long_however_quickly_the_last_was_told() {
+        let mut reach = Reach::new(TIB, true);
+        for _ in 0..100 {
+            reach.learn(Duration::ZERO);
+        }
+        assert_eq!(reach.len(), GENTLE_MAX);
     }
 
     #[test]
