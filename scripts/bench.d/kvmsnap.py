@@ -40,9 +40,9 @@ class Kvmsnap:
         return self.start("backup", *guest.words, *more, memory=memory, also=[guest.pid],
                           sync=[self.repository], warm=warm)
 
-    def backup(self, guest, *more, warm=None):
+    def backup(self, guest, *more, memory=True, warm=None):
         """A backup: its cost and the snapshot's record."""
-        cost = self.start_backup(guest, *more, warm=warm).finish()
+        cost = self.start_backup(guest, *more, memory=memory, warm=warm).finish()
         return cost, json.loads(cost.stdout)
 
     def opening(self):
