@@ -26,7 +26,7 @@ use crate::quiesce::application::{About, Applications, Ending};
 use crate::quiesce::guest_agent::AgentAddress;
 use crate::quiesce::{self, Mode, QuiesceError, Wanted, quiesce};
 use crate::read::chunk_map::{ChunkMap, Fate};
-use crate::read::pace::Pace;
+use crate::read::pace::{Effort, Pace};
 use crate::read::{Audit, Limits, ReadError, Source, Stream};
 use crate::recover;
 use crate::store::{Durable, Store};
@@ -438,10 +438,10 @@ impl<H: Hypervisor> Run<'_, H> {
                 guard.hold(&export.stream).map_err(BackupError::Guard)?;
             }
         }
-        let pace = self.pace().await?;
+        let pace = self.pace(exports.by_guest).await?;
         let mut disks = Vec::new();
         for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, pace.is_gentle(), warnings).await?);
+            disks.push(self.map(planned, source, pace.effort(), warnings).await?);
         }
         let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
         if self.request.audit.is_off() && disks.iter().any(incremental) {
@@ -551,30 +551,30 @@ impl<H: Hypervisor> Run<'_, H> {
         Ok(Taken { cut, quiet, files, warnings })
     }
 
-    /// How hard the point in time may be read.
-    async fn pace(&self) -> Result<Pace, BackupError> {
+    /// How hard the point in time may be read, which the guest's own QEMU serves or not.
+    async fn pace(&self, by_guest: bool) -> Result<Pace, BackupError> {
         let now = self.hypervisor.guest_io().await?;
         let works = self.plan.machine.runs && !self.hypervisor.suspends();
         // What a guest did before it stood still is none of its work.
-        Ok(Pace::new(if works { self.before } else { now }, now))
+        Ok(Pace::new(if works { self.before } else { now }, now, by_guest))
     }
 
-    /// Finds out what of a disk is to be read, beside a guest that works or one that does not, and whether its
-    /// bitmap can be believed.
+    /// Finds out what of a disk is to be read, and whether its bitmap can be believed.
     async fn map(
         &self,
         planned: &PlannedDisk,
         source: Source,
-        works: bool,
+        effort: Effort,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
-        let mut map = source.map(decision.chunk_size, parent_size, works).await?;
+        let mut map = source.map(decision.chunk_size, parent_size, effort).await?;
         let mut bytes_audited = 0;
         let (audit, limits) = (self.request.audit, self.request.limits);
         if decision.kind == Kind::Incremental {
-            let (bytes, differs) = source.audit(&map, &planned.content, audit, limits).await?;
+            let (bytes, differs) =
+                source.audit(&map, &planned.content, audit, limits, effort).await?;
             bytes_audited = bytes;
             if let Some(chunk) = differs {
                 let offset = map.offset(chunk);
@@ -587,7 +587,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 warnings.push(what);
                 decision.kind = Kind::Rescan;
                 decision.reason = "the dirty bitmap lied: unchanged data differs".into();
-                map = source.map(decision.chunk_size, None, works).await?;
+                map = source.map(decision.chunk_size, None, effort).await?;
             }
         }
         Ok(Mapped { source, map, decision, bytes_audited })

@@ -164,7 +164,7 @@ pub fn export(recorded: &Recorded) -> Result<Exports, HypervisorError> {
         })
     };
     let disks = record.disks.iter().map(export).collect::<Result<_, HypervisorError>>()?;
-    Ok(Exports { disks, outlive_us: true })
+    Ok(Exports { disks, outlive_us: true, by_guest: true })
 }
 
 /// Asks whether the very same job still runs.

@@ -173,7 +173,7 @@ async fn add_exports(
         disks.push(Export { name: name.clone(), dirty_context, care, stream });
     }
     // QEMU itself keeps the connections.
-    Ok(Exports { disks, outlive_us: false })
+    Ok(Exports { disks, outlive_us: false, by_guest: true })
 }
 
 /// QEMU's name of our end of the connection to an export.

@@ -161,7 +161,7 @@ pub async fn serve(
         stream: Arc::new(stream),
     };
     let disks = record.disks.iter().zip(streams).map(export).collect();
-    Ok((server, Exports { disks, outlive_us: false }))
+    Ok((server, Exports { disks, outlive_us: false, by_guest: false }))
 }
 
 fn export(id: &str, disk: &DiskRecord, by_depth: bool) -> Value {

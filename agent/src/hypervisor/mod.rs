@@ -468,6 +468,8 @@ pub struct Exports {
     pub disks: Vec<Export>,
     /// Whether their connections must outlive a run that is killed; see [`crate::guard`].
     pub outlive_us: bool,
+    /// Whether the guest's own QEMU serves them, or another process.
+    pub by_guest: bool,
 }
 
 /// The export of one disk.

@@ -6,6 +6,7 @@ use repository::BlobId;
 use tokio::task::JoinSet;
 
 use super::chunk_map::{ChunkMap, Fate};
+use super::pace::Effort;
 use super::stream::Limits;
 use super::{ReadError, Source};
 use crate::share::Share;
@@ -59,6 +60,7 @@ impl Source {
         parent: &[BlobId],
         audit: Audit,
         limits: Limits,
+        effort: Effort,
     ) -> Result<(u64, Option<u64>), ReadError> {
         let Suspects { known_to_differ, unchanged, last } = suspects(map, parent);
         if known_to_differ.is_some() || audit.is_off() {
@@ -71,18 +73,19 @@ impl Source {
         let mut chosen = chosen.into_iter();
         let mut under_way = JoinSet::new();
         loop {
-            while under_way.len() < UNDER_WAY_MAX
+            while under_way.len() < UNDER_WAY_MAX.min(effort.requests)
                 && let Some(chunk) = chosen.next()
             {
                 limits.keep(start, asked).await;
                 let (offset, len) = (map.offset(chunk), map.len(&(chunk..chunk + 1)));
                 asked += len;
                 let source = self.clone();
-                under_way.spawn(async move { (chunk, source.read(offset, len).await) });
+                under_way
+                    .spawn(async move { (chunk, source.read_at_pace(offset, len, effort).await) });
             }
             let Some(done) = under_way.join_next().await else { return Ok((bytes, None)) };
             let (chunk, data) = done.expect("reads neither panic nor are aborted");
-            let data = data?;
+            let (data, _) = data?;
             bytes += data.len() as u64;
             if parent.get(chunk as usize) != Some(&BlobId::of(&data)) {
                 return Ok((bytes, Some(chunk)));

@@ -4,7 +4,7 @@ mod audit;
 pub mod chunk_map;
 pub mod pace;
 pub mod processors;
-mod reach;
+mod question;
 mod stream;
 
 use std::fs::File;
@@ -22,7 +22,7 @@ use crate::hypervisor::{Care, DEPTH_CONTEXT, Export, HypervisorError};
 use crate::names::DiskName;
 use chunk_map::ChunkMap;
 use pace::Effort;
-use reach::Reach;
+use question::Question;
 
 pub use audit::Audit;
 pub use stream::{Limits, Piece, Stream};
@@ -32,8 +32,8 @@ const ALLOCATION: &str = "base:allocation";
 const DEPTH_TOP: u64 = 1;
 /// Length in bytes of what QEMU saves at once to a raw scratch (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const CLUSTER_LEN: u32 = 64 << 10;
-/// Longest pause after a read. A guest suffers in seconds, and the backup must come to its end.
-const REST_MAX: Duration = Duration::from_millis(20);
+/// Who gets no thread to rest in waits no longer.
+const REST_DEADLINE: Duration = Duration::from_millis(50);
 /// The smallest part of a disk that is named when it cannot be read.
 const BAD_BLOCK: u64 = 4096;
 /// A bound on the ranges that one error names.
@@ -176,8 +176,8 @@ impl Source {
         Ok(Self { disk, client, allocation, dirty, is_depth, care })
     }
 
-    /// Asks what is data, and what changed since the parent, which had `parent_size` bytes, of the QEMU of a
-    /// guest that works or of one that does not. Without a dirty map everything counts as changed.
+    /// Asks what is data, and what changed since the parent, which had `parent_size` bytes, with this
+    /// effort. Without a dirty map everything counts as changed.
     ///
     /// # Errors
     /// [`ReadError::Nbd`].
@@ -185,7 +185,7 @@ impl Source {
         &self,
         chunk_size: u32,
         parent_size: Option<u64>,
-        works: bool,
+        effort: Effort,
     ) -> Result<ChunkMap, ReadError> {
         let size = self.client.size();
         let mut map = ChunkMap::new(size, chunk_size);
@@ -198,28 +198,34 @@ impl Source {
         if self.allocation.is_none() {
             map.mark_data(0, size);
         }
-        self.ask(&mut map, tracked, works).await?;
+        self.ask(&mut map, tracked, effort).await?;
         match &self.care {
             Care::None => {}
             Care::Clusters { scratch } => self.mark_saved(&mut map, scratch)?,
             // The dirty map stands still and is marked already.
-            Care::Twice => self.ask(&mut map, false, works).await?,
+            Care::Twice => self.ask(&mut map, false, effort).await?,
         }
         Ok(map)
     }
 
     /// Marks what the export says is data, or dirty.
-    async fn ask(&self, map: &mut ChunkMap, tracked: bool, works: bool) -> Result<(), ReadError> {
+    async fn ask(
+        &self,
+        map: &mut ChunkMap,
+        tracked: bool,
+        effort: Effort,
+    ) -> Result<(), ReadError> {
         let size = self.client.size();
-        let (mut at, mut reach) = (0, Reach::new(size, works));
+        let (mut at, mut question) = (0, Question::new(size, effort.rests()));
         while at < size && self.allocation.or(self.dirty).is_some() {
             let begun = Instant::now();
-            let status = self.client.block_status(at, (size - at).min(reach.len())).await;
+            let status = self.client.block_status(at, (size - at).min(question.len())).await;
             let lists = status.map_err(|source| self.failed(source))?;
-            reach.learn(begun.elapsed());
+            let took = begun.elapsed();
             // The contexts may be answered differently far: go on where all of them are known.
             let told = lists.iter().map(|list| list.iter().map(|e| e.length).sum::<u64>()).min();
-            let end = at + told.unwrap_or(0);
+            let told = told.unwrap_or(0);
+            let end = at + told;
             for (context, extents) in lists.iter().enumerate() {
                 let mut offset = at;
                 for extent in extents {
@@ -234,6 +240,8 @@ impl Source {
                 }
             }
             at = end;
+            question.learn(told, took);
+            rest(effort.rest(took)).await;
         }
         Ok(())
     }
@@ -269,36 +277,43 @@ impl Source {
         self.client.read(offset, len).await.map_err(|source| self.failed(source))
     }
 
-    /// Reads a range in parts, one after the other, each with its pause.
+    /// Reads a range in parts, one after the other, each with its pause. Says how long the last of them took,
+    /// too.
     async fn read_at_pace(
         &self,
         offset: u64,
         len: u64,
         effort: Effort,
-    ) -> Result<Bytes, ReadError> {
+    ) -> Result<(Bytes, Duration), ReadError> {
         let read_part = async |at, len| {
             let begun = Instant::now();
             let part = self.read(at, len).await?;
-            rest(begun.elapsed() * effort.rest_percent / 100).await;
-            Ok(part)
+            let took = begun.elapsed();
+            rest(effort.rest(took)).await;
+            Ok((part, took))
         };
         if len <= effort.part_len {
             return read_part(offset, len).await;
         }
         let mut data = BytesMut::with_capacity(usize::try_from(len).unwrap_or(0));
+        let mut last = Duration::ZERO;
         while (data.len() as u64) < len {
             let at = data.len() as u64;
-            data.extend_from_slice(&read_part(offset + at, effort.part_len.min(len - at)).await?);
+            let (part, took) = read_part(offset + at, effort.part_len.min(len - at)).await?;
+            data.extend_from_slice(&part);
+            last = took;
         }
-        Ok(data.freeze())
+        Ok((data.freeze(), last))
     }
 
     /// Frees the scratch of a range and ends copy-before-write there.
-    async fn release(&self, offset: u64, len: u64) -> Result<(), ReadError> {
+    async fn release(&self, offset: u64, len: u64, effort: Effort) -> Result<(), ReadError> {
         if !self.client.info().can_trim() {
             return Ok(());
         }
+        let begun = Instant::now();
         let trimmed = self.client.trim(offset, len).await;
+        rest(effort.rest(begun.elapsed())).await;
         trimmed.map_err(|source| self.failed(source))
     }
 
@@ -327,13 +342,13 @@ impl Source {
     }
 }
 
-/// Sleeps as long as said, [`REST_MAX`] at most; in a thread, for the runtime's own clock has ticks of a
-/// millisecond, several times what a read takes.
+/// Sleeps as long as said; in a thread, for the runtime's own clock has ticks of a millisecond, several times
+/// what a read takes.
 async fn rest(wanted: Duration) {
     if !wanted.is_zero() {
-        let slept = tokio::task::spawn_blocking(move || thread::sleep(wanted.min(REST_MAX)));
-        // It fails only where the whole program ends.
-        let _ = slept.await;
+        let slept = tokio::task::spawn_blocking(move || thread::sleep(wanted));
+        // Neither a thread that cannot be had nor the end of the program is an error here.
+        let _ = tokio::time::timeout(REST_DEADLINE, slept).await;
     }
 }
 

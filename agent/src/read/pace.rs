@@ -13,26 +13,52 @@ pub struct Effort {
     pub request_len: u64,
     /// Bytes of the parts that a request is read in, one after the other.
     pub part_len: u64,
-    /// The pause after each part, in percent of the time that it took.
-    pub rest_percent: u32,
+    /// The pause after each part, in percent of the time that it took…
+    rest_percent: u32,
+    /// …and how long it may be.
+    rest_max: Duration,
+}
+
+impl Effort {
+    const fn small(rest_percent: u32, rest_max: Duration) -> Self {
+        let len = 64 * KIB;
+        Self { requests: 1, request_len: len, part_len: len, rest_percent, rest_max }
+    }
+
+    /// The pause after something that took QEMU so long.
+    pub fn rest(&self, took: Duration) -> Duration {
+        (took * self.rest_percent / 100).min(self.rest_max)
+    }
+
+    /// Whether the thread of QEMU that serves us is left to the guest at times.
+    pub fn rests(&self) -> bool {
+        self.rest_percent > 0
+    }
 }
 
 const KIB: u64 = 1 << 10;
+const MS: Duration = Duration::from_millis(1);
 /// From what every guest can bear to flat out; more than that brings nothing from one QEMU thread.
 ///
-/// A guest's operations wait for the thread of QEMU that serves us, too, and QEMU counts their time only from when
-/// that comes to them. So its mean latency says nothing of that wait: beside 512 KiB under way all the time it was
-/// no higher than without us, and the guest's own 99th percentile 2.8 times. What bounds the wait is the share of
-/// that thread's time that we take. With the second of these the percentile was 1.4 times its idle value, with
-/// requests of 256 KiB and pauses 1.8 times (medians of three backups each, two emulated processors for all).
-const EFFORTS: [Effort; 3] = [
-    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rest_percent: 300 },
-    Effort { requests: 1, request_len: 64 * KIB, part_len: 64 * KIB, rest_percent: 100 },
-    Effort { requests: 8, request_len: 1024 * KIB, part_len: u64::MAX, rest_percent: 0 },
+/// A guest's operations wait for the thread of QEMU that serves us, too, and QEMU counts their time only from
+/// the moment it picks them up. So its mean latency says nothing of that wait: beside 512 KiB under way all the
+/// time it was no higher than without us, and the guest's own 99th percentile 2.8 times its idle value. What
+/// bounds the wait is the share of that thread's time that we take: beside [`CAREFUL`] it was 1.4 times, with
+/// requests of 256 KiB and such pauses 1.8 times (medians of three backups, two emulated processors for all).
+const EFFORTS: [Effort; 5] = [
+    Effort::small(300, Duration::from_millis(20)),
+    Effort::small(100, MS),
+    Effort { requests: 1, request_len: 256 * KIB, part_len: 256 * KIB, ..Effort::small(100, MS) },
+    Effort { requests: 2, request_len: 256 * KIB, part_len: 256 * KIB, ..Effort::small(100, MS) },
+    Effort { requests: 8, request_len: 1024 * KIB, part_len: u64::MAX, ..Effort::small(0, MS) },
 ];
-/// While the guest works.
+/// Beside a guest that works.
 const CAREFUL: usize = 1;
+/// The most beside a guest that works: where its storage, not QEMU, is what takes the time.
+const GENTLE_MAX: usize = FLAT_OUT - 1;
 const FLAT_OUT: usize = EFFORTS.len() - 1;
+/// A read that takes longer waits for the storage: QEMU's thread has a tenth of that to do for it.
+const SLOW_READ: Duration = Duration::from_millis(2);
 /// The guest's mean latency may grow by half…
 const TOLERATED_PERCENT: u32 = 150;
 /// …and differences below this are noise.
@@ -44,28 +70,42 @@ const IDLE_OBSERVATIONS: u32 = 2;
 
 /// The pace of reading.
 ///
-/// Beside a guest that works there is one small request at a time, and a pause as long after it. Where the
-/// guest's own latency grows by more than half of what it was before the backup, the pauses are three times as
-/// long: it always goes on. A guest that does nothing is read flat out.
+/// Beside a guest that works there is one small request at a time, and a pause as long after it, at most a
+/// millisecond. Where the guest's own latency grows by more than half of what it was before the backup, the
+/// pauses become several times longer: it always goes on. Larger requests, two at a time, are for where reads
+/// wait for the storage, which the guest's latency tells of, or where another process than the guest's QEMU
+/// serves them, and then without pauses. A guest that does nothing is read flat out.
 #[derive(Debug, Clone)]
 pub struct Pace {
     baseline: Option<Duration>,
     step: usize,
     last: GuestIo,
     idle: u32,
+    /// Whether the guest's own QEMU serves what is read.
+    by_guest: bool,
+    /// How long a read has taken lately.
+    read: Duration,
 }
 
 impl Pace {
-    /// A pace from what the guest did between two counts before the backup.
-    pub fn new(before: GuestIo, at_start: GuestIo) -> Self {
+    /// A pace from what the guest did between two counts before the backup, whose own QEMU serves what is read
+    /// or not.
+    pub fn new(before: GuestIo, at_start: GuestIo, by_guest: bool) -> Self {
         let baseline = mean_latency(before, at_start);
         let step = if baseline.is_some() { CAREFUL } else { FLAT_OUT };
-        Self { baseline, step, last: at_start, idle: 0 }
+        Self { baseline, step, last: at_start, idle: 0, by_guest, read: Duration::ZERO }
     }
 
     /// How hard the disk may be read now.
     pub fn effort(&self) -> Effort {
-        EFFORTS[self.step]
+        let effort = EFFORTS[self.step];
+        let rests = self.by_guest || self.step < CAREFUL;
+        Effort { rest_percent: if rests { effort.rest_percent } else { 0 }, ..effort }
+    }
+
+    /// Takes note of how long a read took.
+    pub fn note_read(&mut self, took: Duration) {
+        self.read = (3 * self.read + took) / 4;
     }
 
     /// Whether the guest is at work, and needs the processors too.
@@ -91,6 +131,8 @@ impl Pace {
         self.idle = 0;
         self.step = match self.baseline {
             Some(baseline) if latency > tolerated(baseline) => 0,
+            Some(_) if self.step < CAREFUL => CAREFUL,
+            Some(_) if !self.by_guest || self.read > SLOW_READ => (self.step + 1).min(GENTLE_MAX),
             Some(_) => CAREFUL,
             // It woke up: what it sees now, with us flat out, is no baseline. Step aside first.
             None if self.step > CAREFUL => CAREFUL,
@@ -124,11 +166,17 @@ mod tests {
         *last
     }
 
-    #[test]
-    fn p2_a_guest_that_suffers_makes_the_reader_rest_most_of_the_time_but_not_stop() {
+    /// The pace beside a guest whose operations take 1 ms, and what it has done so far.
+    fn working(by_guest: bool) -> (Pace, GuestIo) {
         let mut io = GuestIo::default();
         let before = io;
-        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
+        let pace = Pace::new(before, after(&mut io, 100, 1000), by_guest);
+        (pace, io)
+    }
+
+    #[test]
+    fn p2_a_guest_that_suffers_makes_the_reader_rest_most_of_the_time_but_not_stop() {
+        let (mut pace, mut io) = working(true);
         for _ in 0..5 {
             assert_eq!(pace.effort(), EFFORTS[CAREFUL], "one small request, and a pause");
             pace.observe(after(&mut io, 100, 1400));
@@ -143,17 +191,45 @@ mod tests {
     }
 
     #[test]
-    fn p2_beside_a_guest_that_works_qemu_serves_us_half_of_the_time_at_most() {
-        for effort in &EFFORTS[..FLAT_OUT] {
-            assert_eq!((effort.requests, effort.part_len), (1, 64 * KIB));
-            assert!(effort.rest_percent >= 100, "{effort:?}");
+    fn p2_beside_a_guest_that_works_its_qemu_serves_us_half_of_the_time_at_most() {
+        let (mut pace, mut io) = working(true);
+        for _ in 0..20 {
+            pace.note_read(Duration::from_micros(400));
+            pace.observe(after(&mut io, 100, 900));
+            assert_eq!(pace.effort().requests, 1);
+            assert_eq!(pace.effort().rest(Duration::from_micros(400)).as_micros(), 400);
         }
+    }
+
+    #[test]
+    fn reads_that_wait_for_the_storage_become_larger_while_the_guest_feels_nothing_of_it() {
+        let (mut pace, mut io) = working(true);
+        for _ in 0..20 {
+            pace.note_read(Duration::from_millis(8));
+            pace.observe(after(&mut io, 100, 1000));
+        }
+        assert_eq!(pace.effort(), EFFORTS[GENTLE_MAX]);
+        assert_eq!(pace.effort().rest(Duration::from_millis(8)), MS, "QEMU was idle meanwhile");
+        pace.observe(after(&mut io, 100, 2000));
+        assert_eq!(pace.effort(), EFFORTS[0], "p2: it feels it");
+    }
+
+    #[test]
+    fn what_another_process_serves_is_read_without_pauses_while_the_guest_feels_nothing_of_it() {
+        let (mut pace, mut io) = working(false);
+        for _ in 0..5 {
+            assert!(!pace.effort().rests());
+            pace.observe(after(&mut io, 100, 1000));
+        }
+        assert_eq!(pace.effort().requests, EFFORTS[GENTLE_MAX].requests);
+        pace.observe(after(&mut io, 100, 2000));
+        assert!(pace.effort().rests(), "p2: it feels it");
     }
 
     #[test]
     fn an_idle_guest_is_read_flat_out_until_it_wakes_up() {
         let mut io = GuestIo::default();
-        let mut pace = Pace::new(io, io);
+        let mut pace = Pace::new(io, io, true);
         assert!(!pace.is_gentle());
         pace.observe(after(&mut io, 50, 9000));
         assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it steps aside");
@@ -161,11 +237,10 @@ mod tests {
         assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it learns the baseline");
         pace.observe(after(&mut io, 50, 9000));
         assert_eq!(pace.effort(), EFFORTS[0], "it suffers");
-        for _ in 0..IDLE_OBSERVATIONS {
+        for _ in 0..IDLE_OBSERVATIONS as usize + EFFORTS.len() - 2 {
             assert!(pace.is_gentle());
             pace.observe(after(&mut io, 0, 0));
         }
-        pace.observe(after(&mut io, 0, 0));
         assert!(!pace.is_gentle(), "it fell asleep again");
         pace.observe(after(&mut io, 50, 500));
         assert!(pace.is_gentle(), "it works again, though it feels nothing yet");
@@ -175,7 +250,7 @@ mod tests {
     fn p2_a_guest_that_stands_still_is_read_flat_out_whatever_it_did_before() {
         let mut io = GuestIo::default();
         let now = after(&mut io, 100_000, 900);
-        let mut pace = Pace::new(now, now);
+        let mut pace = Pace::new(now, now, true);
         for _ in 0..4 {
             assert!(!pace.is_gentle(), "it waits for the end");
             pace.observe(now);
@@ -186,7 +261,7 @@ mod tests {
     fn p2_a_guest_that_does_little_is_not_taken_for_idle() {
         let mut io = GuestIo::default();
         let before = io;
-        let mut pace = Pace::new(before, after(&mut io, 100, 1000));
+        let mut pace = Pace::new(before, after(&mut io, 100, 1000), true);
         for _ in 0..40 {
             pace.observe(after(&mut io, 1, 5000));
             assert_eq!(pace.effort().requests, 1);
@@ -196,7 +271,7 @@ mod tests {
     #[test]
     fn counters_that_run_backwards_do_no_harm() {
         let high = GuestIo { operations: 900, time: Duration::from_secs(9) };
-        let mut pace = Pace::new(high, GuestIo::default());
+        let mut pace = Pace::new(high, GuestIo::default(), true);
         pace.observe(high);
         pace.observe(GuestIo::default());
         assert!(pace.effort().requests >= 1);

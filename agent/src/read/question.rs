@@ -7,31 +7,30 @@ use std::time::Duration;
 const WANTED: Duration = Duration::from_millis(1);
 const FIRST: u64 = 128 << 20;
 const MIN: u64 = 16 << 20;
-/// Beside a guest that works: after a part of the disk that is told at once another may follow that takes
-/// long.
+/// Beside a guest that works: a part of the disk that is told at once may be followed by one that takes long.
 const GENTLE_MAX: u64 = 256 << 20;
 /// At each change QEMU's filter searches its bitmaps of all that is still asked about, and answers nobody
 /// meanwhile: QEMU 10 was deaf for over half a minute on 8 TiB that nothing had been written to.
 const MAX: u64 = 64 << 30;
-/// A disk is asked about in hardly more parts, however large it is and however slow its host.
-const PARTS_MAX: u64 = 4096;
-/// Of one answer to the next it becomes this much shorter at most, and twice as long.
-const SHORTER_MAX: f64 = 1.0 / 8.0;
+/// A disk is asked about in hardly more parts, however slow its host.
+const PARTS_MAX: u64 = 32768;
+/// From one answer to the next the length shrinks to this share at most, or doubles.
+const SHRINK_MAX: f64 = 1.0 / 8.0;
 
 /// How many bytes are asked about at once.
 #[derive(Debug, Clone, Copy)]
-pub struct Reach {
+pub struct Question {
     len: u64,
     min: u64,
     max: u64,
 }
 
-impl Reach {
+impl Question {
     /// For a disk of `size` bytes, of a guest that works or one that does not.
     pub fn new(size: u64, works: bool) -> Self {
-        let min = MIN.max(size / PARTS_MAX).min(MAX);
-        let max = if works { GENTLE_MAX.max(min) } else { MAX };
-        Self { len: FIRST.max(min), min, max }
+        let min = MIN.max(size / PARTS_MAX);
+        let max = if works { GENTLE_MAX.max(min) } else { MAX.max(min) };
+        Self { len: FIRST.clamp(min, max), min, max }
     }
 
     /// Bytes to ask about next.
@@ -39,10 +38,10 @@ impl Reach {
         self.len
     }
 
-    /// Takes note of how long an answer took.
-    pub fn learn(&mut self, took: Duration) {
+    /// Takes note of an answer about `told` bytes and how long it took.
+    pub fn learn(&mut self, told: u64, took: Duration) {
         let share = WANTED.as_secs_f64() / took.as_secs_f64().max(1e-6);
-        let len = (self.len as f64 * share.clamp(SHORTER_MAX, 2.0)) as u64;
+        let len = (told as f64 * share.clamp(SHRINK_MAX, 2.0)) as u64;
         self.len = len.clamp(self.min, self.max);
     }
 }
@@ -51,17 +50,18 @@ impl Reach {
 mod tests {
     use super::*;
 
-    const TIB: u64 = 1 << 40;
+    const GIB: u64 = 1 << 30;
 
-    /// The longest time that QEMU takes for an answer but the first, and how many it gives: `micros` for each MiB.
-    fn asked(size: u64, micros: u64) -> (Duration, u64) {
-        let (mut reach, mut at, mut longest, mut answers) =
-            (Reach::new(size, false), 0, Duration::ZERO, 0);
+    /// Asks QEMU about a whole disk, which takes `micros` for each MiB: how long the longest answer took, but for
+    /// the first, and how many there were.
+    fn asked(size: u64, works: bool, micros: u64) -> (Duration, u64) {
+        let (mut question, mut at) = (Question::new(size, works), 0);
+        let (mut longest, mut answers) = (Duration::ZERO, 0);
         while at < size {
-            let len = reach.len().min(size - at);
+            let len = question.len().min(size - at);
             let took = Duration::from_micros((len >> 20) * micros);
             longest = if answers == 0 { longest } else { longest.max(took) };
-            reach.learn(took);
+            question.learn(len, took);
             (at, answers) = (at + len, answers + 1);
         }
         (longest, answers)
@@ -69,24 +69,27 @@ mod tests {
 
     #[test]
     fn p2_a_disk_that_is_slow_to_tell_is_asked_in_short_parts() {
-        let (longest, _) = asked(64 << 30, 40);
+        let (longest, _) = asked(64 * GIB, false, 40);
         assert!(longest <= 2 * WANTED, "{longest:?}");
     }
 
     #[test]
     fn p2_beside_a_guest_that_works_no_part_is_long_however_quickly_the_last_was_told() {
-        let mut reach = Reach::new(TIB, true);
-        for _ in 0..100 {
-            reach.learn(Duration::ZERO);
+        for size in [4 * GIB, 1024 * GIB, 8192 * GIB] {
+            let mut question = Question::new(size, true);
+            for _ in 0..100 {
+                question.learn(question.len(), Duration::ZERO);
+            }
+            assert_eq!(question.len(), GENTLE_MAX);
         }
-        assert_eq!(reach.len(), GENTLE_MAX);
     }
 
     #[test]
     fn a_disk_that_tells_at_once_is_asked_in_few_parts_and_never_in_more_than_a_bound() {
-        let (_, answers) = asked(64 * TIB, 0);
-        assert!(answers <= 64 * TIB / MAX + 10, "{answers}");
-        let (_, answers) = asked(64 * TIB, 10_000);
+        let size = 32768 * GIB;
+        let (_, answers) = asked(size, false, 0);
+        assert!(answers <= size / MAX + 10, "{answers}");
+        let (_, answers) = asked(size, true, 10_000);
         assert!(answers <= PARTS_MAX + 1, "{answers}");
     }
 }
