@@ -129,6 +129,10 @@ impl Pace {
         };
         self.last = now;
         self.idle = 0;
+        if !self.is_gentle() {
+            // How long reads take flat out says nothing of the storage.
+            self.read = Duration::ZERO;
+        }
         self.step = match self.baseline {
             Some(baseline) if latency > tolerated(baseline) => 0,
             Some(_) if self.step < CAREFUL => CAREFUL,
@@ -242,8 +246,9 @@ mod tests {
             pace.observe(after(&mut io, 0, 0));
         }
         assert!(!pace.is_gentle(), "it fell asleep again");
+        pace.note_read(Duration::from_millis(90));
         pace.observe(after(&mut io, 50, 500));
-        assert!(pace.is_gentle(), "it works again, though it feels nothing yet");
+        assert_eq!(pace.effort(), EFFORTS[CAREFUL], "it works again, though it feels nothing yet");
     }
 
     #[test]
