@@ -12,10 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use repository::{AnnouncedLock, FileId, Index, Repository, RepositoryError};
+use repository::{AnnouncedLock, FileId, Index, Node, Repository, RepositoryError};
 
 use crate::guard::Guard;
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
+use crate::inherit::{Content, Inherited};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest};
 use crate::names::{BitmapNames, DomainName, RunId};
@@ -29,7 +30,7 @@ use crate::read::chunk_map::{ChunkMap, Fate};
 use crate::read::pace::{Effort, Pace};
 use crate::read::{Audit, Limits, ReadError, Source, Stream};
 use crate::recover;
-use crate::store::{Durable, Store};
+use crate::store::{Durable, Store, blocking};
 
 /// What a backup says whose dirty bitmaps were only believed.
 const NOT_AUDITED: &str =
@@ -156,6 +157,8 @@ struct Mapped {
     source: Source,
     map: ChunkMap,
     decision: Decision,
+    /// What is taken over of it.
+    content: Content,
     bytes_audited: u64,
 }
 
@@ -201,6 +204,8 @@ struct Captured {
     bytes_read: Vec<u64>,
     scratch_peak: Option<u64>,
     files: Vec<MachineFile>,
+    /// Of the backup before.
+    earlier: Vec<Node>,
     store: Store,
 }
 
@@ -388,15 +393,16 @@ impl<H: Hypervisor> Run<'_, H> {
         guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let Taken { mut cut, mut quiet, files, mut warnings } =
-            self.point_in_time(recorded).await?;
+        let (taken, inherited) = tokio::try_join!(self.point_in_time(recorded), self.inherited())?;
+        let Taken { mut cut, mut quiet, files, mut warnings } = taken;
+        let Inherited { disks: contents, files: earlier } = inherited;
         let paused = Instant::now();
         self.host.journal.update(recorded, |record| {
             record.holds_guest = matches!(quiet, Quiet::Held(_));
             record.nbd_server = true;
         })?;
         let Seen { disks, bytes_read, store } = tokio::select! {
-            seen = self.see(recorded, lock, guard, &mut warnings) => seen?,
+            seen = self.see(recorded, lock, guard, contents, &mut warnings) => seen?,
             error = quiet.ends() => return Err(error.into()),
         };
         let scratch_peak = self.hypervisor.scratch_peak();
@@ -415,7 +421,23 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         quiesced.warnings.extend(warnings);
         quiesced.warnings.extend(self.plan.warnings.iter().cloned());
-        Ok(Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, files, store })
+        Ok(Captured {
+            start,
+            cut,
+            quiesced,
+            disks,
+            bytes_read,
+            scratch_peak,
+            files,
+            earlier,
+            store,
+        })
+    }
+
+    /// Reads what earlier backups leave to this one. Beside the point in time, which has its own waiting to do.
+    async fn inherited(&self) -> Result<Inherited, BackupError> {
+        let inheritance = self.plan.inheritance.clone();
+        blocking(move || Ok(inheritance.read())).await
     }
 
     /// Reads the point in time to the end.
@@ -424,6 +446,7 @@ impl<H: Hypervisor> Run<'_, H> {
         recorded: &Recorded,
         lock: AnnouncedLock,
         guard: &Guard,
+        contents: Vec<Result<Content, String>>,
         warnings: &mut Vec<String>,
     ) -> Result<Seen, BackupError> {
         let exports = self.hypervisor.export(recorded).await?;
@@ -440,8 +463,8 @@ impl<H: Hypervisor> Run<'_, H> {
         }
         let pace = self.pace(exports.by_guest).await?;
         let mut disks = Vec::new();
-        for (planned, source) in self.plan.disks.iter().zip(sources) {
-            disks.push(self.map(planned, source, pace.effort(), warnings).await?);
+        for ((planned, source), content) in self.plan.disks.iter().zip(sources).zip(contents) {
+            disks.push(self.map(planned, source, content, pace.effort(), warnings).await?);
         }
         let incremental = |disk: &Mapped| disk.decision.kind == Kind::Incremental;
         if self.request.audit.is_off() && disks.iter().any(incremental) {
@@ -458,8 +481,8 @@ impl<H: Hypervisor> Run<'_, H> {
         captured: Captured,
         record: &Record,
     ) -> Result<(Durable, Manifest), BackupError> {
-        let Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, files, store } =
-            captured;
+        let Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, .. } = captured;
+        let Captured { files, earlier, store, .. } = captured;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
@@ -467,8 +490,8 @@ impl<H: Hypervisor> Run<'_, H> {
         let mut manifests = Vec::new();
         for (index, disk) in disks.iter().enumerate() {
             let planned = &self.plan.disks[index];
-            let content = stored.content(index as u32, &disk.map, &planned.content)?;
-            let unchanged = planned.changed.filter(|_| content == planned.content);
+            let content = stored.content(index as u32, &disk.map, &disk.content.chunks)?;
+            let unchanged = disk.content.changed.filter(|_| content == disk.content.chunks);
             contents.push((content, unchanged.unwrap_or(cut.time)));
             manifests.push(DiskManifest {
                 target: planned.disk.target.clone(),
@@ -510,7 +533,6 @@ impl<H: Hypervisor> Run<'_, H> {
             skipped: self.plan.machine.skipped.clone(),
             files: files.iter().map(FileManifest::of).collect(),
         };
-        let earlier = self.plan.files.clone();
         let durable = stored.finish(manifest.clone(), contents, files, earlier).await?;
         Ok((durable, manifest))
     }
@@ -564,17 +586,22 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         planned: &PlannedDisk,
         source: Source,
+        content: Result<Content, String>,
         effort: Effort,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
+        let content = content.unwrap_or_else(|damage| {
+            decision.rescan_after(&damage);
+            Content::default()
+        });
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);
         let mut map = source.map(decision.chunk_size, parent_size, effort).await?;
         let mut bytes_audited = 0;
         let (audit, limits) = (self.request.audit, self.request.limits);
         if decision.kind == Kind::Incremental {
             let (bytes, differs) =
-                source.audit(&map, &planned.content, audit, limits, effort).await?;
+                source.audit(&map, &content.chunks, audit, limits, effort).await?;
             bytes_audited = bytes;
             if let Some(chunk) = differs {
                 let offset = map.offset(chunk);
@@ -590,7 +617,7 @@ impl<H: Hypervisor> Run<'_, H> {
                 map = source.map(decision.chunk_size, None, effort).await?;
             }
         }
-        Ok(Mapped { source, map, decision, bytes_audited })
+        Ok(Mapped { source, map, decision, content, bytes_audited })
     }
 
     /// Reads all disks, one after the other, and stores what was read.

@@ -16,6 +16,7 @@ mod error;
 mod guard;
 mod hypervisor;
 mod image;
+mod inherit;
 mod journal;
 mod last_known;
 mod location;

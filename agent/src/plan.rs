@@ -1,14 +1,14 @@
 //! What a backup will do, decided from what is there: the backup it continues, and for each disk how
 //! it is read and why.
 
-use std::collections::HashMap;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use jiff::Timestamp;
-use repository::{BlobId, FileId, Index, Node, Tree};
+use repository::{FileId, Index};
 
-use crate::catalog::{Backup, Catalog, CatalogError, disk_file, take_content};
+use crate::catalog::{Backup, Catalog, CatalogError};
 use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
+use crate::inherit::{Heir, Inheritance};
 use crate::manifest::{DiskManifest, Kind};
 use crate::method::Chosen;
 use crate::names::{BitmapNames, DiskName, DomainName};
@@ -85,8 +85,8 @@ pub struct Plan {
     pub parent: Option<FileId>,
     /// For each disk, how it is read.
     pub disks: Vec<PlannedDisk>,
-    /// What else is in the parent's folder, without the content of disks.
-    pub files: Vec<Node>,
+    /// What is taken over from earlier backups.
+    pub inheritance: Inheritance,
     /// Dirty bitmaps of this repository that stay, for backups of the machine under other names.
     pub kept: Vec<String>,
     /// What the operator should know whatever comes of the backup.
@@ -94,6 +94,16 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Reads what would be taken over, as a backup does later: what cannot be, makes a rescan.
+    pub fn check(&mut self) {
+        let inherited = self.inheritance.read();
+        for (planned, content) in self.disks.iter_mut().zip(inherited.disks) {
+            if let Err(damage) = content {
+                planned.decision.rescan_after(&damage);
+            }
+        }
+    }
+
     /// Looks for dirty bitmaps by which backups of this machine under other names go on. They stay, as
     /// long as there is a backup that tells of them.
     ///
@@ -124,10 +134,6 @@ pub struct PlannedDisk {
     pub disk: Disk,
     /// How it is read.
     pub decision: Decision,
-    /// Its chunks in the parent.
-    pub content: Vec<BlobId>,
-    /// When these last changed.
-    pub changed: Option<Timestamp>,
 }
 
 /// Lengths of a chunk in bytes that a manifest may name.
@@ -152,6 +158,16 @@ pub struct Decision {
     pub tracked: bool,
     /// Size in bytes of the disk in the parent.
     pub parent_size: Option<u64>,
+}
+
+impl Decision {
+    /// Reads the disk whole, for what it continues is damaged.
+    pub fn rescan_after(&mut self, damage: &str) {
+        self.kind = Kind::Rescan;
+        self.reason = format!("the last backup is damaged: {damage}");
+        self.bitmap_old = None;
+        tracing::error!("{}: rescan", self.reason);
+    }
 }
 
 /// The dirty bitmaps that the machine's disks should have, by the last backup of each.
@@ -215,7 +231,7 @@ pub fn plan<'a>(
     domain: DomainName,
     newest_first: &(impl Iterator<Item = &'a Backup> + Clone),
     catalog: &Catalog,
-    index: &Index,
+    index: &Arc<Index>,
     full: bool,
 ) -> Result<Plan, PlanError> {
     if machine.disks.is_empty() {
@@ -225,22 +241,22 @@ pub fn plan<'a>(
     if let Some(disk) = machine.disks.iter().find(|disk| disk.size > DISK_SIZE_MAX) {
         return Err(PlanError::TooLarge { disk: disk.target.clone(), size: disk.size });
     }
-    let mut folders = HashMap::new();
     let mut parent: Option<&Backup> = None;
-    let mut planned = Vec::new();
-    for disk in machine.disks.iter().cloned() {
-        let earlier = find_parent(&disk, newest_first);
+    let (mut disks, mut heirs) = (Vec::new(), Vec::new());
+    for disk in &machine.disks {
+        let earlier = find_parent(disk, newest_first);
         parent =
             earlier.map(|(backup, _)| backup).into_iter().chain(parent).max_by_key(|b| b.file.time);
-        planned.push(plan_disk(disk, earlier, catalog, index, full, &mut folders));
+        let decision = decide(disk, earlier.map(|(_, earlier)| earlier), full);
+        let continues = earlier.filter(|_| decision.kind == Kind::Incremental);
+        let continues = continues.map(|(backup, _)| backup.clone());
+        heirs.push(Heir { target: disk.target.clone(), continues });
+        disks.push(PlannedDisk { disk: disk.clone(), decision });
     }
+    let inheritance = Inheritance::new(catalog, index, parent.cloned(), heirs);
     let parent = parent.map(|parent| parent.id);
-    let folder = parent.and_then(|parent| folders.remove(&parent)?.ok());
-    let is_disk = |node: &Node| planned.iter().any(|p| disk_file(&p.disk.target) == node.name);
-    let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
-    let files = files.into_iter().filter(|node| !is_disk(node)).collect();
     let (kept, warnings) = (Vec::new(), Vec::new());
-    Ok(Plan { domain, machine, method, parent, disks: planned, files, kept, warnings })
+    Ok(Plan { domain, machine, method, parent, disks, inheritance, kept, warnings })
 }
 
 /// The backup that a disk continues, and what it says of the disk: the last one whose dirty bitmap the
@@ -260,50 +276,6 @@ fn find_parent<'a>(
     match &disk.tracking {
         Tracking::Unsupported(_) => of_disk.next(),
         _ => of_disk.clone().find(|(_, earlier)| continues(earlier)).or_else(|| of_disk.next()),
-    }
-}
-
-fn plan_disk(
-    disk: Disk,
-    parent: Option<(&Backup, &DiskManifest)>,
-    catalog: &Catalog,
-    index: &Index,
-    full: bool,
-    folders: &mut HashMap<FileId, Result<Tree, String>>,
-) -> PlannedDisk {
-    let mut decision = decide(&disk, parent.map(|(_, earlier)| earlier), full);
-    let (mut content, mut changed) = (Vec::new(), None);
-    if let (Kind::Incremental, Some((parent, earlier))) = (decision.kind, parent) {
-        let folder = folders
-            .entry(parent.id)
-            .or_insert_with(|| catalog.folder(parent).map_err(|error| error.to_string()));
-        match inherited(folder, earlier, index) {
-            Ok((chunks, at)) => (content, changed) = (chunks, Some(at)),
-            Err(damage) => {
-                tracing::error!(parent = %parent.id, damage, "the last backup is damaged: rescan");
-                decision.kind = Kind::Rescan;
-                decision.reason = format!("the last backup is damaged: {damage}");
-                decision.bitmap_old = None;
-            }
-        }
-    }
-    PlannedDisk { disk, decision, content, changed }
-}
-
-/// The chunks of a disk in its parent. What is inherited unread must be there to the last one.
-fn inherited(
-    folder: &mut Result<Tree, String>,
-    earlier: &DiskManifest,
-    index: &Index,
-) -> Result<(Vec<BlobId>, Timestamp), String> {
-    let folder = folder.as_mut().map_err(|damage| damage.clone())?;
-    let (chunks, at) = take_content(folder, &earlier.target).ok_or("it lacks the disk")?;
-    if chunks.len() as u64 != earlier.size.div_ceil(u64::from(earlier.chunk_size)) {
-        return Err("its chunks do not add up to its size".to_owned());
-    }
-    match chunks.iter().filter(|id| !index.contains(id)).count() {
-        0 => Ok((chunks, at)),
-        missing => Err(format!("the repository lacks {missing} of its chunks")),
     }
 }
 

@@ -93,12 +93,12 @@ fn read(
     if left < extent_len {
         crc32.push(extent.finalize());
     }
-    Ok((FileSums { sha256: hex::encode(whole.finalize()), extent_len, crc32 }, total))
+    Ok((FileSums { sha256: const_hex::encode(whole.finalize()), extent_len, crc32 }, total))
 }
 
 /// The SHA-256 of bytes, in hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
-    hex::encode(Sha256::digest(bytes))
+    const_hex::encode(Sha256::digest(bytes))
 }
 
 #[cfg(test)]

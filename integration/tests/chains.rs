@@ -1,5 +1,7 @@
 //! Which backup a disk continues, when backups differ in disks and repositories.
 
+use std::fs;
+
 use integration::Host;
 use integration::faults::{Contents, kinds};
 use serde_json::Value;
@@ -63,11 +65,39 @@ fn s11_a_last_snapshot_that_is_gone_is_told_once() {
     let taken = host.backup(&guest, &[]);
     assert_eq!(warnings(&taken), "[]");
     let id = taken["id"].as_str().expect("an id");
-    std::fs::remove_file(host.repository().join("snapshots").join(id)).expect("it is there");
+    fs::remove_file(host.repository().join("snapshots").join(id)).expect("it is there");
 
     let next = host.backup_and_compare(&guest, &contents, &[]);
     let told = warnings(&next);
     assert!(told.contains(&id[..8]) && told.contains("gone from the repository"), "{told}");
     let after = host.backup(&guest, &[]);
     assert_eq!(warnings(&after), "[]", "once is enough");
+}
+
+#[test]
+fn p4_a_backup_whose_parent_lacks_chunks_reads_the_disk_and_stores_them_again() {
+    let Some((guest, mut contents)) = two_disks() else { return };
+    let host = Host::new();
+    contents.write_noise(&guest, "vda", 0, 8 * MEBIBYTE, 1);
+    host.backup(&guest, &[]);
+    // Its record is in a pack of its own, and stays.
+    contents.write(&guest, "vda", 0, 4096, 2);
+    assert!(are_incremental(&host.backup(&guest, &[])));
+    let packs = fs::read_dir(host.repository().join("data")).expect("packs");
+    let packs = packs.flat_map(|folder| fs::read_dir(folder.expect("a folder").path()));
+    let packs = packs.flatten().map(|pack| pack.expect("a pack").path());
+    let largest = packs.max_by_key(|pack| pack.metadata().map_or(0, |meta| meta.len()));
+    fs::remove_file(largest.expect("there is one")).expect("it is there");
+    host.restic(&["rebuild-index"]);
+
+    let planned = host.try_backup(&guest, &["--dry-run"]).stdout;
+    assert!(planned.contains("rescan") && planned.contains("lacks"), "{planned}");
+    let next = host.backup_and_compare(&guest, &contents, &[]);
+
+    assert_eq!(kinds(&next)["vda"], "rescan", "{next}");
+    let reason = next["disks"][0]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("damaged") && reason.contains("lacks"), "{reason}");
+    contents.write(&guest, "vda", 0, 4096, 3);
+    assert!(are_incremental(&host.backup_and_compare(&guest, &contents, &[])));
+    host.assert_all_clean(&guest, &DISKS);
 }

@@ -24,7 +24,7 @@ pub(crate) fn boot_id() -> Option<String> {
 pub(crate) fn machine() -> Option<String> {
     let text = fs::read_to_string("/etc/machine-id").ok().filter(|text| !text.trim().is_empty())?;
     let digest = Sha256::new().chain_update(b"kvmsnap lock ").chain_update(text.trim()).finalize();
-    Some(hex::encode(&digest[..16]))
+    Some(const_hex::encode(&digest[..16]))
 }
 
 /// Time since the host started, also while it slept: nobody sets this clock.

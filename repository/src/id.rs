@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
+use const_hex::Buffer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use sha2::{Digest, Sha256};
 
@@ -10,38 +11,12 @@ use sha2::{Digest, Sha256};
 #[error("an id has 64 hexadecimal digits")]
 pub struct ParseIdError;
 
-/// Digits of both cases to values; 0xff for anything else.
-const NIBBLES: [u8; 256] = {
-    let mut table = [0xff; 256];
-    let mut value = 0;
-    while value < 16 {
-        table[b"0123456789abcdef"[value] as usize] = value as u8;
-        table[b"0123456789ABCDEF"[value] as usize] = value as u8;
-        value += 1;
-    }
-    table
-};
-
-/// Decodes without branches in the loop: a disk of 1 TiB has a million of these.
 fn decode(text: &[u8]) -> Result<[u8; 32], ParseIdError> {
-    let text: &[u8; 64] = text.try_into().map_err(|_| ParseIdError)?;
-    let mut bytes = [0; 32];
-    let mut wrong = 0;
-    for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
-        let (high, low) = (NIBBLES[usize::from(pair[0])], NIBBLES[usize::from(pair[1])]);
-        wrong |= high | low;
-        *byte = (high << 4) | (low & 0xf);
+    // A prefix `0x`, which would be accepted, leaves too few of these.
+    match text.len() {
+        64 => const_hex::decode_to_array(text).map_err(|_| ParseIdError),
+        _ => Err(ParseIdError),
     }
-    if wrong & 0xf0 == 0 { Ok(bytes) } else { Err(ParseIdError) }
-}
-
-fn encode(bytes: &[u8; 32]) -> [u8; 64] {
-    let mut text = [0; 64];
-    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
-        pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
-        pair[1] = b"0123456789abcdef"[usize::from(byte & 0xf)];
-    }
-    text
 }
 
 macro_rules! id {
@@ -63,14 +38,13 @@ macro_rules! id {
 
             /// The first eight hexadecimal digits, as restic prints them.
             pub fn short(&self) -> String {
-                hex::encode(&self.0[..4])
+                const_hex::encode(&self.0[..4])
             }
         }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                let text = encode(&self.0);
-                f.pad(std::str::from_utf8(&text).expect("hexadecimal digits are ASCII"))
+                f.pad(Buffer::<32>::new().format(&self.0))
             }
         }
 
@@ -90,9 +64,7 @@ macro_rules! id {
 
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                let text = encode(&self.0);
-                serializer
-                    .serialize_str(std::str::from_utf8(&text).expect("hexadecimal digits are ASCII"))
+                serializer.serialize_str(Buffer::<32>::new().format(&self.0))
             }
         }
 
@@ -147,7 +119,9 @@ mod tests {
         #[test]
         fn ids_survive_text_and_json(bytes: [u8; 32]) {
             let id = BlobId(bytes);
-            prop_assert_eq!(id.to_string(), hex::encode(bytes));
+            let digits = bytes.iter().map(|byte| format!("{byte:02x}"));
+            prop_assert_eq!(id.to_string(), digits.collect::<String>());
+            prop_assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
             prop_assert_eq!(id.to_string().parse(), Ok(id));
             let json = serde_json::to_string(&id).unwrap();
             prop_assert_eq!(serde_json::from_str::<BlobId>(&json).unwrap(), id);
@@ -157,6 +131,12 @@ mod tests {
         fn other_text_is_no_id(text in "\\PC{0,70}") {
             let good = text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
             prop_assert_eq!(text.parse::<FileId>().is_ok(), good);
+        }
+
+        #[test]
+        fn s16_a_prefix_is_no_digit(digits in "[0-9a-f]{62}") {
+            prop_assert_eq!(format!("0x{digits}").parse::<FileId>(), Err(ParseIdError));
+            prop_assert_eq!(format!("0x{digits}00").parse::<FileId>(), Err(ParseIdError));
         }
     }
 }

@@ -66,7 +66,7 @@ impl Repository {
         rand::fill(&mut id);
         let config = Config {
             version: 2,
-            id: hex::encode(id),
+            id: const_hex::encode(id),
             chunker_polynomial: format!("{:x}", polynomial::random()),
         };
         let sealed = key.seal(&serde_json::to_vec(&config).expect("strings are valid JSON"));

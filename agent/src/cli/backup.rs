@@ -444,6 +444,7 @@ async fn back_up<H: Hypervisor>(
     let mut plan = plan::plan(machine, method, domain, &newest_first, &catalog, index, full)?;
     plan.warnings.extend(last_known.is_gone(&open.repository, &earlier));
     if args.dry_run {
+        plan.check();
         return print_plan(&plan, context);
     }
     if args.qmp.is_some() {

@@ -276,8 +276,9 @@ async fn line<L>(
         }
         let (catalog, index) = (open.catalog(), &open.index);
         let method = method::choose(Wanted::Auto, &able)?;
-        let plan =
+        let mut plan =
             plan::plan(machine, method, domain.clone(), &newest_first, &catalog, index, false)?;
+        plan.check();
         Ok::<_, CommandError>(plan)
     };
     match planned.await {
