@@ -354,9 +354,14 @@ impl GuardedScratch {
         self.scratch.file.metadata().map_or(0, |metadata| metadata.size())
     }
 
+    /// Its file.
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.scratch.file)
+    }
+
     /// Its file, where it holds much that may not be written to its disk yet.
     pub fn unwritten(&self) -> Option<Arc<File>> {
-        (self.holds() > WRITTEN_AT_ONCE).then(|| Arc::clone(&self.scratch.file))
+        (self.holds() > WRITTEN_AT_ONCE).then(|| self.file())
     }
 
     /// Makes sure that the scratch is there.

@@ -11,6 +11,7 @@ pub mod overlay;
 pub mod place;
 pub mod room;
 pub mod suspend;
+pub mod write_back;
 
 use std::fs::{self, File};
 use std::io;

@@ -22,8 +22,8 @@ pub(super) const BLOCK: usize = 4096;
 /// What was written to the page cache is sent to the disk whenever there is so much of it.
 const FLUSH_LEN: u64 = 64 << 20;
 
-/// Threads for each processor: one waits for a disk or a repository while another one computes.
-const THREADS_EACH: usize = 2;
+/// Threads for each processor: some wait for a disk or a repository while another one computes.
+const THREADS_EACH: usize = 4;
 /// More threads would only take memory.
 const THREADS_MAX: usize = 16;
 

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::capture::libvirt_job::{self, GuardedScratch};
 use crate::capture::place::beside;
+use crate::capture::write_back::WriteBack;
 use crate::journal::{DiskRecord, Record, Recorded};
 use crate::names::{DiskName, RunId};
 use crate::overlay::Layers;
@@ -80,6 +81,8 @@ pub struct LibvirtDomain {
     /// Size in bytes of each disk of the run.
     sizes: Mutex<Vec<u64>>,
     scratch: Mutex<Vec<GuardedScratch>>,
+    /// Keeps the scratch on its way to its disk.
+    write_back: Mutex<Option<WriteBack>>,
     /// Whether its guest is to stand still until it was read.
     suspends: bool,
     /// Whether the guest is to stand still just now.
@@ -129,6 +132,7 @@ impl LibvirtDomain {
             takes_sockets: OnceCell::new(),
             sizes: Mutex::new(Vec::new()),
             scratch: Mutex::new(Vec::new()),
+            write_back: Mutex::new(None),
             suspends: false,
             stands: AtomicBool::new(false),
         }
@@ -432,7 +436,12 @@ impl Hypervisor for LibvirtDomain {
         let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let disks = recorded.record().disks.iter().zip(sizes);
         let scratch = disks.map(|(names, size)| GuardedScratch::open(names, size));
-        let scratch = scratch.collect::<Result<_, _>>()?;
+        let scratch = scratch.collect::<Result<Vec<_>, _>>()?;
+        if !self.suspends {
+            // Without it the guest waits now and then.
+            let write_back = WriteBack::begin(scratch.iter().map(GuardedScratch::file).collect());
+            *self.write_back.lock().unwrap_or_else(PoisonError::into_inner) = write_back.ok();
+        }
         *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = scratch;
         libvirt_job::export(recorded)
     }
@@ -451,6 +460,7 @@ impl Hypervisor for LibvirtDomain {
     }
 
     async fn release(&self, recorded: &Recorded) -> Result<(), HypervisorError> {
+        drop(self.write_back.lock().unwrap_or_else(PoisonError::into_inner).take());
         // The job goes on meanwhile: its scratch is looked after, and first.
         tokio::select! {
             biased;
