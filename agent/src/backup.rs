@@ -16,7 +16,7 @@ use repository::{AnnouncedLock, FileId, Index, Node, Repository, RepositoryError
 
 use crate::guard::Guard;
 use crate::hypervisor::{Cut, Disk, GuestIo, Hypervisor, HypervisorError, MachineFile};
-use crate::inherit::{Content, Inherited};
+use crate::inherit::{Content, Damage, Inherited};
 use crate::journal::{DiskRecord, Journal, JournalError, Phase, Record, Recorded};
 use crate::manifest::{DiskManifest, FileManifest, Kind, Manifest};
 use crate::names::{BitmapNames, DomainName, RunId};
@@ -187,6 +187,12 @@ struct Seen {
     store: Store,
 }
 
+/// What a point in time needs beforehand.
+struct Prepared {
+    files: Vec<MachineFile>,
+    warnings: Vec<String>,
+}
+
 /// A point in time that is there.
 struct Taken {
     cut: Cut,
@@ -204,8 +210,8 @@ struct Captured {
     bytes_read: Vec<u64>,
     scratch_peak: Option<u64>,
     files: Vec<MachineFile>,
-    /// Of the backup before.
-    earlier: Vec<Node>,
+    /// The same in the backup before.
+    files_before: Vec<Node>,
     store: Store,
 }
 
@@ -393,9 +399,11 @@ impl<H: Hypervisor> Run<'_, H> {
         guard: &Guard,
     ) -> Result<Captured, BackupError> {
         let start = Instant::now();
-        let (taken, inherited) = tokio::try_join!(self.point_in_time(recorded), self.inherited())?;
-        let Taken { mut cut, mut quiet, files, mut warnings } = taken;
-        let Inherited { disks: contents, files: earlier } = inherited;
+        // Before the point in time: nobody waits for a repository that hangs, and no scratch fills.
+        let (prepared, inherited) = tokio::try_join!(self.prepare(recorded), self.inherited())?;
+        let Taken { mut cut, mut quiet, files, mut warnings } =
+            self.point_in_time(recorded, prepared).await?;
+        let Inherited { disks: contents, files: files_before } = inherited;
         let paused = Instant::now();
         self.host.journal.update(recorded, |record| {
             record.holds_guest = matches!(quiet, Quiet::Held(_));
@@ -429,15 +437,9 @@ impl<H: Hypervisor> Run<'_, H> {
             bytes_read,
             scratch_peak,
             files,
-            earlier,
+            files_before,
             store,
         })
-    }
-
-    /// Reads what earlier backups leave to this one. Beside the point in time, which has its own waiting to do.
-    async fn inherited(&self) -> Result<Inherited, BackupError> {
-        let inheritance = self.plan.inheritance.clone();
-        blocking(move || Ok(inheritance.read())).await
     }
 
     /// Reads the point in time to the end.
@@ -446,7 +448,7 @@ impl<H: Hypervisor> Run<'_, H> {
         recorded: &Recorded,
         lock: AnnouncedLock,
         guard: &Guard,
-        contents: Vec<Result<Content, String>>,
+        contents: Vec<Result<Content, Damage>>,
         warnings: &mut Vec<String>,
     ) -> Result<Seen, BackupError> {
         let exports = self.hypervisor.export(recorded).await?;
@@ -481,8 +483,17 @@ impl<H: Hypervisor> Run<'_, H> {
         captured: Captured,
         record: &Record,
     ) -> Result<(Durable, Manifest), BackupError> {
-        let Captured { start, cut, quiesced, disks, bytes_read, scratch_peak, .. } = captured;
-        let Captured { files, earlier, store, .. } = captured;
+        let Captured {
+            start,
+            cut,
+            quiesced,
+            disks,
+            bytes_read,
+            scratch_peak,
+            files,
+            files_before,
+            store,
+        } = captured;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
@@ -533,19 +544,37 @@ impl<H: Hypervisor> Run<'_, H> {
             skipped: self.plan.machine.skipped.clone(),
             files: files.iter().map(FileManifest::of).collect(),
         };
-        let durable = stored.finish(manifest.clone(), contents, files, earlier).await?;
+        let durable = stored.finish(manifest.clone(), contents, files, files_before).await?;
         Ok((durable, manifest))
     }
 
-    /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
-    async fn point_in_time(&self, recorded: &mut Recorded) -> Result<Taken, BackupError> {
+    /// All that comes before the point in time and needs nothing of it.
+    async fn prepare(&self, recorded: &Recorded) -> Result<Prepared, BackupError> {
         self.progress.phase("preparing");
         let (applications, about) = (&self.request.applications, self.about(recorded.record()));
         let (agent, machine) = (self.request.agent.as_ref(), &self.plan.machine);
-        let mut warnings = applications.prepare(&about, agent, machine.runs).await?;
+        let warnings = applications.prepare(&about, agent, machine.runs).await?;
         let disks: Vec<Disk> = self.plan.disks.iter().map(|planned| planned.disk.clone()).collect();
-        let mut files = self.hypervisor.definition().await?;
+        let files = self.hypervisor.definition().await?;
         self.hypervisor.prepare(recorded, &disks).await?;
+        Ok(Prepared { files, warnings })
+    }
+
+    /// Reads what earlier backups leave to this one.
+    async fn inherited(&self) -> Result<Inherited, BackupError> {
+        let inheritance = self.plan.inheritance.clone();
+        blocking(move || Ok(inheritance.read())).await
+    }
+
+    /// Quiesce, point in time, thaw: whatever comes of the second, the third follows at once.
+    async fn point_in_time(
+        &self,
+        recorded: &mut Recorded,
+        prepared: Prepared,
+    ) -> Result<Taken, BackupError> {
+        let Prepared { mut files, mut warnings } = prepared;
+        let (applications, about) = (&self.request.applications, self.about(recorded.record()));
+        let (agent, machine) = (self.request.agent.as_ref(), &self.plan.machine);
         self.host.journal.update(recorded, |record| record.holds_guest = record.guest_runs)?;
         self.progress.phase("taking the point in time");
         let (reach, pauses) = (self.hypervisor.reach(), recorded.record().pauses);
@@ -586,13 +615,13 @@ impl<H: Hypervisor> Run<'_, H> {
         &self,
         planned: &PlannedDisk,
         source: Source,
-        content: Result<Content, String>,
+        content: Result<Content, Damage>,
         effort: Effort,
         warnings: &mut Vec<String>,
     ) -> Result<Mapped, BackupError> {
         let (disk, mut decision) = (&planned.disk, planned.decision.clone());
         let content = content.unwrap_or_else(|damage| {
-            decision.rescan_after(&damage);
+            decision.rescan_after(&self.plan.domain, &disk.target, damage);
             Content::default()
         });
         let parent_size = decision.parent_size.filter(|_| decision.kind == Kind::Incremental);

@@ -15,7 +15,7 @@ use crate::names::DiskName;
 pub struct Inheritance {
     catalog: Catalog,
     index: Arc<Index>,
-    /// The last of the backups that are continued.
+    /// The last backup that has any of the disks.
     parent: Option<Backup>,
     disks: Vec<Heir>,
 }
@@ -33,7 +33,7 @@ pub struct Heir {
 #[derive(Debug)]
 pub struct Inherited {
     /// The content of each disk, or what is wrong with it; nothing for those that are read whole.
-    pub disks: Vec<Result<Content, String>>,
+    pub disks: Vec<Result<Content, Damage>>,
     /// What else is in the parent's folder.
     pub files: Vec<Node>,
 }
@@ -47,8 +47,17 @@ pub struct Content {
     pub changed: Option<Timestamp>,
 }
 
+/// A backup that cannot be continued.
+#[derive(Debug)]
+pub struct Damage {
+    /// The backup.
+    pub backup: FileId,
+    /// What is wrong with it, in words for the user.
+    pub what: String,
+}
+
 impl Inheritance {
-    /// For these disks, of which `parent` is the last backup that any of them continues.
+    /// For these disks; `parent` is the last backup that has any of them.
     pub fn new(
         catalog: &Catalog,
         index: &Arc<Index>,
@@ -61,7 +70,15 @@ impl Inheritance {
     /// Reads it; blocks.
     pub fn read(&self) -> Inherited {
         let mut folders = HashMap::new();
-        let disks = self.disks.iter().map(|heir| self.content(heir, &mut folders)).collect();
+        let disks = self.disks.iter().map(|heir| {
+            let Some(backup) = &heir.continues else { return Ok(Content::default()) };
+            let content = self.content(&heir.target, backup, &mut folders);
+            content.map_err(|what| {
+                let what = format!("the last backup is damaged: {what}");
+                Damage { backup: backup.id, what }
+            })
+        });
+        let disks = disks.collect();
         let folder = self.parent.as_ref().and_then(|parent| folders.remove(&parent.id)?.ok());
         let is_disk = |node: &Node| self.disks.iter().any(|h| disk_file(&h.target) == node.name);
         let files = folder.map_or_else(Vec::new, |folder| folder.nodes);
@@ -71,17 +88,17 @@ impl Inheritance {
     /// The content of a disk. What is inherited unread must be there to the last chunk.
     fn content(
         &self,
-        heir: &Heir,
+        target: &DiskName,
+        backup: &Backup,
         folders: &mut HashMap<FileId, Result<Tree, String>>,
     ) -> Result<Content, String> {
-        let Some(backup) = &heir.continues else { return Ok(Content::default()) };
         let read = || self.catalog.folder(backup).map_err(|error| error.to_string());
         let folder = folders.entry(backup.id).or_insert_with(read);
         let folder = folder.as_mut().map_err(|damage| damage.clone())?;
         let lacks = "it lacks the disk";
-        let disk = backup.manifest.disks.iter().find(|disk| disk.target == heir.target);
+        let disk = backup.manifest.disks.iter().find(|disk| &disk.target == target);
         let disk = disk.ok_or(lacks)?;
-        let (chunks, changed) = take_content(folder, &heir.target).ok_or(lacks)?;
+        let (chunks, changed) = take_content(folder, target).ok_or(lacks)?;
         if chunks.len() as u64 != disk.size.div_ceil(u64::from(disk.chunk_size)) {
             return Err("its chunks do not add up to its size".to_owned());
         }

@@ -8,7 +8,7 @@ use repository::{FileId, Index};
 
 use crate::catalog::{Backup, Catalog, CatalogError};
 use crate::hypervisor::{BitmapHealth, Claim, Disk, Machine, Tracking};
-use crate::inherit::{Heir, Inheritance};
+use crate::inherit::{Damage, Heir, Inheritance};
 use crate::manifest::{DiskManifest, Kind};
 use crate::method::Chosen;
 use crate::names::{BitmapNames, DiskName, DomainName};
@@ -99,7 +99,7 @@ impl Plan {
         let inherited = self.inheritance.read();
         for (planned, content) in self.disks.iter_mut().zip(inherited.disks) {
             if let Err(damage) = content {
-                planned.decision.rescan_after(&damage);
+                planned.decision.rescan_after(&self.domain, &planned.disk.target, damage);
             }
         }
     }
@@ -161,12 +161,11 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// Reads the disk whole, for what it continues is damaged.
-    pub fn rescan_after(&mut self, damage: &str) {
+    /// Reads a disk whole, for what it continues is damaged.
+    pub fn rescan_after(&mut self, domain: &DomainName, disk: &DiskName, damage: Damage) {
         self.kind = Kind::Rescan;
-        self.reason = format!("the last backup is damaged: {damage}");
-        self.bitmap_old = None;
-        tracing::error!("{}: rescan", self.reason);
+        self.reason = damage.what;
+        tracing::error!(parent = %damage.backup, "{domain}/{disk}: {}: rescan", self.reason);
     }
 }
 

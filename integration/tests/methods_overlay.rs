@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use integration::faults::{Fault, assert_says, kinds, signal, wait_until};
+use integration::faults::{Fault, SmallDisk, assert_says, kinds, signal, wait_until};
 use integration::overlays::{HASTY, SIZE, Scene, convert, lines, plan};
 use integration::restored::text;
 use integration::{Host, Running, assert_guest_is_free, finish, spawn, tool};
@@ -36,9 +36,9 @@ fn back_up(scene: &Scene, more: &[&str]) -> Value {
 }
 
 /// A backup that takes its time, reading: much more than any test has it.
-fn slow_backup(scene: &Scene) -> Running {
-    let mut running =
-        spawn(scene.command("backup", &[&OVERLAY[..], &["--limit-read", "32KiB"]].concat()));
+fn slow_backup(scene: &Scene, more: &[&str]) -> Running {
+    let slow = [&OVERLAY[..], &["--limit-read", "32KiB"], more].concat();
+    let mut running = spawn(scene.command("backup", &slow));
     wait_until(WAIT, "the guest writes to overlays", || {
         assert!(!running.has_ended(), "it ended too early");
         scene.guest.active_node("vdb").contains("kvmsnap")
@@ -188,7 +188,7 @@ fn an_overlay_backup_leaves_the_overlays_of_a_user_alone() {
 #[test]
 fn p3_what_a_killed_backup_leaves_the_next_one_ends() {
     let Some(mut scene) = scene() else { return };
-    let running = slow_backup(&scene);
+    let running = slow_backup(&scene, &[]);
     signal(running.pid(), Signal::SIGKILL);
     finish(running);
     scene.contents.scribble(&scene.guest, 2);
@@ -204,7 +204,7 @@ fn p3_what_a_killed_backup_leaves_the_next_one_ends() {
 #[test]
 fn p3_without_a_next_run_the_guard_brings_the_guest_back() {
     let Some(mut scene) = scene() else { return };
-    let running = slow_backup(&scene);
+    let running = slow_backup(&scene, &[]);
     signal(running.pid(), Signal::SIGKILL);
     finish(running);
     scene.contents.scribble(&scene.guest, 2);
@@ -219,7 +219,7 @@ fn p3_without_a_next_run_the_guard_brings_the_guest_back() {
 #[test]
 fn r02_a_guest_killed_in_a_backup_finds_all_in_its_own_image() {
     let Some(mut scene) = scene() else { return };
-    let running = slow_backup(&scene);
+    let running = slow_backup(&scene, &[]);
     scene.contents.scribble(&scene.guest, 2);
     ["vda", "vdb"].iter().for_each(|disk| drop(scene.guest.qemu_io(disk, "flush")));
 
@@ -236,7 +236,7 @@ fn r02_a_guest_killed_in_a_backup_finds_all_in_its_own_image() {
 #[test]
 fn p2_an_interrupted_backup_brings_the_guest_back() {
     let Some(mut scene) = scene() else { return };
-    let running = slow_backup(&scene);
+    let running = slow_backup(&scene, &[]);
     scene.contents.scribble(&scene.guest, 2);
 
     signal(running.pid(), Signal::SIGINT);
@@ -302,6 +302,26 @@ fn r13_a_backup_whose_guest_cannot_be_brought_back_in_time_is_kept_and_says_so()
     scene.host.ok(["doctor", "--repair"]);
     scene.assert_back();
     scene.assert_holds();
+}
+
+#[test]
+fn r10_a_backup_by_overlays_ends_while_it_reads_when_their_room_does() {
+    let Some(mut scene) = scene() else { return };
+    scene.contents.write_noise(&scene.guest, "vda", 0, 4 * MIB as usize, 3);
+    let small = SmallDisk::mount(&scene.host.folder().join("small"), 64 * MIB);
+    let folder = small.folder().to_str().expect("a plain path");
+    let running = slow_backup(&scene, &["--overlay-dir", folder, "--reserve", "1MiB"]);
+
+    fs::write(small.folder().join("other"), vec![1; 56 * MIB as usize]).expect("room for it");
+
+    let begun = Instant::now();
+    let outcome = finish(running);
+    // To read it all takes two minutes.
+    assert!(begun.elapsed() < Duration::from_secs(30), "{outcome:?}");
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains(folder) && outcome.stderr.contains("roomier"), "{outcome:?}");
+    scene.assert_back();
+    assert_eq!(scene.host.list().len(), 0);
 }
 
 // ---- R01 ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 pub struct ParseIdError;
 
 fn decode(text: &[u8]) -> Result<[u8; 32], ParseIdError> {
-    // A prefix `0x`, which would be accepted, leaves too few of these.
+    // A prefix `0x`, which would be accepted, leaves 62 digits.
     match text.len() {
         64 => const_hex::decode_to_array(text).map_err(|_| ParseIdError),
         _ => Err(ParseIdError),

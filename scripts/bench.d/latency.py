@@ -13,7 +13,6 @@ from settings import BenchError, say
 from work_unit import Disk
 
 UNTIL = "/tmp/enough"
-REPEATS = 3
 FREEZE_MIB = 512
 UNPACED_S = 5
 # For the load to settle before a window opens.
@@ -36,21 +35,22 @@ class Load:
         self.windows.setdefault(name, []).append((start, end))
 
     def finish(self):
-        """Ends the load; returns latencies in milliseconds by window."""
+        """Ends the load; returns latencies in milliseconds by name, a list for each of its windows."""
         self.guest.exec("touch", UNTIL)
         first, *lines = self.guest.wait(self.pid).splitlines()
         started = int(first) / 1e6 - self.skew
-        found = {name: [] for name in self.windows}
+        found = {name: [[] for _ in spans] for name, spans in self.windows.items()}
         for line in lines:
             issued, latency = (int(number) / 1e6 for number in line.split())
             at = started + issued
             for name, spans in self.windows.items():
-                # One that is under way when a window opens belongs to it too.
-                if any(start <= at + latency and at < end for start, end in spans):
-                    found[name].append(latency * 1e3)
-        for name, values in found.items():
-            if len(values) < 100:
-                raise BenchError(f"{len(values)} operations in `{name}`: too few to judge")
+                for values, (start, end) in zip(found[name], spans):
+                    # One that is under way when a window opens belongs to it too.
+                    if start <= at + latency and at < end:
+                        values.append(latency * 1e3)
+        for name, windows in found.items():
+            if len(pooled(windows)) < 100:
+                raise BenchError(f"{len(pooled(windows))} operations in `{name}`: too few to judge")
         return found
 
     def seconds(self, name):
@@ -83,14 +83,15 @@ def felt(name, settings, work, guest, unpaced=None, path=""):
     load = Load(guest, settings)
     idle(load, settings)
     took = []
-    for number in range(REPEATS):
-        say(f"  a full backup under load, {number + 1} of {REPEATS}")
+    for number in range(settings.rounds):
+        say(f"  a full backup under load, {number + 1} of {settings.rounds}")
         host = Kvmsnap(settings, work)
         start = time.time()
         cost, record = host.backup(guest)
         load.window("backup", start, time.time())
         took.append(cost.wall)
         say(f"    {cost.wall:.1f} s; {record['warnings'] or 'no warnings'}")
+        idle(load, settings)
     say(f"  a full backup whose repository stalls for {settings.stall_s} s")
     host = Kvmsnap(settings, work)
     backup = host.start_backup(guest, memory=False)
@@ -119,7 +120,7 @@ def felt(name, settings, work, guest, unpaced=None, path=""):
 def _felt(name, names, settings, load, found, path):
     table = [["method", "job s", "operations", "a second", "p50 ms", "p99 ms", "longest ms"]]
     for window, title, job in names:
-        values = found[window]
+        values = pooled(found[window])
         rate = len(values) / load.seconds(window)
         table.append([title, job, len(values), f"{rate:.0f}", f"{median(values):.2f}",
                       f"{percentile(values, 0.99):.2f}", f"{max(values):.1f}"])
@@ -128,16 +129,24 @@ def _felt(name, names, settings, load, found, path):
             "from issue to end inside the guest. It is emulated, and its processor shares the "
             f"{_cores()} with QEMU, kvmsnap and all else: what it feels is contention for the processor "
             "as much as for the disk. Windows are host time; the guest's clock was compared with it. "
-            f"“No backup” is {settings.idle_s} s before and {settings.idle_s} s after."]
-    idle = percentile(found["idle"], 0.99)
-    targets = []
-    for window, title in [("backup", "guest during a backup"),
-                          ("stalled", "guest with a stalled repository")]:
-        share, longest = percentile(found[window], 0.99) / idle, max(found[window])
+            f"“No backup” is {settings.idle_s} s before and after each of the {len(found['backup'])} "
+            "backups; a ratio is the median of theirs, each with the two such windows beside it."]
+    idles, targets = found["idle"], []
+    for window, title, beside in [
+            ("backup", "guest during a backup", list(zip(idles, idles[1:]))),
+            ("stalled", "guest with a stalled repository", [idles[-2:]])]:
+        share = median([percentile(values, 0.99) / percentile(pooled(quiet), 0.99)
+                        for values, quiet in zip(found[window], beside)])
+        longest = max(pooled(found[window]))
         targets.append(Target(f"{path}{title}, p99 ÷ idle", "≤ 1.5", ratio(share), share <= 1.5))
         targets.append(Target(f"{path}{title}, longest", "≤ 50 ms",
-                              f"{longest:.0f} ms (idle {max(found['idle']):.0f})", longest <= 50))
+                              f"{longest:.0f} ms (idle {max(pooled(idles)):.0f})", longest <= 50))
     return Section(name, table, text, targets)
+
+
+def pooled(windows):
+    """The values of several windows as those of one."""
+    return [value for values in windows for value in values]
 
 
 def _cores():

@@ -6,7 +6,7 @@ import time
 
 from guest import Guest
 from kvmsnap import Kvmsnap
-from latency import Load, idle
+from latency import Load, idle, pooled
 from measure import median, percentile
 from report import Section, Target, mib, ratio
 from settings import say
@@ -35,7 +35,7 @@ def overlay(settings, work):
             backups.append(_backup(settings, work, guest, load))
             purges.append(_purge(settings, work, guest, load))
         idle(load, settings)
-        found = load.finish()
+        found = {name: pooled(windows) for name, windows in load.finish().items()}
     return _section(load, found, backups, purges), disk
 
 

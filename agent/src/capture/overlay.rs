@@ -246,8 +246,17 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
     }
 
     async fn danger(&self) -> HypervisorError {
+        let room_ends = async {
+            // Asked before there are overlays.
+            loop {
+                match self.folders.get() {
+                    Some(folders) => return room_ends(folders).await,
+                    None => tokio::time::sleep(ROOM_POLL).await,
+                }
+            }
+        };
         tokio::select! {
-            error = room_ends(self.folders.get().map_or(&[], Vec::as_slice)) => error.into(),
+            error = room_ends => error.into(),
             error = self.inner.danger() => error,
         }
     }
