@@ -206,13 +206,11 @@ struct Captured {
     start: Instant,
     cut: Cut,
     quiesced: quiesce::Outcome,
-    disks: Vec<Mapped>,
-    bytes_read: Vec<u64>,
+    seen: Seen,
     scratch_peak: Option<u64>,
     files: Vec<MachineFile>,
     /// The same in the backup before.
     files_before: Vec<Node>,
-    store: Store,
 }
 
 impl<H: Hypervisor> Run<'_, H> {
@@ -409,7 +407,7 @@ impl<H: Hypervisor> Run<'_, H> {
             record.holds_guest = matches!(quiet, Quiet::Held(_));
             record.nbd_server = true;
         })?;
-        let Seen { disks, bytes_read, store } = tokio::select! {
+        let seen = tokio::select! {
             seen = self.see(recorded, lock, guard, contents, &mut warnings) => seen?,
             error = quiet.ends() => return Err(error.into()),
         };
@@ -429,17 +427,7 @@ impl<H: Hypervisor> Run<'_, H> {
         };
         quiesced.warnings.extend(warnings);
         quiesced.warnings.extend(self.plan.warnings.iter().cloned());
-        Ok(Captured {
-            start,
-            cut,
-            quiesced,
-            disks,
-            bytes_read,
-            scratch_peak,
-            files,
-            files_before,
-            store,
-        })
+        Ok(Captured { start, cut, quiesced, seen, scratch_peak, files, files_before })
     }
 
     /// Reads the point in time to the end.
@@ -483,17 +471,8 @@ impl<H: Hypervisor> Run<'_, H> {
         captured: Captured,
         record: &Record,
     ) -> Result<(Durable, Manifest), BackupError> {
-        let Captured {
-            start,
-            cut,
-            quiesced,
-            disks,
-            bytes_read,
-            scratch_peak,
-            files,
-            files_before,
-            store,
-        } = captured;
+        let Captured { start, cut, quiesced, seen, scratch_peak, files, files_before } = captured;
+        let Seen { disks, bytes_read, store } = seen;
         self.progress.phase("storing");
         let stored = store.drain().await?;
         let kind = disks.iter().map(|disk| disk.decision.kind).max().unwrap_or(Kind::Full);
