@@ -296,9 +296,9 @@ impl Builder {
             let packs = &self.packs;
             let rank = |entry: &Entry| {
                 let pack = &packs[entry.pack_number()];
-                (entry.id, pack.marked, pack.salvaged, entry.pack, entry.offset)
+                (pack.marked, pack.salvaged, entry.pack, entry.offset)
             };
-            part.sort_unstable_by_key(rank);
+            part.sort_unstable_by(|a, b| a.id.cmp(&b.id).then_with(|| rank(a).cmp(&rank(b))));
             part.shrink_to_fit();
         }
         Index { parts: self.parts, packs: self.packs, files: self.files }
