@@ -143,14 +143,10 @@ fn is_going_down(error: &CommandError) -> bool {
 }
 
 async fn undo(run: &RunId, journal: &Journal, run_dir: &Path) -> Result<(), CommandError> {
-    let ours = || {
-        let (pending, _) = journal.pending()?;
-        Ok::<_, CommandError>(pending.into_iter().find(|recorded| &recorded.record().run == run))
-    };
-    let Some(recorded) = ours()? else { return Ok(()) };
+    let Some(recorded) = journal.of_run(run)? else { return Ok(()) };
     let _lock = DomainLock::to_undo(run_dir, &recorded.record().reach)?;
     // The next run may have undone it meanwhile.
-    let Some(recorded) = ours()? else { return Ok(()) };
+    let Some(recorded) = journal.of_run(run)? else { return Ok(()) };
     recover::undo_wherever(journal, &recorded, run_dir).await?;
     Ok(())
 }

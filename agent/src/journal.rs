@@ -261,6 +261,14 @@ impl Journal {
         self.sync_folder()
     }
 
+    /// The record of a run as it is now; `None` once the run is over.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`], [`JournalError::Damaged`]: what it tells of is then still to be undone.
+    pub fn of_run(&self, run: &RunId) -> Result<Option<Recorded>, JournalError> {
+        Ok(read(&self.path(run))?.map(|record| Recorded { record }))
+    }
+
     /// Whether a record is left.
     pub fn has(&self, recorded: &Recorded) -> bool {
         self.path(&recorded.record.run).exists()
@@ -384,6 +392,12 @@ mod tests {
         assert_eq!(pending[0].record(), other.record());
         assert!(matches!(&damaged[..], [JournalError::Damaged { path: p, .. }] if *p == path));
         assert!(path.exists());
+        // Nor does it look like one of a run that is over.
+        let of_run = |recorded: &Recorded| journal.of_run(&recorded.record().run);
+        assert!(matches!(of_run(&recorded), Err(JournalError::Damaged { .. })));
+        assert_eq!(of_run(&other).unwrap().unwrap().record(), other.record());
+        journal.clear(&other).unwrap();
+        assert!(of_run(&other).unwrap().is_none());
     }
 
     #[test]

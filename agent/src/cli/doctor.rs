@@ -241,9 +241,7 @@ async fn examine(
         lock => lock?,
     };
     // As it is now that nobody else writes to it: what it holds back there must be known.
-    let (pending, _) = journal.pending()?;
-    let run = &recorded.record().run;
-    let Some(recorded) = pending.into_iter().find(|now| &now.record().run == run) else {
+    let Some(recorded) = journal.of_run(&recorded.record().run)? else {
         return Ok((OVER, true));
     };
     let record = recorded.record();
