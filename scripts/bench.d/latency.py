@@ -86,8 +86,11 @@ def felt(name, settings, work, guest, unpaced=None, path=""):
     for number in range(settings.rounds):
         say(f"  a full backup under load, {number + 1} of {settings.rounds}")
         host = Kvmsnap(settings, work)
+        # What the harness itself does is not to be felt: writing out what went with the repository before, and
+        # following the memory.
+        os.sync()
         start = time.time()
-        cost, record = host.backup(guest)
+        cost, record = host.backup(guest, memory=False)
         load.window("backup", start, time.time())
         took.append(cost.wall)
         say(f"    {cost.wall:.1f} s; {record['warnings'] or 'no warnings'}")
