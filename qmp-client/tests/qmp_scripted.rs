@@ -262,21 +262,33 @@ async fn without_the_offer_out_of_band_is_sent_in_band() {
 }
 
 #[tokio::test]
-async fn a_second_descriptor_waits_until_the_first_is_taken() {
+async fn p1_not_a_byte_follows_a_descriptor_until_it_is_taken() {
     let stage = Stage::new();
-    let (qmp, mut peer) = stage.monitor(options(), false).await;
+    let (qmp, mut peer) = stage.monitor(options(), true).await;
     let with_fd =
         |name: &str| command(name).fd(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
-    let all = qmp.execute_all(vec![with_fd("one"), command("between"), with_fd("two")]);
-    let (results, ()) = tokio::join!(all, async {
-        let (one, between) = (peer.hear().await, peer.hear().await);
-        peer.say(&json!({"return": {}, "id": between["id"]})).await;
-        assert!(peer.hears_nothing().await, "the second descriptor replaces the first");
-        peer.say(&json!({"return": {}, "id": one["id"]})).await;
-        let two = peer.hear().await;
-        peer.say(&json!({"return": {}, "id": two["id"]})).await;
+    let all =
+        qmp.execute_all(vec![command("zero"), with_fd("one"), with_fd("two"), command("last")]);
+    let urgent = async {
+        tokio::time::sleep(SOON / 2).await;
+        qmp.execute(command("urgent").out_of_band()).await
+    };
+    let (results, urgent, ()) = tokio::join!(all, urgent, async {
+        let zero = peer.hear().await;
+        peer.say(&json!({"return": {}, "id": zero["id"]})).await;
+        for name in ["one", "two"] {
+            let asked: Value = serde_json::from_slice(&peer.hear_until(b'}').await).unwrap();
+            assert_eq!(asked["execute"], name);
+            assert!(peer.hears_nothing().await, "something follows {name}");
+            peer.say(&json!({"return": {}, "id": asked["id"]})).await;
+        }
+        for asked in [peer.hear().await, peer.hear().await] {
+            assert!(asked["execute"] == "last" || asked["exec-oob"] == "urgent", "{asked}");
+            peer.say(&json!({"return": {}, "id": asked["id"]})).await;
+        }
     });
-    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 3);
+    assert!(results.iter().all(Result::is_ok));
+    urgent.unwrap();
 }
 
 #[tokio::test]

@@ -31,8 +31,11 @@ impl Command {
     /// Our copy is closed once it is sent.
     ///
     /// QEMU keeps the descriptor that came last until a command takes it (`chardev/char-socket.c`;
-    /// tried with 7.2: of six sent at once five are lost). So none is sent before the command with
-    /// the one before is answered.
+    /// tried with 7.2: of six sent at once five are lost). Until then, before 10.2, it makes it blocking
+    /// again at each byte that it reads, in another thread than the one that takes it: the flag of who
+    /// shares the descriptor changes once it is answered, and QEMU ends where the descriptor is gone by
+    /// then (the first tried with 7.2, the second read in `util/oslib-posix.c`). So not a byte is sent
+    /// after this command, not even the end of a line, before it is answered.
     pub fn fd(mut self, fd: OwnedFd) -> Self {
         self.fd = Some(fd);
         self
@@ -45,7 +48,7 @@ impl Command {
         self
     }
 
-    /// The line for the socket.
+    /// The bytes for the socket. QEMU needs no end of a line to know where a command ends.
     pub(super) fn encode(&self, id: u64, oob: bool) -> Vec<u8> {
         let verb = if self.out_of_band && oob { "exec-oob" } else { "execute" };
         let mut object = Map::new();
@@ -54,9 +57,11 @@ impl Command {
             object.insert("arguments".to_owned(), self.arguments.clone());
         }
         object.insert("id".to_owned(), id.into());
-        let mut line = Value::Object(object).to_string().into_bytes();
-        line.extend_from_slice(b"\r\n");
-        line
+        let mut bytes = Value::Object(object).to_string().into_bytes();
+        if self.fd.is_none() {
+            bytes.extend_from_slice(b"\r\n");
+        }
+        bytes
     }
 }
 

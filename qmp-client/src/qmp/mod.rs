@@ -173,8 +173,9 @@ impl Qmp {
     /// Runs commands in order; one result for each, in the same order. A failed one does not keep
     /// QEMU from running those after it.
     ///
-    /// All go out in one write, so QEMU has the last as soon as it has the first. A list is split into
-    /// several writes only where it has more than one file descriptor. Nothing is handed over unless all of it is.
+    /// All go out in one write, so QEMU has the last as soon as it has the first; only a command with a
+    /// file descriptor is written alone, and answered before the next. Nothing is handed over unless all of
+    /// it is.
     ///
     /// That alone does not make a list survive this process: QEMU forgets what it has not begun when
     /// its client goes away (`CHR_EVENT_CLOSED` in `monitor/qmp.c`; tried with 7.2: of `stop`, a slow

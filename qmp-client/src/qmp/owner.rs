@@ -36,7 +36,7 @@ pub(super) struct Entry {
     pub(super) reply: oneshot::Sender<Reply>,
 }
 
-/// Commands that go out in one write: with at most one file descriptor.
+/// Commands that go out in one write: one with a file descriptor goes alone.
 pub(super) type Batch = Vec<Entry>;
 
 /// What one caller hands over: batches that follow each other, with nothing in between.
@@ -46,10 +46,7 @@ pub(super) type Handover = VecDeque<Batch>;
 pub(super) fn split(entries: Vec<Entry>) -> Handover {
     let mut batches = Handover::new();
     for entry in entries {
-        let fits = |batch: &&mut Batch| {
-            let two_fds = entry.fd.is_some() && batch.iter().any(|other| other.fd.is_some());
-            !two_fds
-        };
+        let fits = |batch: &&mut Batch| batch.iter().chain([&entry]).all(|one| one.fd.is_none());
         match batches.back_mut().filter(fits) {
             Some(batch) => batch.push(entry),
             None => batches.push_back(vec![entry]),
@@ -118,12 +115,13 @@ impl Owner {
         loop {
             self.admit();
             let urgent_pending = self.pending.values().filter(|p| p.urgent).count();
+            let passes = self.passes_fd();
             tokio::select! {
                 batches = self.in_band.recv(), if self.held.is_empty() => match batches {
                     Some(batches) => self.held = batches,
                     None => return Ok(()),
                 },
-                Some(batches) = self.urgent.recv(), if urgent_pending < PENDING_MAX => {
+                Some(batches) = self.urgent.recv(), if urgent_pending < PENDING_MAX && !passes => {
                     batches.into_iter().for_each(|batch| self.enqueue(batch));
                 }
                 ready = self.stream.readable() => self.read(ready)?,
@@ -134,16 +132,20 @@ impl Owner {
 
     /// Writes what was handed over and waits for its answers.
     async fn finish(&mut self) -> Result<(), Ending> {
-        while let Ok(batches) = self.urgent.try_recv() {
-            batches.into_iter().for_each(|batch| self.enqueue(batch));
-        }
-        while !self.pending.is_empty() {
+        loop {
+            while !self.passes_fd()
+                && let Ok(batches) = self.urgent.try_recv()
+            {
+                batches.into_iter().for_each(|batch| self.enqueue(batch));
+            }
+            if self.pending.is_empty() {
+                return Ok(());
+            }
             tokio::select! {
                 ready = self.stream.readable() => self.read(ready)?,
                 ready = self.stream.writable(), if !self.outgoing.is_empty() => self.write(ready)?,
             }
         }
-        Ok(())
     }
 
     /// Lets held batches go, each once QEMU has room for all of it.
@@ -156,10 +158,13 @@ impl Owner {
 
     fn has_room(&self, batch: &Batch) -> bool {
         let queued = self.pending.values().filter(|p| !p.urgent).count();
-        let with_fd = batch.iter().any(|entry| entry.fd.is_some());
-        let fd_in_use = self.pending.values().any(|p| p.with_fd);
         // A list longer than the limit goes out alone: QEMU reads its rest as it gets along.
-        (queued == 0 || queued + batch.len() <= PENDING_MAX) && !(with_fd && fd_in_use)
+        !self.passes_fd() && (queued == 0 || queued + batch.len() <= PENDING_MAX)
+    }
+
+    /// Whether a file descriptor is on its way, and not a byte may follow ([`super::Command::fd`]).
+    fn passes_fd(&self) -> bool {
+        self.pending.values().any(|pending| pending.with_fd)
     }
 
     fn enqueue(&mut self, batch: Batch) {

@@ -187,10 +187,15 @@ impl Peer {
     }
 
     pub(crate) async fn hear_bytes(&mut self) -> Vec<u8> {
-        let mut line = Vec::new();
-        let heard = tokio::time::timeout(PATIENCE, self.input.read_until(b'\n', &mut line)).await;
+        self.hear_until(b'\n').await
+    }
+
+    /// What comes up to this byte; nothing of what follows.
+    pub(crate) async fn hear_until(&mut self, last: u8) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let heard = tokio::time::timeout(PATIENCE, self.input.read_until(last, &mut bytes)).await;
         heard.expect("the client says nothing").unwrap();
-        line
+        bytes
     }
 
     /// The next message of the client, without a sentinel before it.
