@@ -339,12 +339,22 @@ pub fn finish(mut running: Running) -> Outcome {
         if let Some(status) = running.child.try_wait().expect("a child of ours") {
             break status;
         }
-        assert!(running.start.elapsed() < TIMEOUT, "the command hangs");
+        assert!(running.start.elapsed() < TIMEOUT, "the command hangs: {:?}", waits(running.pid()));
         std::thread::sleep(Duration::from_millis(5));
     };
     let took = running.start.elapsed();
     let (stdout, stderr) = (stdout.join().expect("collected"), stderr.join().expect("collected"));
     Outcome { code: status.code(), stdout, stderr, took }
+}
+
+/// What each thread of a process waits for in the kernel, as `proc(5)` tells: name and function.
+fn waits(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let wait = |task: fs::DirEntry| {
+        let text = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        format!("{} {}", text("comm").trim_end(), text("wchan"))
+    };
+    tasks.map(wait).collect()
 }
 
 /// Runs a tool, which must succeed.
