@@ -100,7 +100,15 @@ async fn connect(style: ReplyStyle, timeout_ms: u64) -> (Client, Peer) {
 }
 
 async fn connect_after(script: &[u8], style: ReplyStyle, timeout_ms: u64) -> (Client, Peer) {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    connect_over(UnixStream::pair().unwrap(), script, style, timeout_ms).await
+}
+
+async fn connect_over(
+    (ours, mut theirs): (UnixStream, UnixStream),
+    script: &[u8],
+    style: ReplyStyle,
+    timeout_ms: u64,
+) -> (Client, Peer) {
     theirs.write_all(script).await.unwrap();
     let client = Client::from_stream(ours, options(timeout_ms)).await.unwrap();
     let mut skipped = vec![0; 4096];
@@ -527,4 +535,34 @@ async fn dropped_futures_do_not_desynchronise() {
     }
     client.disconnect().await.unwrap();
     server.await.unwrap();
+}
+
+#[tokio::test]
+async fn r12_deadlines_hold_where_another_holder_of_the_socket_made_it_blocking() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let another = ours.try_clone().unwrap();
+    let far = theirs.try_clone().unwrap();
+    let ends = [ours, theirs].map(|end| {
+        end.set_nonblocking(true).unwrap();
+        UnixStream::from_std(end).unwrap()
+    });
+    let style = ReplyStyle::Structured;
+    let (client, mut peer) = connect_over(ends.into(), &handshake(style), style, 500).await;
+
+    another.set_nonblocking(false).unwrap();
+    // Should the client wait in the kernel after all, that ends it.
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(20));
+        far.shutdown(std::net::Shutdown::Both)
+    });
+
+    let answer = async {
+        let request = peer.request().await;
+        let bytes = peer.chunk(request.cookie, DONE, CHUNK_DATA, &data(AT, LEN as usize, 5));
+        peer.send(&bytes).await;
+    };
+    let (read, ()) = tokio::join!(client.read(AT, LEN), answer);
+    assert_eq!(read.unwrap(), vec![5; LEN as usize]);
+    let error = client.read(AT, LEN).await.unwrap_err();
+    assert!(matches!(error, NbdError::Timeout { .. }), "{error}");
 }

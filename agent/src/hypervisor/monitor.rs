@@ -188,9 +188,9 @@ impl Monitor {
         self.qmp.execute(command).await.map_err(|source| self.failed(what, source))
     }
 
-    /// Hands over all steps in one write: QEMU carries them out to the last even if this process stands
-    /// still right after; if it ends, QEMU may forget those it has not begun. A later step runs though
-    /// an earlier one failed.
+    /// Hands over all steps, none with a descriptor, in one write: QEMU carries them out to the last even if
+    /// this process stands still right after; if it ends, QEMU may forget those it has not begun. A later step
+    /// runs though an earlier one failed.
     ///
     /// # Errors
     /// The first step that failed; all of them have been answered then.

@@ -19,6 +19,13 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use nix::sys::{
+    socket::{
+        setsockopt,
+        sockopt::{ReceiveTimeout, SendTimeout},
+    },
+    time::TimeVal,
+};
 use tokio::net::UnixStream;
 
 use self::{
@@ -37,6 +44,9 @@ const PAYLOAD_MAX: u32 = 32 * 1024 * 1024;
 /// Longest trim or block status request with compact headers: below 4 GiB, and aligned to any
 /// minimum block size.
 const COMPACT_LENGTH_MAX: u64 = 0xffff_0000;
+
+/// How long a call may wait in the kernel where another holder of the socket made it blocking.
+const BLOCKED_MAX: TimeVal = TimeVal::new(0, 100_000);
 
 /// How to connect.
 #[derive(Debug, Clone)]
@@ -141,7 +151,13 @@ impl Client {
     }
 
     /// Opens the export over a socket that is already connected; `options.connections` is not used.
+    ///
+    /// Who shares the socket may make it blocking, which it is for us too then: that costs time, and no
+    /// deadline passes unnoticed.
     pub async fn from_stream(stream: UnixStream, options: Options) -> Result<Self, NbdError> {
+        setsockopt(&stream, ReceiveTimeout, &BLOCKED_MAX)
+            .and_then(|()| setsockopt(&stream, SendTimeout, &BLOCKED_MAX))
+            .map_err(|errno| NbdError::socket(Activity::Handshake, errno.into()))?;
         let opened = within(options.timeout, Activity::Handshake, async {
             handshake::negotiate(stream, &options).await
         })

@@ -32,17 +32,17 @@ impl Command {
     ///
     /// QEMU keeps the descriptor that came last until a command takes it (`chardev/char-socket.c`;
     /// tried with 7.2: of six sent at once five are lost). Until then, before 10.2, it makes it blocking
-    /// again at each byte that it reads, in another thread than the one that takes it: the flag of who
-    /// shares the descriptor changes once it is answered, and QEMU ends where the descriptor is gone by
-    /// then (the first tried with 7.2, the second read in `util/oslib-posix.c`). So not a byte is sent
-    /// after this command, not even the end of a line, before it is answered.
+    /// again at each byte that it reads, in another thread than the one that takes it: for who shares it, even
+    /// after the answer (tried with 7.2). So not a byte is sent after this command, not even the end of a
+    /// line, before it is answered.
     pub fn fd(mut self, fd: OwnedFd) -> Self {
         self.fd = Some(fd);
         self
     }
 
-    /// Asks QEMU to run it at once, past the commands that wait (`exec-oob`; few commands allow it).
-    /// If this QEMU does not offer "oob", the command is sent like any other.
+    /// Asks QEMU to run it at once, past the commands that wait (`exec-oob`; few commands allow it); only one
+    /// that passes a descriptor is not passed. If this QEMU does not offer "oob", the command is sent like any
+    /// other.
     pub fn out_of_band(mut self) -> Self {
         self.out_of_band = true;
         self

@@ -29,7 +29,7 @@ use owner::{Entry, Handover, Owner};
 pub use command::Command;
 pub use error::{Ending, QmpError};
 
-/// Calls that wait in the process because QEMU's queue is full.
+/// Calls that wait in the process because QEMU's queue is full, or a descriptor is being passed.
 const CALLS_WAITING_MAX: usize = 64;
 /// Events kept for a receiver that lags.
 const EVENTS_KEPT: usize = 1024;
@@ -80,7 +80,8 @@ pub struct Event {
 /// handed over is still written, whole, and only the reply is discarded.
 ///
 /// At most eight commands are with QEMU at once, but for a longer list of [`Qmp::execute_all`]: beyond
-/// that it stops reading, and would not see an out-of-band command either (`docs/interop/qmp-spec`, "Out-of-band execution"). Others wait here.
+/// that it stops reading, and would not see an out-of-band command either (`docs/interop/qmp-spec`, "Out-of-band execution"). Others wait here, and all while
+/// one that passes a descriptor is not answered.
 #[derive(Debug, Clone)]
 pub struct Qmp {
     shared: Arc<Shared>,

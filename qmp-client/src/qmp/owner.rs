@@ -39,7 +39,7 @@ pub(super) struct Entry {
 /// Commands that go out in one write: one with a file descriptor goes alone.
 pub(super) type Batch = Vec<Entry>;
 
-/// What one caller hands over: batches that follow each other, with nothing in between.
+/// What one caller hands over: batches that follow each other, with nothing in-band in between.
 pub(super) type Handover = VecDeque<Batch>;
 
 /// Cuts a list into as few batches as possible.
@@ -75,7 +75,7 @@ pub(super) struct Owner {
     in_band: mpsc::Receiver<Handover>,
     urgent: mpsc::Receiver<Handover>,
     events: broadcast::Sender<Event>,
-    /// Batches that QEMU has no room for. While one waits, nothing else in-band is taken.
+    /// Batches that QEMU has no room for, or that wait for a descriptor to be taken. While one waits, nothing else in-band is taken.
     held: Handover,
     pending: HashMap<u64, Pending>,
     outgoing: VecDeque<Outgoing>,
