@@ -556,13 +556,15 @@ async fn r12_deadlines_hold_where_another_holder_of_the_socket_made_it_blocking(
         far.shutdown(std::net::Shutdown::Both)
     });
 
+    // Read to the last byte: whether there is more only another call can tell.
+    let len = 1 << 16;
     let answer = async {
         let request = peer.request().await;
-        let bytes = peer.chunk(request.cookie, DONE, CHUNK_DATA, &data(AT, LEN as usize, 5));
+        let bytes = peer.chunk(request.cookie, DONE, CHUNK_DATA, &data(AT, len as usize, 5));
         peer.send(&bytes).await;
     };
-    let (read, ()) = tokio::join!(client.read(AT, LEN), answer);
-    assert_eq!(read.unwrap(), vec![5; LEN as usize]);
-    let error = client.read(AT, LEN).await.unwrap_err();
+    let (read, ()) = tokio::join!(client.read(AT, len), answer);
+    assert_eq!(read.unwrap(), vec![5; len as usize]);
+    let error = client.read(AT, len).await.unwrap_err();
     assert!(matches!(error, NbdError::Timeout { .. }), "{error}");
 }
