@@ -80,8 +80,8 @@ pub struct Event {
 /// handed over is still written, whole, and only the reply is discarded.
 ///
 /// At most eight commands are with QEMU at once, but for a longer list of [`Qmp::execute_all`]: beyond
-/// that it stops reading, and would not see an out-of-band command either (`docs/interop/qmp-spec`, "Out-of-band execution"). Others wait here, and all while
-/// one that passes a descriptor is not answered.
+/// that it stops reading, and would not see an out-of-band command either (`docs/interop/qmp-spec`,
+/// "Out-of-band execution"). Others wait here, and all do while one that passes a descriptor is not answered.
 #[derive(Debug, Clone)]
 pub struct Qmp {
     shared: Arc<Shared>,

@@ -75,7 +75,8 @@ pub(super) struct Owner {
     in_band: mpsc::Receiver<Handover>,
     urgent: mpsc::Receiver<Handover>,
     events: broadcast::Sender<Event>,
-    /// Batches that QEMU has no room for, or that wait for a descriptor to be taken. While one waits, nothing else in-band is taken.
+    /// Batches that QEMU has no room for, or that wait for a descriptor to be taken. While one waits, nothing
+    /// else in-band is taken.
     held: Handover,
     pending: HashMap<u64, Pending>,
     outgoing: VecDeque<Outgoing>,
