@@ -192,6 +192,19 @@ async fn what_was_handed_over_is_written_after_the_last_handle_is_gone() {
 }
 
 #[tokio::test]
+async fn a_monitor_that_takes_no_descriptor_is_given_up_with_what_waits_for_it() {
+    let stage = Stage::new();
+    let (qmp, mut peer) = stage.monitor(impatient(), false).await;
+    let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let results = qmp.execute_all(vec![command("one").fd(null), command("last")]).await;
+    assert!(results.iter().all(|result| matches!(result, Err(QmpError::Timeout { .. }))));
+    drop(qmp);
+    let asked: Value = serde_json::from_slice(&peer.hear_until(b'}').await).unwrap();
+    assert_eq!(asked["execute"], "one");
+    assert_eq!(peer.hear_bytes().await, b"", "still open");
+}
+
+#[tokio::test]
 async fn a_command_has_its_own_deadline() {
     let stage = Stage::new();
     let (qmp, mut peer) = stage.monitor(options(), false).await;

@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io::{self, IoSlice},
     os::fd::{AsRawFd, OwnedFd},
+    pin::pin,
     time::Duration,
 };
 
@@ -99,7 +100,7 @@ impl Owner {
     /// Serves until the connection ends. After the last handle is gone, commands that were handed
     /// over get `linger` to be written and answered: QEMU forgets those it has not begun.
     pub(super) async fn run(mut self, ended: watch::Sender<Option<Ending>>, linger: Duration) {
-        let ending = match self.dispatch().await {
+        let ending = match self.dispatch(ended.closed()).await {
             Err(ending) => ending,
             Ok(()) => match timeout(linger, self.finish()).await {
                 Ok(Err(ending)) => ending,
@@ -111,17 +112,16 @@ impl Owner {
         ended.send_replace(Some(ending));
     }
 
-    /// Until the last handle is gone (`Ok`) or the connection ends.
-    async fn dispatch(&mut self) -> Result<(), Ending> {
+    /// Until the last handle is gone (`Ok`), which `released` tells, or the connection ends.
+    async fn dispatch(&mut self, released: impl Future<Output = ()>) -> Result<(), Ending> {
+        let mut released = pin!(released);
         loop {
             self.admit();
             let urgent_pending = self.pending.values().filter(|p| p.urgent).count();
             let passes = self.passes_fd();
             tokio::select! {
-                batches = self.in_band.recv(), if self.held.is_empty() => match batches {
-                    Some(batches) => self.held = batches,
-                    None => return Ok(()),
-                },
+                () = &mut released => return Ok(()),
+                Some(batches) = self.in_band.recv(), if self.held.is_empty() => self.held = batches,
                 Some(batches) = self.urgent.recv(), if urgent_pending < PENDING_MAX && !passes => {
                     batches.into_iter().for_each(|batch| self.enqueue(batch));
                 }
@@ -138,6 +138,13 @@ impl Owner {
                 && let Ok(batches) = self.urgent.try_recv()
             {
                 batches.into_iter().for_each(|batch| self.enqueue(batch));
+            }
+            self.admit();
+            while self.held.is_empty()
+                && let Ok(batches) = self.in_band.try_recv()
+            {
+                self.held = batches;
+                self.admit();
             }
             if self.pending.is_empty() {
                 return Ok(());
