@@ -578,7 +578,8 @@ impl<L: Layers> Purge<'_, L> {
         tracing::warn!("the guest stands still for at most {:?}", self.budget.pause_max);
         let started = Watchdog::start(None, &held.record().reach);
         let mut watchdog = started.map_err(crate::quiesce::QuiesceError::from)?;
-        watchdog.will_pause().await.map_err(crate::quiesce::QuiesceError::from)?;
+        let pause_max = self.budget.pause_max;
+        watchdog.will_pause(pause_max).await.map_err(crate::quiesce::QuiesceError::from)?;
         let since = Instant::now();
         self.layers.pause(held).await?;
         Ok(Pause { since, watchdog: Some(watchdog) })

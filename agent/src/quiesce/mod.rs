@@ -209,13 +209,13 @@ impl Quiesced {
         Ok(self)
     }
 
-    /// Tells the watchdog that the guest is about to be paused.
+    /// Tells the watchdog that the guest is about to be paused, for an instant or until [`Self::hold`].
     ///
     /// # Errors
     /// [`QuiesceError::Watchdog`] when it is gone: then nothing may be paused.
     pub async fn will_pause(&mut self) -> Result<(), QuiesceError> {
         match &mut self.watchdog {
-            Some(watchdog) => Ok(watchdog.will_pause().await?),
+            Some(watchdog) => Ok(watchdog.will_pause(Duration::ZERO).await?),
             None => Ok(()),
         }
     }

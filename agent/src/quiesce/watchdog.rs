@@ -32,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(200);
 /// What the run allows beyond the watchdog's own deadline, before it takes the watchdog for dead.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a run may take, beyond the pause that it announced, for its own calls: one of libvirt's may take a
+/// minute.
+const PAUSE_GRACE: Duration = Duration::from_secs(90);
 /// How long a run that keeps a guest paused may say nothing.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often it says something.
@@ -60,7 +63,7 @@ pub enum WatchdogError {
 enum Request {
     HoldStill(Box<HoldStill>),
     LetGo,
-    WillPause,
+    WillPause { at_most: Duration },
     Hold,
     Done,
 }
@@ -203,12 +206,13 @@ impl Watchdog {
         }
     }
 
-    /// Has the watchdog let the guest go on, should this process end from here on.
+    /// Has the watchdog let the guest go on, should this process end from here on, or say nothing more until
+    /// long after the pause should be over.
     ///
     /// # Errors
     /// [`WatchdogError`]: then nothing may be paused.
-    pub async fn will_pause(&mut self) -> Result<(), WatchdogError> {
-        self.ask(Request::WillPause, FREEZE_TIMEOUT).await.map(drop)
+    pub async fn will_pause(&mut self, at_most: Duration) -> Result<(), WatchdogError> {
+        self.ask(Request::WillPause { at_most }, FREEZE_TIMEOUT).await.map(drop)
     }
 
     /// Says that the guest is paused, and that this process is at work on what that is for. Until the next
@@ -233,13 +237,16 @@ impl Watchdog {
     }
 
     async fn ask(&mut self, request: Request, limit: Duration) -> Result<Reply, WatchdogError> {
-        self.say(&request).await?;
         let waited = limit + GRACE;
-        match tokio::time::timeout(waited, self.replies.next_line()).await {
-            Err(_) => Err(WatchdogError::Silent { waited }),
-            Ok(Ok(Some(line))) => serde_json::from_str(&line).map_err(|_| WatchdogError::Ended),
-            Ok(_) => Err(WatchdogError::Ended),
-        }
+        let answer = async {
+            self.say(&request).await?;
+            match self.replies.next_line().await {
+                Ok(Some(line)) => serde_json::from_str(&line).map_err(|_| WatchdogError::Ended),
+                _ => Err(WatchdogError::Ended),
+            }
+        };
+        let answer = tokio::time::timeout(waited, answer).await;
+        answer.unwrap_or(Err(WatchdogError::Silent { waited }))
     }
 }
 
@@ -333,8 +340,10 @@ impl Guard {
                     Reply::HeldStill(self.hold_still(*wanted).await)
                 }
                 Woken::Request(Request::LetGo) => Reply::LetGo(self.let_go().await),
-                Woken::Request(Request::WillPause) => {
+                Woken::Request(Request::WillPause { at_most }) => {
                     self.may_be_paused = true;
+                    let limit = at_most.saturating_add(PAUSE_GRACE);
+                    self.hold_until = tokio::time::Instant::now().checked_add(limit);
                     Reply::Noted
                 }
                 Woken::Request(Request::Hold) => {
@@ -348,6 +357,7 @@ impl Guard {
                 }
                 Woken::Request(Request::Done) => {
                     self.may_be_paused = false;
+                    self.hold_until = None;
                     Reply::Noted
                 }
             };
