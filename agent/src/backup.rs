@@ -567,7 +567,7 @@ impl<H: Hypervisor> Run<'_, H> {
             Ok(()) => self.hypervisor.cut(recorded).await.map_err(BackupError::from),
             Err(error) => Err(error.into()),
         };
-        let (firmware, unread) = self.hypervisor.firmware();
+        let (firmware, unread) = self.hypervisor.firmware().await;
         warnings.extend(unread);
         let is_held = recorded.record().pauses && recorded.record().suspends;
         let quiet = match &cut {

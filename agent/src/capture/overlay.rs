@@ -194,8 +194,8 @@ impl<H: Hypervisor, L: Layers> Hypervisor for Overlaid<'_, H, L> {
         self.inner.definition().await
     }
 
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
-        self.inner.firmware()
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+        self.inner.firmware().await
     }
 
     async fn reclaim(

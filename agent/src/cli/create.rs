@@ -148,7 +148,8 @@ async fn hold_still(
         folder: args.overlay_dir.clone(),
         reserve: args.reserve.unwrap_or(files::RESERVE),
     };
-    let created = create::create(layers, &records, machine, domain, reach, &request, || {}).await;
+    let created =
+        create::create(layers, &records, machine, domain, reach, &request, async || {}).await;
     let (held, warnings) = created?;
     for warning in warnings {
         tracing::warn!("{warning}");

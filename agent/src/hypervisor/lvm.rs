@@ -94,8 +94,8 @@ impl<H: Hypervisor> Hypervisor for OnVolumes<H> {
         self.machine.definition().await
     }
 
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
-        self.machine.firmware()
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+        self.machine.firmware().await
     }
 
     async fn reclaim(&self, _: &mut Machine, _: &[Claim]) -> Result<(), HypervisorError> {

@@ -521,8 +521,8 @@ pub trait Hypervisor {
     async fn definition(&self) -> Result<Vec<MachineFile>, HypervisorError>;
 
     /// The files of the machine that its guest may change, read in the instant of the call: while it is
-    /// frozen. What cannot be read is told in words.
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>);
+    /// frozen. What cannot be read is told in words, within seconds whatever its storage does.
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>);
 
     /// Finds dirty bitmaps again that the way to QEMU, not QEMU itself, has lost.
     async fn reclaim(&self, machine: &mut Machine, claims: &[Claim])

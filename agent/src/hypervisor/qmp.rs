@@ -217,7 +217,7 @@ impl Hypervisor for BareQemu {
         Ok(Vec::new())
     }
 
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
         (Vec::new(), Vec::new())
     }
 

@@ -58,7 +58,7 @@ impl<L: Layers> Hold<'_, L> {
     /// Whatever keeps the images from holding still, that of `read`, or what `end` says.
     pub async fn read<T, A: Future<Output = ()>>(
         &self,
-        look: impl FnOnce(),
+        look: impl AsyncFnOnce(),
         read: impl AsyncFnOnce(&Held, &[Chain]) -> Result<T, CommandError>,
         end: impl Future<Output = CommandError>,
         again: impl FnOnce() -> A,
@@ -82,7 +82,7 @@ impl<L: Layers> Hold<'_, L> {
 
     async fn guarded<T, A: Future<Output = ()>>(
         &self,
-        look: impl FnOnce(),
+        look: impl AsyncFnOnce(),
         read: impl AsyncFnOnce(&Held, &[Chain]) -> Result<T, CommandError>,
         end: impl Future<Output = CommandError>,
         again: impl FnOnce() -> A,

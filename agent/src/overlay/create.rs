@@ -64,7 +64,7 @@ pub async fn create(
     domain: DomainName,
     reach: Reach,
     request: &Request,
-    look: impl FnOnce(),
+    look: impl AsyncFnOnce(),
 ) -> Result<(Held, Vec<String>), OverlayError> {
     let owner = Owner {
         id: RunId::random(),
@@ -95,7 +95,7 @@ async fn begin(
     machine: &Machine,
     record: Record,
     request: &Request,
-    look: impl FnOnce(),
+    look: impl AsyncFnOnce(),
 ) -> Result<(Held, Vec<String>), OverlayError> {
     let mut held = records.begin(record)?;
     match take_effect(layers, records, &mut held, machine, request, look).await {
@@ -252,7 +252,7 @@ async fn take_effect(
     held: &mut Held,
     machine: &Machine,
     request: &Request,
-    look: impl FnOnce(),
+    look: impl AsyncFnOnce(),
 ) -> Result<Vec<String>, OverlayError> {
     make(layers, records, held, request.reserve).await?;
     let wanted = Wanted {
@@ -263,7 +263,7 @@ async fn take_effect(
     };
     let quiesced = quiesce::quiesce(wanted, &held.record().reach, machine, false).await?;
     let time = Timestamp::now();
-    look();
+    look().await;
     let put = layers.put(held).await;
     // Whatever comes of it, the guest goes on.
     let thawed = quiesced.thaw().await;

@@ -256,7 +256,7 @@ async fn from_running(
     let (machine, files, layers, held) = context.until_interrupted(look).await?;
     let mut get = args.begin(&known.name, context)?;
     let firmware = RefCell::new(None);
-    let look = || drop(firmware.replace(Some(domain.firmware())));
+    let look = async || drop(firmware.replace(Some(domain.firmware().await)));
     let copy = async |held: &Held, chains: &[Chain]| {
         let disks = held.record().disks.iter().zip(chains);
         let is_wanted = |disk: &DiskName| machine.disks.iter().any(|known| known.target == *disk);
@@ -278,7 +278,7 @@ async fn from_running(
                 Purpose::Tracking => return Err(OverlayError::Tracked { domain }.into()),
                 Purpose::Backup => return Err(OverlayError::NotStill { domain }.into()),
             }
-            look();
+            look().await;
             let work = read_still(&layers, &held, copy);
             (context.until_interrupted(work).await?, Ok(()))
         }
@@ -337,7 +337,7 @@ async fn from_shut_off(
     let (marks, time) = (offline::marks(&chains)?, Timestamp::now());
     domain.check_off().await?;
     let mut files = domain.definition().await?;
-    let (firmware, unread) = domain.firmware();
+    let (firmware, unread) = domain.firmware().await;
     files.extend(firmware);
     let copy = async {
         for (disk, chain) in disks.iter().zip(&chains) {

@@ -1,9 +1,11 @@
 //! What a machine is besides its disks: its description, the networks and pools that this names, its
 //! firmware's memory, its TPM, and the kernel it boots directly.
 
+use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -12,11 +14,14 @@ use virt_sys as sys;
 use super::connection::DomainHandle;
 use super::xml;
 use crate::hypervisor::{HypervisorError, MachineFile, Role};
+use crate::store::blocking;
 
 /// Where libvirt keeps the state of emulated TPMs, in a folder for each domain's uuid.
 const TPM_STATES: &str = "/var/lib/libvirt/swtpm";
 /// The longest file that is taken along: firmware memory has up to 64 MiB, kernels and initrds more.
 const FILE_LEN_MAX: u64 = 512 << 20;
+/// How long the guest may stand still for its firmware's memory and its TPM to be read.
+const FIRMWARE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most files that a TPM's state may have.
 const TPM_FILES_MAX: usize = 32;
 
@@ -36,7 +41,7 @@ pub async fn of_machine(
         descriptions(connection, &domain, secrets)
     };
     let mut files = handle.libvirt().ask("describe the machine", describe).await?;
-    let (kernel, failed) = kernel(domain);
+    let (kernel, failed) = kernel(domain).await;
     for what in failed {
         tracing::warn!("{what}");
     }
@@ -99,23 +104,33 @@ fn file_name(kind: &str, name: &str) -> String {
 }
 
 /// The files of a machine that its guest may change while it runs: its firmware's memory and its TPM.
-/// Read them while the guest is frozen. Also returns what could not be read, in words.
-pub fn firmware(domain: &xml::Domain, uuid: &str) -> (Vec<MachineFile>, Vec<String>) {
-    let mut files = Vec::new();
-    if let Some(path) = &domain.nvram {
-        files.push((path.clone(), "nvram".to_owned(), Role::Nvram));
+/// Read them while the guest is frozen. Also returns what could not be read, in words: storage that hangs
+/// keeps the guest for two seconds, no longer.
+pub async fn firmware(domain: &xml::Domain, uuid: &str) -> (Vec<MachineFile>, Vec<String>) {
+    let nvram = domain.nvram.clone();
+    let tpm = domain.has_tpm.then(|| Path::new(TPM_STATES).join(uuid));
+    let wanted: Vec<PathBuf> = nvram.iter().chain(&tpm).cloned().collect();
+    let read = blocking(move || {
+        let nvram = nvram.map(|path| (path, "nvram".to_owned(), Role::Nvram));
+        let tpm = tpm.iter().flat_map(|state| tpm_files(state));
+        Ok::<_, Infallible>(read_all(nvram.into_iter().chain(tpm)))
+    });
+    match tokio::time::timeout(FIRMWARE_TIMEOUT, read).await {
+        Ok(Ok(read)) => read,
+        Err(_) => {
+            let silent = |path: &PathBuf| left_out(path, &io::ErrorKind::TimedOut.into());
+            (Vec::new(), wanted.iter().map(silent).collect())
+        }
     }
-    if domain.has_tpm {
-        files.extend(tpm_files(&Path::new(TPM_STATES).join(uuid)));
-    }
-    read_all(files)
 }
 
 /// The kernel and initrd that a domain boots directly. Also returns what could not be read, in words.
-fn kernel(domain: &xml::Domain) -> (Vec<MachineFile>, Vec<String>) {
-    let kernel = domain.kernel.iter().map(|path| (path.clone(), "kernel".into(), Role::Kernel));
-    let initrd = domain.initrd.iter().map(|path| (path.clone(), "initrd".into(), Role::Initrd));
-    read_all(kernel.chain(initrd).collect())
+async fn kernel(domain: &xml::Domain) -> (Vec<MachineFile>, Vec<String>) {
+    let kernel = domain.kernel.clone().map(|path| (path, "kernel".to_owned(), Role::Kernel));
+    let initrd = domain.initrd.clone().map(|path| (path, "initrd".to_owned(), Role::Initrd));
+    let read = blocking(move || Ok::<_, Infallible>(read_all(kernel.into_iter().chain(initrd))));
+    let Ok(read) = read.await;
+    read
 }
 
 /// The files below the folder of a TPM's state, one folder deep: `tpm2/tpm2-00.permall`.
@@ -142,7 +157,9 @@ fn tpm_files(state: &Path) -> Vec<(PathBuf, String, Role)> {
     files
 }
 
-fn read_all(files: Vec<(PathBuf, String, Role)>) -> (Vec<MachineFile>, Vec<String>) {
+fn read_all(
+    files: impl Iterator<Item = (PathBuf, String, Role)>,
+) -> (Vec<MachineFile>, Vec<String>) {
     let (mut read, mut failed) = (Vec::new(), Vec::new());
     for (path, name, role) in files {
         match read_bounded(&path) {
@@ -150,10 +167,14 @@ fn read_all(files: Vec<(PathBuf, String, Role)>) -> (Vec<MachineFile>, Vec<Strin
                 let source = Some(path.to_string_lossy().into_owned());
                 read.push(MachineFile { name, role, source, content });
             }
-            Err(error) => failed.push(format!("{} is not in the backup: {error}", path.display())),
+            Err(error) => failed.push(left_out(&path, &error)),
         }
     }
     (read, failed)
+}
+
+fn left_out(path: &Path, error: &io::Error) -> String {
+    format!("{} is not in the backup: {error}", path.display())
 }
 
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
@@ -182,5 +203,21 @@ mod tests {
 
         let wanted = (folder.join("tpm2-00.permall"), "tpm-tpm2-tpm2-00.permall".into(), Role::Tpm);
         assert_eq!(files, [wanted]);
+    }
+
+    #[tokio::test]
+    async fn p2_storage_of_the_firmware_that_hangs_does_not_keep_the_guest() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("nvram");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let domain = xml::Domain { nvram: Some(pipe.clone()), ..xml::Domain::default() };
+
+        // Whoever opens it waits for somebody who writes to it.
+        let (read, unread) = firmware(&domain, "").await;
+
+        assert!(read.is_empty());
+        assert_eq!(unread, [format!("{} is not in the backup: timed out", pipe.display())]);
+        // Nobody waits any more.
+        File::options().read(true).write(true).open(&pipe).unwrap();
     }
 }

@@ -312,8 +312,8 @@ impl Hypervisor for LibvirtDomain {
         definition::of_machine(&self.handle, self.seen(), self.secrets).await
     }
 
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
-        definition::firmware(self.seen(), &self.handle.address().uuid)
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+        definition::firmware(self.seen(), &self.handle.address().uuid).await
     }
 
     async fn reclaim(

@@ -265,9 +265,9 @@ impl Hypervisor for ShutOffDomain {
         definition::of_machine(&self.handle, self.look().await?, self.secrets).await
     }
 
-    fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
+    async fn firmware(&self) -> (Vec<MachineFile>, Vec<String>) {
         let seen = self.seen.get().expect("a backup looks at the domain first");
-        definition::firmware(seen, &self.handle.address().uuid)
+        definition::firmware(seen, &self.handle.address().uuid).await
     }
 
     async fn reclaim(&self, _: &mut Machine, _: &[Claim]) -> Result<(), HypervisorError> {

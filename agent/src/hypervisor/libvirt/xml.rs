@@ -12,7 +12,7 @@ use crate::hypervisor::{Bitmap, BitmapHealth, Skipped};
 use crate::journal::DiskRecord;
 
 /// The part of a domain's description that is used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Domain {
     /// Its number while it runs.
     pub id: Option<u32>,
