@@ -21,7 +21,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, OFlags, fadvise, fcntl_getfl, fcntl_setfl};
 
 use super::{Backend, BackendError, FileKind, FileRef, Pace};
 use crate::{FileId, host};
@@ -29,7 +29,8 @@ use crate::{FileId, host};
 /// Temporary files younger than this may belong to a writer on another host.
 const TEMPORARY_AGE_MIN: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// File systems that are this host's alone, so that a listing shows all that was written before.
+/// File systems that are this host's alone, so that a listing shows all that was written before, and a direct
+/// write waits for no network.
 const LOCAL: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, ZFS_SUPER_MAGIC];
 /// OpenZFS, `include/sys/fs/zfs.h`.
@@ -37,7 +38,10 @@ const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// So many bytes of a file are sent to the disk at once…
 const PART_LEN: usize = 1 << 20;
-/// …and so many written by one call of the system. With large folios a kernel without preemption may copy
+/// Place in the file, place in memory and length of a direct write are multiples of this: few disks have
+/// longer blocks.
+const BLOCK_LEN: usize = 4096;
+/// …and so many written to the page cache by one call of the system. With large folios a kernel without preemption may copy
 /// 1 MiB in one go, 6 ms where memory must be fetched from the host (ext4, Linux 6.18), and a guest's QEMU waits
 /// for that processor.
 const CALL_LEN: usize = 64 << 10;
@@ -80,6 +84,10 @@ impl LocalFolder {
 
     fn path(&self, kind: FileKind, id: &FileId) -> PathBuf {
         self.root.join(FileRef { kind, id: *id }.to_string())
+    }
+
+    fn is_local(&self) -> bool {
+        statfs(&self.root).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
     }
 
     /// The folders that hold files of `kind`.
@@ -223,7 +231,7 @@ impl Backend for LocalFolder {
         let file = file.map_err(|source| failed("write", &path, source))?;
         // From here on dropping it removes the temporary file.
         let new = NewFile { kind, file, temporary, path };
-        write_out(&new.file, content, &self.pace)
+        write_out(&new.file, content, self.is_local(), &self.pace)
             .map_err(|source| failed("write", &new.path, source))?;
         Ok(Begun(Some(new)))
     }
@@ -250,7 +258,7 @@ impl Backend for LocalFolder {
 
     fn lists_at_once(&self) -> bool {
         // Shares of other hosts keep listings for a while.
-        statfs(&self.root).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()))
+        self.is_local()
     }
 
     fn location(&self) -> String {
@@ -339,20 +347,63 @@ fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// Writes a file and sends it on its way to the disk part by part: when the file is made durable there
-/// is little left to wait for, and nobody else's writes queue behind it.
-fn write_out(mut file: &File, content: &[u8], pace: &Pace) -> io::Result<()> {
-    let mut offset = 0;
-    for part in content.chunks(PART_LEN) {
+/// Writes a file: directly to the disk what can be, the rest through the page cache.
+fn write_out(file: &File, content: &[u8], directly: bool, pace: &Pace) -> io::Result<()> {
+    let is_direct = directly && content.len() >= PART_LEN && set_direct(file, true).is_ok();
+    let written = match is_direct {
+        true => {
+            let written = write_directly(file, content, pace)?;
+            set_direct(file, false)?;
+            written
+        }
+        false => 0,
+    };
+    write_cached(file, content, written, pace)
+}
+
+/// Writes whole blocks past the page cache. The memory of the host is left to its guests, and no processor is
+/// held up by a copy into memory that the kernel must find first. Returns how far it came: what the disk does
+/// not take like this the page cache does.
+fn write_directly(mut file: &File, content: &[u8], pace: &Pace) -> io::Result<usize> {
+    let mut memory = vec![0; PART_LEN + BLOCK_LEN];
+    let begin = memory.as_ptr().align_offset(BLOCK_LEN);
+    let mut written = 0;
+    for part in content[..content.len() - content.len() % BLOCK_LEN].chunks(PART_LEN) {
+        pace.before_sending(part.len());
+        let aligned = &mut memory[begin..begin + part.len()];
+        aligned.copy_from_slice(part);
+        match file.write(aligned) {
+            Ok(len) => written += len,
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
+            Err(error) => return Err(error),
+        }
+        if written % PART_LEN > 0 {
+            break;
+        }
+    }
+    Ok(written)
+}
+
+fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+    let mut flags = fcntl_getfl(file)?;
+    flags.set(OFlags::DIRECT, direct);
+    Ok(fcntl_setfl(file, flags)?)
+}
+
+/// Writes a file from `offset` on, where its cursor is, and sends it on its way to the disk part by part: when
+/// the file is made durable there is little left to wait for, and nobody else's writes queue behind it.
+fn write_cached(mut file: &File, content: &[u8], mut offset: usize, pace: &Pace) -> io::Result<()> {
+    for part in content[offset..].chunks(PART_LEN) {
         pace.before_sending(part.len());
         for piece in part.chunks(CALL_LEN) {
             file.write_all(piece)?;
         }
         if let Some(len) = NonZeroU64::new(PART_LEN as u64).filter(|_| part.len() == PART_LEN) {
             // On Linux this begins to write out what is dirty, and waits for nothing. A hint.
-            let _ = fadvise(file, offset, Some(len), Advice::DontNeed);
-            offset += len.get();
+            let _ = fadvise(file, offset as u64, Some(len), Advice::DontNeed);
         }
+        offset += part.len();
     }
     Ok(())
 }
