@@ -3,6 +3,7 @@
 mod audit;
 pub mod chunk_map;
 pub mod pace;
+mod priority;
 pub mod processors;
 mod question;
 mod stream;

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 
 use super::chunk_map::{ChunkMap, Chunks, Fate};
 use super::pace::{Effort, Pace};
+use super::priority::Priority;
 use super::{BAD_RANGES_MAX, ReadError, Source, is_bad_block, processors};
 use crate::hypervisor::Hypervisor;
 use crate::progress::Progress;
@@ -85,7 +86,6 @@ impl<H: Hypervisor> Stream<'_, H> {
     /// [`ReadError::BadBlocks`] after the whole disk was tried; any other at once.
     pub async fn run(&self, pace: &mut Pace) -> Result<u64, ReadError> {
         release_unread(self.source, self.map, pace.effort()).await?;
-        processors::give_way(pace.is_gentle());
         let (pace, bytes) = (RefCell::new(pace), Cell::new(0));
         tokio::select! {
             done = self.pump(&pace, &bytes) => done.map(|()| bytes.get()),
@@ -96,8 +96,11 @@ impl<H: Hypervisor> Stream<'_, H> {
     /// Looks at the guest's latency again and again, as long as anything is read.
     async fn watch(&self, pace: &RefCell<&mut Pace>, bytes: &Cell<u64>) -> ReadError {
         let mut before = 0;
+        let mut priority = Priority::new();
         loop {
             let is_gentle = pace.borrow().is_gentle();
+            processors::give_way(is_gentle);
+            priority.set(is_gentle);
             tokio::time::sleep(if is_gentle { OBSERVE_EVERY } else { OBSERVE_IDLE_EVERY }).await;
             if bytes.get() == before {
                 continue;
@@ -107,7 +110,6 @@ impl<H: Hypervisor> Stream<'_, H> {
                 Ok(now) => pace.borrow_mut().observe(now),
                 Err(error) => return error.into(),
             }
-            processors::give_way(pace.borrow().is_gentle());
         }
     }
 

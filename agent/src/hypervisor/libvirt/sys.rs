@@ -1,5 +1,5 @@
 //! The calls of libvirt that the `virt` crate does not have, each a thin and safe function. The only
-//! unsafe code of this program.
+//! unsafe code of this program but for one call of the system, in `read::priority`.
 //!
 //! All of them block until libvirt answers. What libvirt says of an error is kept for each thread, so
 //! it is read on the thread of the call.
