@@ -73,7 +73,8 @@ def latency(settings, work):
     disk = Disk(settings, work)
     live = disk.live_copy(work)
     # The second disk gives the guest agent a file system to freeze.
-    with Guest(settings, work, "--image", f"vda={live}", "--ext4", "vdb=64") as guest:
+    with measure.in_memory(live), \
+            Guest(settings, work, "--image", f"vda={live}", "--ext4", "vdb=64") as guest:
         return felt("latency", settings, work, guest, unpaced=_unpaced), disk
 
 
@@ -131,7 +132,8 @@ def _felt(name, names, settings, load, found, path):
             "operations a second in equal parts by four threads past its page cache, and measures each "
             "from issue to end inside the guest. It is emulated, and its processor shares the "
             f"{_cores()} with QEMU, kvmsnap and all else: what it feels is contention for the processor "
-            "as much as for the disk. Windows are host time; the guest's clock was compared with it. "
+            "as much as for the disk. The image is locked in the host's memory where that is allowed. Windows "
+            "are host time; the guest's clock was compared with it. "
             f"“No backup” is {settings.idle_s} s before and after each of the {len(found['backup'])} "
             "backups; a ratio is the median of theirs, each with the two such windows beside it."]
     idles, targets = found["idle"], []

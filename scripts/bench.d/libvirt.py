@@ -138,9 +138,10 @@ def libvirt_latency(settings, work):
     disk = Disk(settings, work)
     with images(2 * settings.disk_bytes) as folder:
         # The second disk gives the guest agent a file system to freeze.
-        disks = [("vda", disk.live_copy(folder)), ("vdb", empty_ext4(folder, 64))]
+        live = disk.live_copy(folder)
+        disks = [("vda", live), ("vdb", empty_ext4(folder, 64))]
         system = fixture_system(settings, work, folder, "fixture.wait=vda fixture.mount=vdb:ext4:vdb")
-        with Domain(folder, "guest", disks, system) as guest:
+        with measure.in_memory(live), Domain(folder, "guest", disks, system) as guest:
             return felt("libvirt_latency", settings, work, guest, path="libvirt: "), disk
 
 

@@ -1,5 +1,8 @@
 """Runs a command and says what it cost: wall time, CPU of all processes, peak memory."""
 
+import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import statistics
@@ -10,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import BenchError
+from settings import BenchError, say
 
 TICKS = os.sysconf("SC_CLK_TCK")
 # The times of files may lag behind the clock by so much.
@@ -31,6 +34,27 @@ class Cost:
     # KiB, the high-water mark once the repository was open; None where that was not asked for.
     rss_open: int | None
     stdout: str
+
+
+@contextlib.contextmanager
+def in_memory(path):
+    """Keeps what a file has now in the page cache: a host may take back what nobody used for a while."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+                          ctypes.c_long]
+    libc.mlock.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    mapped = at != ctypes.c_void_p(-1).value
+    if not mapped or libc.mlock(at, size):
+        say(f"{path} may leave the host's memory: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield
+    finally:
+        if mapped:
+            libc.munmap(at, size)
 
 
 def cpu_of(pid):
