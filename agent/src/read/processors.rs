@@ -1,8 +1,7 @@
 //! Leaving processors to the guest: while it works, this whole process keeps to half of them.
 //!
-//! A low priority is not enough. It counts only among the threads of one control group, and a thread
-//! that is about to yield still holds its processor for a tick of the kernel (4 ms), which QEMU's main
-//! thread waits for; that is several times what a guest's operation takes.
+//! To let others go first there ([`super::priority`]) is not enough. That counts only among the threads of one control
+//! group, and a thread inside the kernel keeps its processor, which QEMU's main thread waits for.
 
 use std::fs;
 use std::sync::Mutex;
